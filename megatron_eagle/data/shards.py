@@ -1,0 +1,108 @@
+"""What one sample looks like inside a WebDataset shard, for whoever writes or reads one.
+
+    000000012-cat.json      {"id": "cat", "image": ["0.png", "1.jpg"], "conversations": [...], ...}
+    000000012-cat.0.png     the bytes of the image file, unchanged
+    000000012-cat.1.jpg
+
+A data set is a folder of such tar files with Energon's ``.nv-meta`` beside them.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.conversation import Conversation, parse_record
+from megatron_eagle.errors import UserError
+
+META_FOLDER = ".nv-meta"
+INFO_FILE = f"{META_FOLDER}/.info.json"
+IDENTITY_FILE = f"{META_FOLDER}/index.uuid"
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A conversation and the bytes of its images, in the order of its markers."""
+
+    conversation: Conversation
+    images: tuple[bytes, ...]
+
+
+def sample_key(number: int, sample_id: str) -> str:
+    """A unique, sortable key that is safe as a file name; Energon ends a key at the first dot."""
+    return f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', sample_id)[:40]}"
+
+
+def parse_entry(entry: Mapping[str, object]) -> StoredSample:
+    """A sample from its files, name ending -> bytes; raises BrokenSample."""
+    text = entry.get("json")
+    if not isinstance(text, bytes):
+        raise BrokenSample("no .json file in the shard for this sample")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample(f"not JSON: {error}") from error
+    conversation = parse_record(record)
+    images = []
+    for name in conversation.images:
+        image = entry.get(name)
+        if not isinstance(image, bytes):
+            raise BrokenSample(f"no image {name} in the shard for this sample")
+        images.append(image)
+    return StoredSample(conversation, tuple(images))
+
+
+def shard_counts(path: Path | str) -> dict[str, int]:
+    """Samples of each shard, by file name; raises UserError if this is no prepared data set."""
+    file = Path(path) / INFO_FILE
+    try:
+        counts = json.loads(file.read_text(encoding="utf-8"))["shard_counts"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' (no {INFO_FILE})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    return dict(counts)
+
+
+def dataset_identity(path: Path | str) -> str:
+    """A string that is the same for the same shards, wherever they lie."""
+    try:
+        return (Path(path) / IDENTITY_FILE).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' ({error})") from error
+
+
+def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
+    """Every sample of a data set once, in the order of the shards, for evaluation.
+
+    A held-out split must be whole, so a broken sample is a UserError here, not a skip.
+    """
+    for shard in shard_counts(path):
+        for key, entry in _iterate_entries(Path(path) / shard):
+            try:
+                yield parse_entry(entry)
+            except BrokenSample as error:
+                raise UserError(f"{path}: sample {key} in {shard}: {error}") from error
+
+
+def _iterate_entries(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, files by name ending) of each sample; a sample's files lie next to each other."""
+    key = ""
+    entry: dict[str, bytes] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                member_key, _, ending = member.name.partition(".")
+                if member_key != key and entry:
+                    yield key, entry
+                    entry = {}
+                key = member_key
+                file = tar.extractfile(member)
+                entry[ending] = file.read() if file is not None else b""
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{shard}: cannot be read: {error}") from error
+    if entry:
+        yield key, entry

@@ -1,0 +1,1 @@
+"""The embedded run: its data set, its steps, its report."""

@@ -1,0 +1,148 @@
+"""The report's charts: plain functions from records to SVG text, with no global matplotlib state and no display."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from megatron_eagle.demo.summary import TaskScore
+from megatron_eagle.training.log import StepRecord
+
+BLUE, PALE_BLUE, GREY, INK, MUTED, LINE = "#1d5fa6", "#a9c7e8", "#98a2ad", "#1b2430", "#55606c", "#d9dee4"
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titleweight": "bold",
+    "grid.color": "#eceff2",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.pad": 6,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    # A task or stage may be called anything; without this a dollar sign would start a formula.
+    "text.parse_math": False,
+    # Letters become outlines, so that the page looks the same on a machine without the font; a fixed salt makes the
+    # same numbers give the same file.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "megatron-eagle",
+}
+
+
+def loss_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
+    """Loss of all stages on one time axis: every step pale, a running mean on top, a border where a stage begins."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+        axes = figure.subplots()
+        start = 0
+        for stage, records in metrics.items():
+            end = start + records[-1].step
+            centre = (start + end) / 2
+            axes.text(centre, 1.02, stage, transform=axes.get_xaxis_transform(), ha="center", color=MUTED, fontsize=9)
+            start = end
+        _by_stage(axes, metrics, lambda record: record.loss, smooth=True)
+        axes.set_ylabel("loss")
+        axes.set_xlabel("step, counted over all stages")
+        axes.set_ylim(bottom=0)
+        return _svg(figure)
+
+
+def rate_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
+    """Learning rate, gradient norm and useful tokens a second, side by side."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+        learning_rate, grad_norm, speed = figure.subplots(1, 3)
+        _by_stage(learning_rate, metrics, lambda record: record.learning_rate, smooth=False)
+        learning_rate.set_title("Learning rate")
+        learning_rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value else "0"))
+        _by_stage(grad_norm, metrics, lambda record: record.grad_norm, smooth=True)
+        grad_norm.set_title("Gradient norm before clipping")
+        _by_stage(speed, metrics, lambda record: record.useful_tokens_per_second, smooth=True)
+        speed.set_title("Useful tokens a second")
+        speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        for axes in (learning_rate, grad_norm, speed):
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("step")
+        return _svg(figure)
+
+
+def fill_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
+    """How full the packs were: a histogram of the steps by the useful share of their tokens."""
+    fills = [1 - record.padding_fraction for records in metrics.values() for record in records]
+    lowest = min(0.9, math.floor(min(fills) * 20) / 20)
+    bins = [lowest + (1 - lowest) * index / 20 for index in range(21)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.hist(fills, bins=bins, color=BLUE, edgecolor="white", linewidth=0.8)
+        axes.set_xlim(lowest, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("useful share of a step's tokens")
+        axes.set_ylabel("steps")
+        axes.grid(axis="x", visible=False)
+        return _svg(figure)
+
+
+def accuracy_chart(scores: Sequence[TaskScore]) -> str:
+    """Two bars a task: right answers with the images, and with every image blanked."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 0.55 + 0.52 * len(scores)), layout="constrained")
+        axes = figure.subplots()
+        for row, score in enumerate(scores):
+            for offset, share, colour in ((-0.19, score.accuracy, BLUE), (0.19, score.blank_accuracy, GREY)):
+                axes.barh(row + offset, share, height=0.34, color=colour)
+                axes.text(share + 0.012, row + offset, f"{100 * share:.0f}", va="center", color=INK, fontsize=8.5)
+        axes.set_yticks(range(len(scores)), [score.task for score in scores])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(scores) - 0.45, -0.55)
+        axes.set_xlim(0, 1.06)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the ``window`` (odd) values around each; near the ends over those of them that exist."""
+    half = window // 2
+    parts = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [math.fsum(part) / len(part) for part in parts]
+
+
+def _by_stage(
+    axes: Axes, metrics: Mapping[str, Sequence[StepRecord]], number: Callable[[StepRecord], float], *, smooth: bool
+) -> None:
+    """Draw one number of every stage, one stage after another, with a border where the next one begins."""
+    start = 0
+    for records in metrics.values():
+        steps = [start + record.step for record in records]
+        values = [number(record) for record in records]
+        axes.plot(steps, values, color=PALE_BLUE if smooth else BLUE, linewidth=1.0 if smooth else 1.6)
+        if smooth:
+            window = 2 * (len(values) // 30) + 3
+            axes.plot(steps, running_mean(values, window), color=BLUE, linewidth=1.8)
+        if start:
+            axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle=(0, (3, 3)))
+        start += records[-1].step
+    axes.set_xlim(0, start)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="x", visible=False)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return text.getvalue()

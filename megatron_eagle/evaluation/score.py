@@ -1,0 +1,187 @@
+"""Scores a checkpoint: every question of a data set answered twice, with its images and with them blanked.
+
+The blank run tells what the model can guess without looking; only the difference is sight. An answer counts when it
+equals the reference after surrounding white space is removed, nothing softer.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
+from tqdm import tqdm
+
+from megatron_eagle.data.conversation import Conversation, encode_prompt
+from megatron_eagle.data.images import decode_image
+from megatron_eagle.data.shards import StoredSample, iterate_samples
+from megatron_eagle.data.tiling import Tiling, cut_tiles
+from megatron_eagle.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.generate import Prompt, generate, pack_prompts
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.platform import Platform
+from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.training.checkpoint import find_latest, load_weights, read_description, require_same_model
+from megatron_eagle.training.engine import build_chunks
+from megatron_eagle.training.loop import RunFolder
+
+PREDICTIONS = "predictions.jsonl"
+ACCURACY = "accuracy.json"
+BLANK_GREY = 128
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question, its reference answer, and the model's answers with the images and with them blanked."""
+
+    id: str
+    task: str
+    question: str
+    answer: str
+    prediction: str
+    blank_prediction: str
+
+    @property
+    def correct(self) -> bool:
+        return self.prediction.strip() == self.answer.strip()
+
+    @property
+    def blank_correct(self) -> bool:
+        return self.blank_prediction.strip() == self.answer.strip()
+
+
+def evaluate(
+    recipe: Recipe, stage: Stage, run_folder: RunFolder, data: Path, out: Path, platform: Platform, answer_tokens: int
+) -> None:
+    """Answer all questions of ``data`` with the newest checkpoint of ``stage``; every process of the run calls this.
+
+    Writes ``predictions.jsonl`` (one Prediction a line) and ``accuracy.json`` into ``out``.
+    """
+    layout = recipe.stage_layout(stage)
+    if layout.vpp:
+        raise UserError(f"evaluation runs without virtual pipeline stages; add stages.{stage.name}.layout.vpp=null")
+    groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
+    try:
+        model = _load_model(recipe, stage, run_folder, platform)
+        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+        answers = _answer(recipe, stage, model, tokenizer, data, groups, platform, answer_tokens)
+        if groups.rank == 0:
+            _write(out, answers)
+    finally:
+        destroy()
+
+
+def _load_model(recipe: Recipe, stage: Stage, run_folder: RunFolder, platform: Platform) -> EagleModel | Float16Module:
+    folder = run_folder.stage_checkpoints(stage.name)
+    checkpoint = find_latest(folder)
+    if checkpoint is None:
+        raise UserError(f"stage '{stage.name}' has no checkpoint in {folder}")
+    require_same_model(checkpoint, read_description(checkpoint), recipe.model.eagle())
+    models = build_chunks(recipe, recipe.stage_layout(stage), platform)
+    load_weights(checkpoint, models)
+    model = models[0].eval()
+    return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model
+
+
+def _answer(
+    recipe: Recipe,
+    stage: Stage,
+    model: EagleModel | Float16Module,
+    tokenizer: Tokenizer,
+    data: Path,
+    groups: Groups,
+    platform: Platform,
+    answer_tokens: int,
+) -> list[Prediction]:
+    """All predictions, in the order of the data set, on rank 0; an empty list elsewhere."""
+    config = recipe.model.eagle()
+    tiling = Tiling(config.tile_size, recipe.reading.min_tiles, recipe.reading.max_tiles, recipe.reading.tiling_rule)
+    stored = list(iterate_samples(data))
+    prompts = [_prompt(one, tokenizer, tiling, tokens_per_tile(config), recipe.reading.system) for one in stored]
+    packs = pack_prompts(prompts, stage.pack_length, answer_tokens)[groups.dp_rank :: groups.dp_size]
+    seen, blank = (
+        generate(
+            model,
+            tqdm(chosen, desc=f"answering, {what}", unit="pack", disable=groups.rank != 0),
+            tokenizer,
+            groups,
+            platform.device,
+            pack_length=stage.pack_length,
+            room=answer_tokens,
+        )
+        for what, chosen in (("with images", packs), ("blanked", [[_blanked(p) for p in pack] for pack in packs]))
+    )
+    return _collect([one.conversation for one in stored], seen, blank, groups)
+
+
+def _prompt(stored: StoredSample, tokenizer: Tokenizer, tiling: Tiling, tile_tokens: int, system: str) -> Prompt:
+    tiles = [cut_tiles(decode_image(image), tiling) for image in stored.images]
+    encoded = encode_prompt(stored.conversation, tokenizer, [len(part) for part in tiles], tile_tokens, system)
+    empty = torch.empty((0, 3, tiling.tile_size, tiling.tile_size), dtype=torch.uint8)
+    return Prompt(
+        stored.conversation.id, encoded.tokens.tolist(), torch.cat([empty, *tiles]), encoded.tile_slots.tolist()
+    )
+
+
+def _blanked(prompt: Prompt) -> Prompt:
+    return replace(prompt, tiles=torch.full_like(prompt.tiles, BLANK_GREY))
+
+
+def _collect(
+    conversations: Sequence[Conversation], seen: dict[str, str], blank: dict[str, str], groups: Groups
+) -> list[Prediction]:
+    if groups.dp_size > 1 and groups.is_reader:
+        parts: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * groups.dp_size
+        dist.all_gather_object(parts, (seen, blank), group=groups.dp)
+        seen = {identity: answer for part in parts for identity, answer in part[0].items()}
+        blank = {identity: answer for part in parts for identity, answer in part[1].items()}
+    if groups.rank != 0:
+        return []
+    return [
+        Prediction(
+            id=conversation.id,
+            task=str(conversation.extra.get("task", "all")),
+            question=[turn.text for turn in conversation.turns if turn.role == "user"][-1],
+            answer=[turn.text for turn in conversation.turns if turn.role == "assistant"][-1],
+            prediction=seen[conversation.id],
+            blank_prediction=blank[conversation.id],
+        )
+        for conversation in conversations
+    ]
+
+
+def read_predictions(folder: Path) -> list[Prediction]:
+    """The predictions that ``evaluate`` wrote into ``folder``."""
+    lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    return [Prediction(**json.loads(line)) for line in lines]
+
+
+def _write(out: Path, predictions: Sequence[Prediction]) -> None:
+    tasks: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        tasks.setdefault(prediction.task, []).append(prediction)
+    accuracy = {
+        "questions": len(predictions),
+        "overall": _share([p.correct for p in predictions]),
+        "blank_images": _share([p.blank_correct for p in predictions]),
+        "per_task": {task: _share([p.correct for p in group]) for task, group in sorted(tasks.items())},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
+        (out / PREDICTIONS).write_text(text, encoding="utf-8")
+        (out / ACCURACY).write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write results to {out}: {error.strerror}") from None
+    right, blank = accuracy["overall"], accuracy["blank_images"]
+    print(f"{len(predictions)} questions: {right:.1%} right, {blank:.1%} with blanked images")
+
+
+def _share(verdicts: Sequence[bool]) -> float:
+    return sum(verdicts) / len(verdicts) if verdicts else 0.0

@@ -1,0 +1,78 @@
+"""Starts a command in several processes on one machine, for people without torchrun in their fingers.
+
+The processes find each other by the variables torchrun would set. Why not torchrun's own launcher as a library: it puts
+every process into a session of its own, so that a killed launcher (or a closed terminal) leaves them training unseen,
+and it reports a failure in a page of its own after the one line that explains it.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``python -m megatron_eagle <arguments>`` in ``processes`` processes and wait for them.
+
+    When one fails, the others are ended. A process that was ended by a signal is named on stderr, because it could not
+    speak for itself. Returns the exit code of the first to fail (128 + signal number after a signal), or 0.
+    """
+    port = _free_port()
+    running = [_start(rank, processes, port, arguments) for rank in range(processes)]
+    try:
+        while any(process.poll() is None for process in running):
+            for rank, process in enumerate(running):
+                if process.poll():
+                    return _explain(rank, process.returncode)
+            time.sleep(POLL_SECONDS)
+        return next((_explain(rank, p.returncode) for rank, p in enumerate(running) if p.returncode), 0)
+    finally:
+        _end(running)
+
+
+def _start(rank: int, processes: int, port: int, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+    # Processes that share cores must not each start a thread per core (torchrun does the same); a set value is kept.
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
+    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "megatron_eagle", *arguments]
+    return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _explain(rank: int, code: int) -> int:
+    if code < 0:
+        print(f"megatron-eagle: process {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        return 128 - code
+    return code
+
+
+def _end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

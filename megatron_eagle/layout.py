@@ -1,0 +1,59 @@
+"""Layout: how many processes work along each axis. Numbers and checks only, so that every room may read it.
+
+Process groups are made from it in ``parallel/groups.py``; the model turns it into Megatron's TransformerConfig.
+"""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Layout:
+    """Processes along each axis of a run; ``dp`` follows from the world size.
+
+    tp, pp, cp: tensor, pipeline and context parallel sizes.
+    vpp: virtual pipeline stages per process (interleaved schedule), or None.
+    sequence_parallel: keep the activations between tensor-parallel blocks split along the sequence.
+    encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks.
+    layers_per_stage: decoder layers of each pipeline stage, or None for an even split. The first stage also
+        hosts the encoders, so a real layout gives it fewer layers.
+    """
+
+    tp: Positive = 1
+    pp: Positive = 1
+    cp: Positive = 1
+    vpp: Positive | None = None
+    sequence_parallel: bool = False
+    encoder: Literal["tensor"] = "tensor"
+    layers_per_stage: tuple[Positive, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel needs tp > 1, this layout has tp=1")
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp * (self.vpp or 1):
+            raise ValueError(
+                f"layers_per_stage has {len(self.layers_per_stage)} entries, "
+                f"pp={self.pp} x vpp={self.vpp or 1} needs {self.pp * (self.vpp or 1)}"
+            )
+        if self.vpp is not None and self.pp == 1:
+            raise ValueError(f"vpp={self.vpp} needs pp > 1, this layout has pp=1")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that together hold one replica of the model."""
+        return self.tp * self.pp * self.cp
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in ``world_size`` processes; raises ValueError if they do not fit evenly."""
+        if world_size % self.model_parallel_size:
+            raise ValueError(
+                f"{world_size} processes cannot be split into replicas of tp={self.tp} x pp={self.pp} x cp={self.cp} "
+                f"= {self.model_parallel_size} processes"
+            )
+        return world_size // self.model_parallel_size

@@ -1,0 +1,1 @@
+"""PackedBatch -> loss per token, as Megatron ModuleSpecs."""

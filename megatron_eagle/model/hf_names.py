@@ -1,0 +1,160 @@
+"""Which Hugging Face tensors make up which of our parameters: the only place that knows both names.
+
+A ``Source`` says, for one parameter of the undivided model, the names in a Hugging Face state dict and how their
+tensors become one. ``load`` fills a model from such a state dict, in any layout. Names are those of transformers'
+Qwen2ForCausalLM, SiglipVisionModel and ConvNextModel, and ``mlp1`` of the released Eagle 2 models; ``prefix`` is put
+before them for checkpoints that hold several models.
+
+Megatron's own arrangements: Q, K and V are one matrix, grouped by key/value head (the group's query heads, its key
+head, its value head); gate and up projection are one matrix, gate first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.config import QwenConfig
+from megatron_eagle.model.encoders import convnext, siglip
+from megatron_eagle.model.weights import EMBEDDING, weight_slices
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    (tensor,) = tensors
+    return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """names: tensors of a Hugging Face state dict; join: makes the whole parameter of them, given in that order."""
+
+    names: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor] = _only
+
+
+Sources = dict[str, Source]
+
+
+def load(model: nn.Module, sources: Sources, state: Mapping[str, Tensor], tp_group: Any) -> None:
+    """Fill the parameters that ``sources`` names and this process holds from ``state``, cutting out its share.
+
+    Raises UserError if a tensor is missing or has the wrong shape.
+    """
+    for weight in weight_slices(model, tp_group):
+        source = sources.get(weight.name)
+        if source is None:
+            continue
+        missing = [name for name in source.names if name not in state]
+        if missing:
+            raise UserError(f"{weight.name} needs {', '.join(missing)}, which the checkpoint does not have")
+        try:
+            weight.fill(source.join([state[name] for name in source.names]))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{', '.join(source.names)}: {error}") from None
+
+
+def qwen_sources(config: QwenConfig, prefix: str = "") -> Sources:
+    """Qwen2ForCausalLM -> ``language``."""
+    pad = partial(_pad_rows, rows=config.padded_vocab_size, expected=config.vocab_size)
+    sources = {
+        EMBEDDING: Source((f"{prefix}model.embed_tokens.weight",), pad),
+        "language.decoder.final_layernorm.weight": Source((f"{prefix}model.norm.weight",)),
+    }
+    if not config.tie_word_embeddings:
+        sources["language.output_layer.weight"] = Source((f"{prefix}lm_head.weight",), pad)
+    for number in range(config.num_hidden_layers):
+        ours, theirs = f"language.decoder.layers.{number}.", f"{prefix}model.layers.{number}."
+        sources |= _qkv(ours, theirs, config.num_key_value_heads)
+        sources |= {
+            f"{ours}input_layernorm.weight": Source((f"{theirs}input_layernorm.weight",)),
+            f"{ours}self_attention.linear_proj.weight": Source((f"{theirs}self_attn.o_proj.weight",)),
+            f"{ours}pre_mlp_layernorm.weight": Source((f"{theirs}post_attention_layernorm.weight",)),
+            f"{ours}mlp.linear_fc1.weight": Source(
+                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _gate_and_up
+            ),
+            f"{ours}mlp.linear_fc2.weight": Source((f"{theirs}mlp.down_proj.weight",)),
+        }
+    return sources
+
+
+def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "siglip") -> Sources:
+    """SiglipVisionModel without its pooling head -> ``vision.<encoder>``."""
+    start = f"vision.{encoder}."
+    sources = _weight_and_bias(f"{start}patch_embedding", f"{prefix}embeddings.patch_embedding")
+    sources[f"{start}position_embedding"] = Source((f"{prefix}embeddings.position_embedding.weight",))
+    for number in range(config.num_hidden_layers):
+        ours, theirs = f"{start}transformer.layers.{number}.", f"{prefix}encoder.layers.{number}."
+        sources |= _qkv(ours, theirs, config.num_attention_heads)
+        for our_name, their_name in {
+            "input_layernorm": "layer_norm1",
+            "self_attention.linear_proj": "self_attn.out_proj",
+            "pre_mlp_layernorm": "layer_norm2",
+            "mlp.linear_fc1": "mlp.fc1",
+            "mlp.linear_fc2": "mlp.fc2",
+        }.items():
+            sources |= _weight_and_bias(ours + our_name, theirs + their_name)
+    return sources | _weight_and_bias(f"{start}transformer.final_layernorm", f"{prefix}post_layernorm")
+
+
+def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "convnext") -> Sources:
+    """ConvNextModel without its last norm -> ``vision.<encoder>``."""
+    start = f"vision.{encoder}."
+    sources = _weight_and_bias(f"{start}stem", f"{prefix}embeddings.patch_embeddings")
+    sources |= _weight_and_bias(f"{start}stem_norm", f"{prefix}embeddings.layernorm")
+    for stage, depth in enumerate(config.depths):
+        stage_ours, stage_theirs = f"{start}stages.{stage}.", f"{prefix}encoder.stages.{stage}."
+        before = 1 if stage else 0  # our stages count the shrinking layer in front of their blocks
+        if before:
+            sources |= _weight_and_bias(f"{stage_ours}0.norm", f"{stage_theirs}downsampling_layer.0")
+            sources |= _weight_and_bias(f"{stage_ours}0.conv", f"{stage_theirs}downsampling_layer.1")
+        for block in range(depth):
+            ours, theirs = f"{stage_ours}{before + block}.", f"{stage_theirs}layers.{block}."
+            sources |= _weight_and_bias(f"{ours}depthwise", f"{theirs}dwconv")
+            sources |= _weight_and_bias(f"{ours}norm", f"{theirs}layernorm")
+            sources |= _weight_and_bias(f"{ours}linear_fc1", f"{theirs}pwconv1")
+            sources |= _weight_and_bias(f"{ours}linear_fc2", f"{theirs}pwconv2")
+            sources[f"{ours}layer_scale"] = Source((f"{theirs}layer_scale_parameter",))
+    return sources
+
+
+def connector_sources(prefix: str = "mlp1.") -> Sources:
+    """The Sequential(LayerNorm, Linear, GELU, Linear) of Eagle2ChatModel -> ``connector``."""
+    return {
+        **_weight_and_bias("connector.norm", f"{prefix}0"),
+        **_weight_and_bias("connector.linear_fc1", f"{prefix}1"),
+        **_weight_and_bias("connector.linear_fc2", f"{prefix}3"),
+    }
+
+
+def _weight_and_bias(ours: str, theirs: str) -> Sources:
+    return {f"{ours}.{kind}": Source((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
+
+
+def _qkv(ours: str, theirs: str, groups: int) -> Sources:
+    return {
+        f"{ours}self_attention.linear_qkv.{kind}": Source(
+            tuple(f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv"), partial(_interleave, groups=groups)
+        )
+        for kind in ("weight", "bias")
+    }
+
+
+def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _interleave(tensors: Sequence[Tensor], groups: int) -> Tensor:
+    """Q, K, V [heads * d, ...] -> one matrix ordered by group: its query heads, its key head, its value head."""
+    return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+
+def _pad_rows(tensors: Sequence[Tensor], rows: int, expected: int) -> Tensor:
+    (table,) = tensors
+    if len(table) != expected:
+        raise ValueError(f"the vocabulary has {expected} tokens, the checkpoint {len(table)}")
+    return F.pad(table, (0, 0, 0, rows - len(table)))

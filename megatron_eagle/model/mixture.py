@@ -1,0 +1,51 @@
+"""The mixture of vision encoders: every encoder sees every tile, their features are joined channel by channel.
+
+The order of the encoders is the order of the channels (Eagle 2: SigLIP, then ConvNeXt). Joining by channel keeps the
+number of tokens, so all encoders have to make the same number of them per tile.
+"""
+
+from collections import Counter
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.model.encoders import build_encoder, encoder_config
+from megatron_eagle.model.hosting import Hosting, parallel_config
+
+
+def tokens_per_tile(config: EagleConfig) -> int:
+    """Tokens that one tile becomes in the language model; ValueError if the encoders disagree."""
+    tokens = [encoder_config(settings).output_tokens for settings in config.encoders]
+    if len(set(tokens)) > 1:
+        counts = ", ".join(f"{s['kind']} {count}" for s, count in zip(config.encoders, tokens, strict=True))
+        raise ValueError(f"encoders joined by channel must agree on the tokens per tile, got {counts}")
+    return tokens[0]
+
+
+def mixture_channels(config: EagleConfig) -> int:
+    """Channels of a token after joining."""
+    return sum(encoder_config(settings).output_channels for settings in config.encoders)
+
+
+class Mixture(MegatronModule):
+    """uint8 tiles [n, 3, s, s] -> [n, tokens_per_tile, mixture_channels].
+
+    Each encoder is a submodule under the name of its kind; a kind used again gets a number (``siglip``, ``siglip_2``).
+    """
+
+    def __init__(self, config: EagleConfig, hosting: Hosting) -> None:
+        super().__init__(config=parallel_config(hosting))
+        self.tp_group = hosting.groups.tp
+        tokens_per_tile(config)
+        self.names: list[str] = []
+        seen: Counter[str] = Counter()
+        for settings in config.encoders:
+            kind = settings["kind"]
+            seen[kind] += 1
+            self.names.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
+            self.add_module(self.names[-1], build_encoder(settings, hosting))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        return torch.cat([self.get_submodule(name)(tiles) for name in self.names], dim=-1)

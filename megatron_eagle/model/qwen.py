@@ -1,0 +1,79 @@
+"""Qwen2.5 as a Megatron GPTModel: RMSNorm, grouped-query attention with biases on Q, K and V, SwiGLU, rotary positions.
+
+Two things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in the
+softmax, so that tensor-parallel sizes share checkpoints and losses; and embeddings come out whole, not yet split along
+the sequence, because image features are put among them first.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_eagle.data.batch import IGNORE_LABEL
+from megatron_eagle.model.config import QwenConfig
+from megatron_eagle.model.hosting import Hosting, transformer_config
+from megatron_eagle.model.specs import block_spec
+
+
+class QwenModel(GPTModel):
+    """The layers of one pipeline stage; the first stage also embeds, the last also predicts.
+
+    pre_process, post_process: whether this stage is the first, the last.
+    vp_stage: which of the process's virtual stages this is, None without them.
+    """
+
+    def __init__(
+        self, qwen: QwenConfig, hosting: Hosting, *, pre_process: bool, post_process: bool, vp_stage: int | None = None
+    ) -> None:
+        config = transformer_config(
+            hosting,
+            in_pipeline=True,
+            num_layers=qwen.num_hidden_layers,
+            hidden_size=qwen.hidden_size,
+            ffn_hidden_size=qwen.intermediate_size,
+            num_attention_heads=qwen.num_attention_heads,
+            num_query_groups=qwen.num_key_value_heads,
+            normalization="RMSNorm",
+            layernorm_epsilon=qwen.rms_norm_eps,
+            add_bias_linear=False,
+            add_qkv_bias=True,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+        )
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(hosting.groups.pp))
+        super().__init__(
+            config,
+            block_spec(hosting.transformer_impl, layers=layers, rms_norm=True, mask=AttnMaskType.causal),
+            vocab_size=qwen.padded_vocab_size,
+            max_sequence_length=qwen.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=qwen.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=qwen.rope_theta,
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=hosting.groups,
+            vp_stage=vp_stage,
+        )
+        self.real_vocab_size = qwen.vocab_size
+
+    def mask_padded_vocabulary(self, logits: Tensor) -> Tensor:
+        """Make the padding's columns of ``logits`` [..., padded_vocab/tp] impossible, in place."""
+        columns = logits.shape[-1]
+        real = self.real_vocab_size - get_pg_rank(self.pg_collection.tp) * columns
+        if real < columns:
+            logits[..., max(real, 0) :] = torch.finfo(logits.dtype).min
+        return logits
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy of every position, float32 [b, s]; 0 where the label is IGNORE_LABEL.
+
+        labels: int64 [b, s]; logits: [s, b, padded_vocab/tp].
+        """
+        counted = labels != IGNORE_LABEL
+        loss = super().compute_language_model_loss(labels.clamp(min=0), self.mask_padded_vocabulary(logits))
+        return torch.where(counted, loss.float(), 0.0)

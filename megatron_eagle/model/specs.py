@@ -1,0 +1,89 @@
+"""Which module stands in each slot of a transformer layer: Megatron ModuleSpecs for both transformer implementations.
+
+``local`` runs anywhere and is what the tests run. ``transformer_engine`` is for GPUs; it cannot be imported without
+one, so this branch holds nothing but names, taken from megatron-core's own provider. The two write checkpoints under
+the same names.
+"""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_eagle.model.attention import LocalAttention
+from megatron_eagle.model.hosting import TransformerImpl
+from megatron_eagle.model.norm import LayerNorm, RMSNorm
+
+# Transformer Engine keeps a norm inside the linear layer behind it; checkpoints use its names.
+NORMS_IN_CHECKPOINTS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: AttnMaskType) -> TransformerBlockSubmodules:
+    """A pre-norm transformer of ``layers`` layers with a norm behind the last one.
+
+    rms_norm: RMSNorm (Qwen) or LayerNorm (SigLIP); mask: causal for the packed language model, no_mask for an encoder.
+    """
+    if impl == "transformer_engine":
+        return _transformer_engine(layers, _mask_for_packs(mask))
+    norm = RMSNorm if rms_norm else LayerNorm
+    layer = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=LocalAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=NORMS_IN_CHECKPOINTS,
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+
+def _mask_for_packs(mask: AttnMaskType) -> AttnMaskType:
+    """Transformer Engine wants packed sequences called padded ones."""
+    return AttnMaskType.padding_causal if mask == AttnMaskType.causal else mask
+
+
+def _transformer_engine(layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
+    """The same layer in Transformer Engine's modules. Written against megatron-core 0.16.1, not run without a GPU."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    modules = TESpecProvider()
+    layer = TransformerLayerSubmodules(
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=modules.column_parallel_layer_norm_linear(),
+                core_attention=modules.core_attention(),
+                linear_proj=modules.row_parallel_linear(),
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=IdentityOp,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(
+                linear_fc1=modules.column_parallel_layer_norm_linear(), linear_fc2=modules.row_parallel_linear()
+            ),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=modules.layer_norm())

@@ -1,0 +1,1 @@
+"""Who computes what: process groups, and packs handed round within a replica."""

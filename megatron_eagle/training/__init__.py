@@ -1,0 +1,1 @@
+"""The loop: step, loss, stage freezing, optimizer, checkpoint, log."""

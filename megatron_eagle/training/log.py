@@ -1,0 +1,294 @@
+"""What a run says while it trains: one readable line a step, ``metrics.jsonl``, TensorBoard and, if asked, W&B.
+
+It exists so that every view of a run (terminal, file, dashboards, the demo's report) shows the same numbers, made in
+one place from one ``StepRecord``, and so that a run which was killed and resumed leaves a file that cannot be told
+from that of an uninterrupted one. Used on a single rank; the trainer gathers the numbers first.
+"""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+ETA_WINDOW = 32
+_MAY_BE_NON_FINITE = ("loss", "grad_norm", "learning_rate")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished optimizer step, summed over the global batch.
+
+    stage, step, steps: stage name, step within it (the first is 1) and how many steps the stage has.
+    loss: the objective of the step. learning_rate: that of the stage's schedule. grad_norm: before clipping.
+    useful_tokens, tokens: without and with padding.
+    tiles: image tiles encoded, thumbnails included.
+    seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream.
+    sample_digest: ``sample_digest`` of the step's sample ids; equal digests mean equal data.
+    rejected_total: samples skipped in this stage so far, those of this step included.
+    rejected: (sample id, reason) of the samples skipped since the step before.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    useful_tokens: int
+    tokens: int
+    tiles: int
+    seconds: float
+    data_wait: float
+    sample_digest: str
+    rejected_total: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.step <= self.steps:
+            raise ValueError(f"step {self.step} is outside 1..{self.steps}")
+        if not 0 <= self.useful_tokens <= self.tokens or self.tokens == 0:
+            raise ValueError(f"{self.useful_tokens} useful tokens of {self.tokens}")
+        if self.seconds <= 0:
+            raise ValueError(f"a step cannot take {self.seconds} seconds")
+        if self.rejected_total < len(self.rejected):
+            raise ValueError(f"{len(self.rejected)} samples rejected in this step, {self.rejected_total} in all")
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the step's tokens that is padding, 0 to 1."""
+        return 1 - self.useful_tokens / self.tokens
+
+    @property
+    def useful_tokens_per_second(self) -> float:
+        return self.useful_tokens / self.seconds
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers a dashboard plots, by the names they have there."""
+        return {
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "useful_tokens_per_second": self.useful_tokens_per_second,
+            "padding_fraction": self.padding_fraction,
+            "tiles": self.tiles,
+            "seconds": self.seconds,
+            "data_wait_fraction": self.data_wait / self.seconds,
+            "rejected_total": self.rejected_total,
+        }
+
+
+def sample_digest(sample_ids: Iterable[str]) -> str:
+    """First 16 hex digits of the sha256 of a step's sample ids.
+
+    The ids are sorted, because which data-parallel rank held a sample says nothing about what was trained on.
+    """
+    return hashlib.sha256(json.dumps(sorted(sample_ids)).encode()).hexdigest()[:16]
+
+
+def read_metrics(folder: Path) -> dict[str, list[StepRecord]]:
+    """The records of ``folder/metrics.jsonl`` by stage, stages and steps in the order they were written.
+
+    Raises UserError (file and line) if there is no such file or a line is not a record.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: nothing has been trained in {folder}")
+    names = {item.name for item in fields(StepRecord)}
+    stages: dict[str, list[StepRecord]] = {}
+    for number, entry in _entries(path):
+        values = {name: value for name, value in entry.items() if name in names}
+        values |= {name: math.nan for name in _MAY_BE_NON_FINITE if values.get(name, 0) is None}
+        values["rejected"] = [(identity, reason) for identity, reason in values.get("rejected", [])]
+        try:
+            record = StepRecord(**values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}:{number}: not a step record: {error}") from error
+        stages.setdefault(record.stage, []).append(record)
+    return stages
+
+
+def remaining_seconds(recent: Sequence[float], steps_left: int) -> float:
+    """Time left, from the mean of the middle half of the recent steps' seconds.
+
+    Warm-up, a checkpoint or a stalled disk makes single steps long; leaving out both outer quarters ignores those,
+    and unlike a median it still averages over steps that differ because their packs hold more or fewer tiles.
+    """
+    quarter = len(recent) // 4
+    middle = sorted(recent)[quarter : len(recent) - quarter]
+    return steps_left * sum(middle) / len(middle)
+
+
+class TrainingLog:
+    """Writes the records of one stage; a context manager.
+
+    folder: the run's folder. ``metrics.jsonl`` lies directly in it and is shared by all stages of the run;
+        TensorBoard events go to ``tensorboard/<stage>/``.
+    total_steps: steps of the stage.
+    resumed_at: steps already in the checkpoint this process started from, 0 for a fresh start. Lines of later steps
+        of this stage, left by the process that died, are dropped, so that no step is in the file twice.
+
+    Raises UserError if the folder cannot be written or a package that was asked for is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stage: str,
+        total_steps: int,
+        tensorboard: bool,
+        wandb_project: str | None,
+        resumed_at: int,
+    ) -> None:
+        self._stage = stage
+        self._total_steps = total_steps
+        self._recent: deque[float] = deque(maxlen=ETA_WINDOW)
+        path = folder / METRICS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_later_steps(path, stage, resumed_at)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            self._tensorboard = _open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
+            self._wandb = _open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def step(self, record: StepRecord) -> None:
+        """Print, store and plot one step."""
+        if (record.stage, record.steps) != (self._stage, self._total_steps):
+            raise ValueError(
+                f"record of {record.stage} with {record.steps} steps "
+                f"in the log of {self._stage} with {self._total_steps}"
+            )
+        self._recent.append(record.seconds)
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **asdict(record)}
+        # JSON has no NaN; null keeps the file readable by every other tool.
+        entry |= {name: None for name in _MAY_BE_NON_FINITE if not math.isfinite(entry[name])}
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+        earlier = record.rejected_total - len(record.rejected)
+        for count, (identity, reason) in enumerate(record.rejected, start=earlier + 1):
+            print(f"{record.stage} skipped sample {identity!r}: {_one_line(reason)} ({count} so far)", flush=True)
+        print(progress_line(record, remaining_seconds(self._recent, record.steps - record.step)), flush=True)
+        if self._tensorboard is not None:
+            for name, value in record.scalars().items():
+                self._tensorboard.add_scalar(name, value, record.step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": record.step, **record.scalars()})
+
+    def close(self) -> None:
+        """Close the file and the dashboards; safe to call twice."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_line(record: StepRecord, seconds_left: float) -> str:
+    """One step on one line; columns line up, whatever the step, and nothing in it needs a terminal."""
+    return "  ".join(
+        (
+            f"{record.stage} {record.step:>{len(str(record.steps))}}/{record.steps}",
+            f"loss {record.loss:7.4f}",
+            f"lr {record.learning_rate:.2e}",
+            f"grad norm {record.grad_norm:8.3f}",
+            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s",
+            f"padding {100 * record.padding_fraction:4.1f} %",
+            f"{record.tiles:4d} tiles",
+            f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
+            f"ETA {format_duration(seconds_left)}",
+        )
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 45s, 3m12s or 26h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _one_line(reason: str) -> str:
+    """A reason as one printable line, also if it quotes a file name that is not text."""
+    return " ".join(reason.split()).encode("utf-8", "backslashreplace").decode()
+
+
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every complete line; a last line cut short by a crash is left out."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys() and isinstance(entry["step"], int)):
+                raise ValueError("no stage or step in it")
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise UserError(f"{path}:{number}: not a step record: {error}") from error
+        yield number, entry
+
+
+def _drop_later_steps(path: Path, stage: str, resumed_at: int) -> None:
+    """Rewrite the file without this stage's steps after ``resumed_at``; all or nothing, so a crash here is harmless."""
+    if not path.exists():
+        return
+    kept = [entry for _, entry in _entries(path) if entry["stage"] != stage or entry["step"] <= resumed_at]
+    replacement = path.with_suffix(".jsonl.new")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(replacement, path)
+
+
+def _open_tensorboard(folder: Path, resumed_at: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("TensorBoard was asked for and is not installed: pip install tensorboard") from error
+    # purge_step makes TensorBoard forget the steps that the process before us logged after its last checkpoint.
+    return SummaryWriter(str(folder), purge_step=resumed_at + 1)
+
+
+def _open_wandb(folder: Path, project: str, stage: str, resumed_at: int) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(f"W&B (project {project!r}) was asked for and is not installed: pip install wandb") from error
+    identity_file = folder / f"wandb-{stage}.id"
+    identity = identity_file.read_text().strip() if resumed_at > 0 and identity_file.is_file() else None
+    name = f"{folder.name}-{stage}"
+    run = wandb.init(project=project, group=folder.name, name=name, dir=str(folder), id=identity, resume="allow")
+    identity_file.write_text(run.id + "\n")
+    # A resumed run logs steps again; with a step axis of our own W&B takes them instead of refusing to go backwards.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,0 +1,310 @@
+"""Trains one stage of a recipe: the whole life of a training process, from an empty world to the last checkpoint.
+
+The same function runs in two processes on a laptop and in hundreds on a cluster. Starting it again after any kind of
+death continues the stage from its newest whole checkpoint with the losses it would have had; starting it again after
+the stage is complete does nothing.
+"""
+
+import math
+import random
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.data.stream import PackStream
+from megatron_eagle.data.tokenizer import load_tokenizer
+from megatron_eagle.errors import UserError
+from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.parallel.hand_round import hand_round
+from megatron_eagle.platform import Platform
+from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.training.checkpoint import (
+    Description,
+    find_latest,
+    load_training_state,
+    load_weights,
+    read_description,
+    require_same_model,
+    save_checkpoint,
+)
+from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
+from megatron_eagle.training.loss import normalise_weights
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies: ``<runs>/<recipe name>/``."""
+
+    path: Path
+
+    def stage_checkpoints(self, stage_name: str) -> Path:
+        return self.path / "checkpoints" / stage_name
+
+
+def train_stage(recipe: Recipe, stage_name: str, run_folder: RunFolder, platform: Platform) -> None:
+    """Train ``stage_name`` to its last step, or on from its newest checkpoint; every process of the run calls this."""
+    stage = recipe.stage(stage_name)
+    timeout = timedelta(minutes=recipe.collective_timeout_minutes)
+    groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
+    try:
+        StageRun(recipe, stage, run_folder, platform, groups).train()
+    finally:
+        destroy()
+
+
+class StageRun:
+    """One process's view of a stage while it trains."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, run_folder: RunFolder, platform: Platform, groups: Groups) -> None:
+        if stage.batch % groups.dp_size:
+            raise UserError(
+                f"batch={stage.batch} packs cannot be shared out evenly to {groups.dp_size} data-parallel ranks"
+            )
+        self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
+        self.run_folder = run_folder
+        self.packs_per_replica = stage.batch // groups.dp_size
+        self.rejected_total = 0
+        self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
+        self.step = 0
+
+    def train(self) -> None:
+        """Everything between joining the run and leaving it."""
+        stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
+        resume_from = find_latest(stage_folder)
+        description = read_description(resume_from) if resume_from else None
+        if resume_from and description:
+            require_same_model(resume_from, description, self.recipe.model.eagle())
+            if description.complete and description.steps == self.stage.steps:
+                self._say(f"{self.stage.name} is complete: {description.step} steps, {resume_from}")
+                return
+            self.step, self.rejected_total = description.step, description.rejected_total
+            self.peak_rss_bytes = description.peak_rss_bytes
+            if self.step > self.stage.steps:
+                raise UserError(
+                    f"{resume_from} is at step {self.step}, stage '{self.stage.name}' has only {self.stage.steps} steps"
+                )
+        first_weights = None if resume_from else self._first_weights()
+        _seed(self.recipe.seed, self.groups)
+        engine = build_engine(self.recipe, self.stage, self.platform)
+        position = None
+        if resume_from and description:
+            position = load_training_state(resume_from, description, engine, self.groups)
+        elif first_weights:
+            load_weights(first_weights, engine.models)
+            engine.optimizer.reload_model_params()
+        stream = self._open_stream(position)
+        self._say(self._opening_line(engine, resume_from or first_weights))
+        self._train(engine, stream, stage_folder)
+
+    def _first_weights(self) -> Path | None:
+        """The checkpoint this stage starts from: the stage before, or the recipe's initial weights."""
+        before = self.recipe.stage_before(self.stage)
+        if before is None:
+            given = self.recipe.model.initial_weights
+            checkpoint = Path(given) if given else None
+        else:
+            checkpoint = find_latest(self.run_folder.stage_checkpoints(before.name))
+            if checkpoint is None:
+                raise UserError(
+                    f"stage '{self.stage.name}' starts from '{before.name}', which has no checkpoint in "
+                    f"{self.run_folder.stage_checkpoints(before.name)}; train it first"
+                )
+        if checkpoint is None:
+            return None
+        description = read_description(checkpoint)
+        require_same_model(checkpoint, description, self.recipe.model.eagle())
+        if before is not None and not description.complete:
+            raise UserError(
+                f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"
+            )
+        return checkpoint
+
+    def _open_stream(self, position: bytes | None) -> PackStream | None:
+        """The reader's stream of packs; a failure on one reader is everybody's."""
+        stream, message = None, None
+        if self.groups.is_reader:
+            try:
+                stream = PackStream(
+                    self.recipe.data_settings(self.stage),
+                    load_tokenizer(self.recipe.tokenizer.kind, Path(self.recipe.tokenizer.path)),
+                    rank=self.groups.dp_rank,
+                    world_size=self.groups.dp_size,
+                    seed=self.recipe.seed + self.recipe.stages.index(self.stage),
+                    workers=self.recipe.reading.workers,
+                )
+                if position is not None:
+                    stream.restore(position)
+            except UserError as error:
+                message = str(error)
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        if any(messages):
+            raise UserError(next(text for text in messages if text))
+        return stream
+
+    def _train(self, engine: Engine, stream: PackStream | None, stage_folder: Path) -> None:
+        log = self._open_log()
+        try:
+            while self.step < self.stage.steps:
+                record = self._one_step(engine, stream)
+                if log and record:
+                    log.step(record)
+                if self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
+                    self._save(engine, stream, stage_folder)
+        finally:
+            if log:
+                log.close()
+
+    def _one_step(self, engine: Engine, stream: PackStream | None) -> StepRecord | None:
+        """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
+        started = time.perf_counter()
+        read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
+        batches = hand_round(read, self.groups, self.platform.device)
+        waited = time.perf_counter() - started
+        normalised = normalise_weights(
+            batches,
+            self.stage.loss_normaliser,
+            packs_in_step=self.stage.batch,
+            data_parallel_group=self.groups.dp,
+        )
+        loss, grad_norm = engine.step(normalised)
+        self.step += 1
+        return self._record(engine, batches, loss, grad_norm, waited, started)
+
+    def _record(
+        self,
+        engine: Engine,
+        batches: Sequence[PackedBatch],
+        loss: float,
+        grad_norm: float,
+        waited: float,
+        started: float,
+    ) -> StepRecord | None:
+        own = loss if self.groups.is_last_stage and self.groups.tp_rank == 0 else 0.0
+        total = torch.tensor([own], dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(total)
+        if not math.isfinite(float(total)):
+            ids = [identity for batch in batches for identity in batch.sample_ids]
+            raise RuntimeError(
+                f"{self.stage.name} step {self.step}: loss is {float(total)}; samples of this replica: {ids}"
+            )
+        if not self.groups.is_reader:
+            return None
+        counts = _gather([_Counts.of(batches)], self.groups)
+        if self.groups.rank != 0:
+            return None
+        rejected = [item for part in counts for item in part.rejected]
+        self.rejected_total += len(rejected)
+        return StepRecord(
+            stage=self.stage.name,
+            step=self.step,
+            steps=self.stage.steps,
+            loss=float(total),
+            learning_rate=engine.learning_rate,
+            grad_norm=grad_norm,
+            useful_tokens=sum(part.useful_tokens for part in counts),
+            tokens=self.stage.batch * self.stage.pack_length,
+            tiles=sum(part.tiles for part in counts),
+            seconds=time.perf_counter() - started,
+            data_wait=waited,
+            sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
+            rejected_total=self.rejected_total,
+            rejected=rejected,
+        )
+
+    def _save(self, engine: Engine, stream: PackStream | None, stage_folder: Path) -> None:
+        description = Description(
+            stage=self.stage.name,
+            step=self.step,
+            steps=self.stage.steps,
+            model=asdict(self.recipe.model.eagle()),
+            layout=asdict(self.recipe.stage_layout(self.stage)),
+            data_parallel_size=self.groups.dp_size,
+            trainable_parameters=engine.trainable_parameters,
+            rejected_total=self.rejected_total,
+            peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
+        )
+        position = stream.state() if stream else None
+        started = time.perf_counter()
+        path = save_checkpoint(
+            stage_folder, description, engine, self.groups, position, keep=self.stage.keep_checkpoints
+        )
+        self._say(f"{self.stage.name} saved {path} in {time.perf_counter() - started:.1f}s")
+
+    def _peak_rss_bytes(self) -> int:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        total = torch.tensor([kilobytes], dtype=torch.int64, device=self.platform.device)
+        dist.all_reduce(total)
+        return int(total) * 1024
+
+    def _open_log(self) -> TrainingLog | None:
+        if self.groups.rank != 0:
+            return None
+        settings = self.recipe.log
+        return TrainingLog(
+            self.run_folder.path,
+            stage=self.stage.name,
+            total_steps=self.stage.steps,
+            tensorboard=settings.tensorboard,
+            wandb_project=settings.wandb_project,
+            resumed_at=self.step,
+        )
+
+    def _opening_line(self, engine: Engine, start: Path | None) -> str:
+        layout, stage = self.recipe.stage_layout(self.stage), self.stage
+        origin = "random weights" if start is None else str(start)
+        return (
+            f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {', '.join(stage.trainable)} "
+            f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
+            f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} on {self.platform.device.type}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.groups.rank == 0:
+            print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What one replica read in a step."""
+
+    sample_ids: list[str]
+    useful_tokens: int
+    tiles: int
+    rejected: list[tuple[str, str]]
+
+    @staticmethod
+    def of(batches: Sequence[PackedBatch]) -> "_Counts":
+        return _Counts(
+            sample_ids=[identity for batch in batches for identity in batch.sample_ids],
+            useful_tokens=sum(batch.useful_tokens for batch in batches),
+            tiles=sum(len(batch.tiles) for batch in batches),
+            rejected=[item for batch in batches for item in batch.rejected],
+        )
+
+
+def _gather(own: list[Any], groups: Groups) -> list[Any]:
+    """The readers' values; only readers call this, their data-parallel group is all of them."""
+    if groups.dp_size == 1:
+        return own
+    parts: list[Any] = [None] * groups.dp_size
+    dist.all_gather_object(parts, own[0], group=groups.dp)
+    return parts
+
+
+def _seed(seed: int, groups: Groups) -> None:
+    """Pipeline stages draw different weights; Megatron derives what must differ between tensor-parallel ranks."""
+    own = seed + 100 * groups.pp_rank
+    random.seed(own)
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
