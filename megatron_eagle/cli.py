@@ -198,12 +198,13 @@ def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "conversation JSONL to Energon shards",
         "Each line is one sample in the LLaVA/ShareGPT form\n"
         '{"id", "image": path or list of paths, "conversations": [{"from", "value"}]}.\n'
-        "Image paths are relative to the JSONL file. Bad samples are listed in OUT/rejected.jsonl with line, id and\n"
-        "reason; the good ones are kept.",
+        "Image paths are relative to the JSONL's folder. Bad samples are listed in OUT/rejected.jsonl with line, id\n"
+        "and reason; the good ones are kept.",
         "  megatron-eagle data build samples.jsonl data/train --max-rejected 10\n",
     )
     build.add_argument("samples", type=Path, metavar="SAMPLES.jsonl")
     build.add_argument("out", type=Path, metavar="OUT")
+    build.add_argument("--media-root", type=Path, default=None, help="folder of the images (default: the JSONL's)")
     build.add_argument(
         "--max-rejected", type=int, default=0, help="fail when more samples than this are bad (default: 0)"
     )
@@ -224,7 +225,11 @@ def _data_build(options: argparse.Namespace) -> None:
     from megatron_eagle.data.build import build_dataset
 
     report = build_dataset(
-        options.samples, options.out, max_rejected=options.max_rejected, samples_per_shard=options.samples_per_shard
+        options.samples,
+        options.out,
+        media_root=options.media_root,
+        max_rejected=options.max_rejected,
+        samples_per_shard=options.samples_per_shard,
     )
     print(f"{options.out}: {report.read} samples read, {report.written} written, {report.rejected} rejected")
 

@@ -44,7 +44,14 @@ class SmallRun:
     def settings(self, **changes: Any) -> dict[str, Any]:
         """The recipe as plain data: stages ``first`` (connector only) and ``second`` (everything)."""
         data = [{"path": str(self.folder / "train")}]
-        stage = {"pack_length": 512, "batch": 2, "learning_rate": 1e-3, "blend": data, "checkpoint_every": 3, "steps": 6}
+        stage = {
+            "pack_length": 512,
+            "batch": 2,
+            "learning_rate": 1e-3,
+            "blend": data,
+            "checkpoint_every": 3,
+            "steps": 6,
+        }
         recipe: dict[str, Any] = {
             "name": "small",
             "model": {"preset": "tiny", "encoders": ENCODERS, "language": LANGUAGE},

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Aligned columns; what a tier does not measure stays empty, the reasons and remarks stand at the end of the line."""
+    """Aligned columns; what a tier does not measure stays empty, reasons and remarks stand at the end of the line."""
     cells = [HEADER, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
     details = ["", *(row.detail for row in rows)]

@@ -1,7 +1,7 @@
 """Where a kernel may run, decided in one place: CUDA, or the CPU when Triton interprets its kernels.
 
-Without this check a CPU tensor fails deep inside Triton ("0 active drivers"), and bfloat16 in the interpreter does not fail
-at all: Triton 3.7 computes on the raw bits there and returns nonsense. The callers choose between kernel and reference.
+Without this check a CPU tensor fails deep inside Triton ("0 active drivers"), and bfloat16 in the interpreter does not
+fail at all: Triton 3.7 computes on the raw bits and returns nonsense. Callers choose between kernel and reference.
 """
 
 import torch
@@ -25,11 +25,13 @@ def require_device(op: str, *tensors: Tensor) -> None:
         raise RuntimeError(f"{op} needs all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
     device = devices.pop()
     if device.type == "cuda":
+        if device.index != torch.cuda.current_device():  # Triton launches there, whatever the tensors say
+            raise RuntimeError(f"{op} got tensors on {device} while device {torch.cuda.current_device()} is current")
         return
     if device.type != "cpu" or not INTERPRETED:
         raise RuntimeError(
-            f"{op} is a Triton kernel and got tensors on {device}: move them to CUDA, set TRITON_INTERPRET=1 before Python "
-            f"starts to interpret the kernel on the CPU (slow, for tests), or call eagle_kernels.{op}.reference"
+            f"{op} is a Triton kernel and got tensors on {device}: move them to CUDA, set TRITON_INTERPRET=1 before "
+            f"Python starts to interpret the kernel on the CPU (slow, for tests), or call {op}_reference"
         )
     if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
         _require_correct_bfloat16(op)

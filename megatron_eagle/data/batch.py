@@ -39,9 +39,8 @@ class PackedBatch:
     def __post_init__(self) -> None:
         length = len(self.tokens)
         if int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != length:
-            raise ValueError(
-                f"cu_seqlens runs from {int(self.cu_seqlens[0])} to {int(self.cu_seqlens[-1])}, the pack is 0 to {length}"
-            )
+            first, last = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
+            raise ValueError(f"cu_seqlens runs from {first} to {last}, the pack is 0 to {length}")
         if len(self.tiles) != len(self.tile_slots):
             raise ValueError(f"{len(self.tiles)} tiles but {len(self.tile_slots)} tile_slots")
 
@@ -56,5 +55,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with every tensor on ``device``."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return PackedBatch(**{**vars(self), **moved})

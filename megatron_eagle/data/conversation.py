@@ -167,7 +167,7 @@ def encode_conversation(
     """Token ids and labels of a whole conversation.
 
     tiles: tiles of each image, thumbnail included.
-    system: text of the system turn of a conversation that brings none.
+    system: text of the system turn of a conversation that brings none; empty for no such turn.
     """
     writer = _Writer(tokenizer, tiles, tokens_per_tile)
     writer.turns(conversation.turns, system)
@@ -211,8 +211,8 @@ class _Writer:
         self._labels += ids if learned else [IGNORE_LABEL] * len(ids)
 
     def turns(self, turns: Sequence[Turn], system: str) -> None:
-        """All turns, with a system turn of the text ``system`` before them if they bring none."""
-        if not turns or turns[0].role != "system":
+        """All turns; if they bring no system turn, one of the text ``system``, if any, before them."""
+        if system and (not turns or turns[0].role != "system"):
             turns = [Turn("system", system), *turns]
         for turn in turns:
             self.header(turn.role)

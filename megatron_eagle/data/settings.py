@@ -35,7 +35,7 @@ class DataSettings:
     tile_size, min_tiles, max_tiles, tiling_rule: see ``tiling.Tiling``.
     tokens_per_tile: tokens a tile becomes; follows from the encoders (Eagle: 256).
     max_tiles_per_pack: optional second bound of a pack, for the encoders' memory.
-    system: system turn of conversations that bring none.
+    system: system turn of conversations that bring none; empty for no such turn.
     packing: ``balanced`` or ``best_fit`` (see ``packing.py``).
     packing_buffer: samples looked at together when packs are chosen, per reader process.
     packing_delta: packs more than a buffer needs, ``balanced`` only; None: 1 in 50, measured to cost the least

@@ -35,17 +35,19 @@ Quality = Literal["broad", "fine"]
 Grid = tuple[int, int]
 T = TypeVar("T")
 
+NUMBERS = (10, 49)
+
 TASKS = ("word", "number", "shape", "count", "chart", "compare", "text")
 TASK_SHARES: dict[Quality, dict[str, float]] = {
-    "broad": {"word": 4, "number": 4, "shape": 3, "count": 3, "chart": 3, "compare": 3, "text": 2},
-    "fine": {"word": 4, "number": 4, "shape": 1, "count": 3, "chart": 4, "compare": 3, "text": 1},
+    "broad": {"word": 4, "number": 4, "shape": 3, "count": 3, "chart": 3, "compare": 3, "text": 3},
+    "fine": {"word": 4, "number": 4, "shape": 1, "count": 3, "chart": 4, "compare": 3, "text": 2},
 }
 """How often a task is drawn. Broad: everything (Eagle 2's stage 1.5); fine: more of the hard tasks (stage 2)."""
 SIDE_SHARES: dict[Quality, float] = {"broad": 0.5, "fine": 0.25}
 """How often a side question is asked in training; the held-out split always asks them all."""
 
 COMMON_GRIDS: dict[str, dict[Grid, float]] = {
-    "word": {(1, 1): 6, (2, 1): 4},
+    "word": {(1, 1): 8, (2, 1): 2},
     "number": {(1, 1): 8, (2, 1): 2},
     "shape": {(1, 1): 9, (2, 1): 1},
     "count": {(1, 1): 9, (2, 1): 1},
@@ -72,12 +74,13 @@ def generate(out_dir: Path, *, split: Split, samples: int, seed: int, quality: Q
     """Write ``samples`` records and their pictures into ``out_dir``; return the path of its ``samples.jsonl``.
 
     The same arguments give the same bytes. ``split`` decides the wordings and is part of the seed, so that no
-    held-out picture is drawn from the same numbers as a training picture; tasks of the held-out split come in equal
-    shares and ``quality`` is not used there.
+    held-out picture is drawn from the same random numbers as a training picture. The held-out split asks every
+    question of every task in equal shares; ``quality`` is not used there.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "images").mkdir(exist_ok=True)
-    rng = random.Random(f"{split}/{quality if split == 'train' else ''}/{seed}")
+    name = quality if split == "train" else split
+    rng = random.Random(f"{name}/{seed}")
     shares = TASK_SHARES[quality] if split == "train" else dict.fromkeys(TASKS, 1.0)
     side_share = SIDE_SHARES[quality] if split == "train" else 1.0
     path = out_dir / "samples.jsonl"
@@ -85,7 +88,7 @@ def generate(out_dir: Path, *, split: Split, samples: int, seed: int, quality: Q
         for index in range(samples):
             task = _draw(shares, rng) if split == "train" else TASKS[index % len(TASKS)]
             sample = _sample(task, split, side_share, rng)
-            file.write(json.dumps(_record(sample, f"{split}-{index:05d}", out_dir, rng)) + "\n")
+            file.write(json.dumps(_record(sample, f"{name}-{index:05d}", out_dir)) + "\n")
     return path
 
 
@@ -124,13 +127,14 @@ def _scene(task: str, rng: random.Random) -> Scene:
         case "word":
             return PrintScene(rng.choice(WORDS), colour)
         case "number":
-            return PrintScene(str(rng.randint(10, 99)), colour)
+            return PrintScene(str(rng.randint(*NUMBERS)), colour)
         case "count":
-            return CountScene(shape, colour, rng.randint(1, MAX_COUNT))
+            return CountScene(colour, rng.randint(1, MAX_COUNT))
         case "chart":
             colours = rng.sample(list(COLOURS), rng.randint(2, 5))
-            heights = rng.sample(range(1, 8), len(colours))
-            return ChartScene(tuple((name, height / 7) for name, height in zip(colours, heights, strict=True)))
+            heights = [*rng.sample(range(1, 6), len(colours) - 1), rng.choice((7, 8))]
+            shares = [height / 8 for height in rng.sample(heights, len(heights))]
+            return ChartScene(tuple(zip(colours, shares, strict=True)))
         case _:
             return ShapeScene(shape, colour)
 
@@ -153,7 +157,7 @@ def _sample(task: str, split: Split, side_share: float, rng: random.Random) -> _
     return _Sample(task, (draw_scene(scene, _size(task, rng), rng),), scene_turns(scene, task, split, side_share, rng))
 
 
-def _record(sample: _Sample, name: str, out_dir: Path, rng: random.Random) -> dict[str, object]:
+def _record(sample: _Sample, name: str, out_dir: Path) -> dict[str, object]:
     """Save the pictures and return the LLaVA record; pictures come first, one ``<image>`` line each."""
     paths = []
     for number, image in enumerate(sample.images):

@@ -27,6 +27,8 @@ COLOURS: dict[str, Colour] = {
 }
 PAPER_COLOURS: tuple[Colour, ...] = ((255, 255, 255), (246, 246, 242))
 MAX_COUNT = 5
+LETTER_SHARE = (0.4, 0.7)
+"""Font size of a word and of a number, as a share of the picture's shorter side."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,14 @@ class ShapeScene:
 
 @dataclass(frozen=True)
 class CountScene:
-    """``count`` copies of one shape in one colour, none touching another."""
+    """``count`` equal dots in one colour, none touching another."""
 
-    shape: str
     colour: str
     count: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_COUNT:
-            raise ValueError(f"a counting scene holds 1 to {MAX_COUNT} shapes, not {self.count}")
+            raise ValueError(f"a counting scene holds 1 to {MAX_COUNT} dots, not {self.count}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def draw_scene(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image
         case ShapeScene(shape, colour):
             side = min(size) * rng.uniform(0.75, 0.92)
             SHAPES[shape](pen, _box_within((0, 0, *size), side, rng), _shade(colour, rng))
-        case CountScene(shape, colour, count):
+        case CountScene(colour, count):
+            ink, share = _shade(colour, rng), rng.uniform(0.75, 0.85)
             for cell in rng.sample(_cells(size), count):
-                side = min(cell[2] - cell[0], cell[3] - cell[1]) * rng.uniform(0.75, 0.9)
-                SHAPES[shape](pen, _box_within(cell, side, rng), _shade(colour, rng))
+                side = min(cell[2] - cell[0], cell[3] - cell[1]) * share
+                SHAPES["circle"](pen, _box_within(cell, side, rng), ink)
         case PrintScene(text, colour):
             _print(pen, text, size, _shade(colour, rng), rng)
         case ChartScene(bars):
@@ -106,7 +108,7 @@ def _box_within(area: Box, side: float, rng: random.Random) -> Box:
 
 
 def _cells(size: tuple[int, int]) -> list[Box]:
-    """At least MAX_COUNT equal cells, as square as the picture allows, so that shapes never touch."""
+    """At least MAX_COUNT equal cells, as square as the picture allows, so that dots never touch."""
     width, height = size
     best = max(
         ((columns, rows) for columns in range(1, MAX_COUNT + 1) for rows in range(1, MAX_COUNT + 1)
@@ -128,17 +130,17 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _print(pen: ImageDraw.ImageDraw, text: str, size: tuple[int, int], ink: Colour, rng: random.Random) -> None:
-    """Print ``text`` as large as the picture allows (or up to a tenth smaller), near the middle."""
+    """Print ``text`` near the middle, its letters a fixed share of the picture (smaller if it would not fit)."""
     width, height = size
     probe = _font(100).getbbox(text)
-    fit = min(0.92 * width / (probe[2] - probe[0]), 0.8 * height / (probe[3] - probe[1]))
-    font = _font(max(8, int(100 * fit * rng.uniform(0.9, 1.0))))
+    fit = min(0.94 * width / (probe[2] - probe[0]), LETTER_SHARE[text.isdigit()] * min(width, height) / 100)
+    pixels = max(8, int(100 * fit * rng.uniform(0.95, 1.0)))
+    font = _font(pixels)
     left, top, right, bottom = font.getbbox(text)
-    slack_x, slack_y = width - (right - left), height - (bottom - top)
-    x = slack_x * rng.uniform(0.35, 0.65) - left
-    y = slack_y * rng.uniform(0.35, 0.65) - top
+    x = (width - (right - left)) * rng.uniform(0.4, 0.6) - left
+    y = (height - (bottom - top)) * rng.uniform(0.4, 0.6) - top
     # A stroke of at least one pixel keeps the thin built-in face readable after shrinking to a tile.
-    pen.text((x, y), text, fill=ink, font=font, stroke_width=max(1, int(font.size // 30)), stroke_fill=ink)
+    pen.text((x, y), text, fill=ink, font=font, stroke_width=max(1, pixels // 30), stroke_fill=ink)
 
 
 def _chart(

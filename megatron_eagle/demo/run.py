@@ -8,12 +8,13 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_eagle.data.build import build_dataset
+from megatron_eagle.data.conversation import MARKER, ROLES
 from megatron_eagle.data.shards import iterate_samples
 from megatron_eagle.data.tokenizer import train_sentencepiece
 from megatron_eagle.demo.dataset import Quality, Split, generate
@@ -90,9 +91,12 @@ def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int) -> None:
         train_sentencepiece(texts, tokenizer, vocab_size)
 
 
-def _texts(samples: Path) -> list[str]:
-    records = (json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines())
-    return [turn["value"] for record in records for turn in record["conversations"]]
+def _texts(samples: Path) -> Iterator[str]:
+    """What the model will read, as it will read it: the tokenizer should have pieces for the roles' headers, too."""
+    for line in samples.read_text(encoding="utf-8").splitlines():
+        for turn in json.loads(line)["conversations"]:
+            yield f"{ROLES[turn['from']]}\n"
+            yield from (text for text in turn["value"].split(MARKER) if text)
 
 
 def _command(*arguments: str) -> None:
@@ -129,9 +133,8 @@ def _last(folder: Path, stage: str) -> Description:
 
 
 def _examples(folder: Path) -> list[Example]:
-    images = {
-        conversation.id: list(pictures) for conversation, pictures in iterate_samples(folder / "data" / "heldout")
-    }
+    heldout = iterate_samples(folder / "data" / "heldout")
+    images = {stored.conversation.id: list(stored.images) for stored in heldout}
     return [
         Example(
             task=p.task,

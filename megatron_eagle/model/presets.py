@@ -68,9 +68,9 @@ _TINY = EagleConfig(
     encoders=(
         {
             "kind": "siglip",
-            "hidden_size": 96,
+            "hidden_size": 64,
             "intermediate_size": 192,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "image_size": 64,
             "patch_size": 8,
@@ -78,19 +78,20 @@ _TINY = EagleConfig(
         {
             "kind": "convnext",
             "depths": (1, 1, 2, 1),
-            "hidden_sizes": (24, 48, 96, 192),
+            "hidden_sizes": (16, 32, 64, 128),
             "image_size": 128,
-            "layer_scale_init_value": 0.1,  # 1e-6 is for long training; these blocks would not wake up in a demo
+            "layer_scale_init_value": 1.0,  # 1e-6 is for long training; these blocks would not wake up in a demo
         },
     ),
     language=QwenConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=512,
+        vocab_size=640,
         tie_word_embeddings=True,
+        initializer_range=0.1,
     ),
 )
 

@@ -127,6 +127,7 @@ def save_checkpoint(
         _sharded_state(engine, is_loading=False),
         str(partial),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        preprocess_common_before_consistancy_check=_without_optimizer,
         content_metadata=_CONTENT,
     )
     torch.save(_process_state(data_position), _process_file(partial, groups))
@@ -173,6 +174,11 @@ def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     state["optimizer"] = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_CONTENT)
     state["scheduler"] = engine.scheduler.state_dict()
     return state
+
+
+def _without_optimizer(common: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal on all processes; the optimizer's part is not where a process has nothing to train."""
+    return {name: value for name, value in common.items() if name != "optimizer"}
 
 
 def _load_weights(models: Sequence[EagleModel], state: dict[str, Any]) -> None:

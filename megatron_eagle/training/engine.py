@@ -87,6 +87,8 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform) -> Engine:
         DistributedDataParallel(config, buckets, model, disable_bucketing=number > 0)
         for number, model in enumerate(wrapped)
     ]
+    for chunk in chunks:
+        _count_padding_as_content(chunk)
     optimizer = _build_optimizer(settings, stage, recipe.precision, chunks)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _finalize_without_division
@@ -180,6 +182,20 @@ def _finalize_without_division(
     model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any
 ) -> None:
     finalize_model_grads(model, None, **arguments)
+
+
+def _count_padding_as_content(chunk: DistributedDataParallel) -> None:
+    """Make the distributed optimizer save what belongs to each parameter.
+
+    megatron-core 0.16.1 joins the buckets of a gradient buffer without the padding at their ends and then cuts out each
+    parameter at its place *with* padding: after the first bucket whose length is no multiple of 128, every parameter is
+    saved with its neighbour's optimizer state, and the last elements with zeros (a warning calls it issue 504). Buckets
+    that count their padding as content have both in the same place.
+    """
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
 
 
 def _build_optimizer(

@@ -207,3 +207,10 @@ def test_a_question_without_answer_is_a_prompt_too(tokenizer):
 def test_tiles_must_be_given_for_every_image(tokenizer):
     with pytest.raises(ValueError, match="2 images were shown, 3 were given"):
         encode_conversation(CHAT, tokenizer, [1, 1, 1], 4)
+
+
+def test_an_empty_system_text_means_no_system_turn(tokenizer) -> None:
+    record = {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    tokens = encode_conversation(parse_record(record), tokenizer, [], 4, system="").tokens.tolist()
+    header = [tokenizer.im_start, *tokenizer.encode("user\n")]
+    assert tokens[: len(header)] == header and tokens.count(tokenizer.im_start) == 2

@@ -36,7 +36,7 @@ def eagle2_grid(width: int, height: int) -> tuple[int, int]:
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("embedded")
     return {
-        "broad": generate(root / "broad", split="train", samples=1200, seed=5).parent,
+        "broad": generate(root / "broad", split="train", samples=2500, seed=5).parent,
         "fine": generate(root / "fine", split="train", samples=300, seed=5, quality="fine").parent,
         "heldout": generate(root / "heldout", split="heldout", samples=280, seed=5).parent,
     }
@@ -78,9 +78,11 @@ def test_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_records_are_llava_records(sets: dict[str, Path]) -> None:
+    everything = {name: read(folder) for name, folder in sets.items()}
+    ids = [record["id"] for records in everything.values() for record in records]
+    assert len(set(ids)) == len(ids)
     for name, folder in sets.items():
-        records = read(folder)
-        assert len({record["id"] for record in records}) == len(records)
+        records = everything[name]
         assert {record["task"] for record in records} == set(TASKS)
         for record in records:
             roles = [turn["from"] for turn in record["conversations"]]
@@ -262,7 +264,7 @@ def test_every_shape_looks_different() -> None:
 
 def test_impossible_scenes_are_refused() -> None:
     with pytest.raises(ValueError, match="not 0"):
-        CountScene("circle", "red", 0)
+        CountScene("red", 0)
     with pytest.raises(ValueError, match="distinct"):
         ChartScene((("red", 0.5), ("blue", 0.5)))
     assert draw_scene(ShapeScene("star", "blue"), (60, 90), random.Random(0)).size == (60, 90)

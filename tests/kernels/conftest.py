@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 WORKER = Path(__file__).with_name("interpreter_worker.py")
 
@@ -83,13 +84,20 @@ def _stop() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _bfloat16_as_on_a_gpu(request: pytest.FixtureRequest) -> None:
+def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interpreted tests compute bfloat16 as a GPU does and get memory full of NaN from torch.empty and its like."""
     from eagle_kernels.device import INTERPRETED
 
-    if INTERPRETED and request.node.get_closest_marker("interpreter"):
-        from eagle_kernels.checking.interpreter import correct_bfloat16
+    if not INTERPRETED or request.node.get_closest_marker("interpreter") is None:
+        yield
+        return
+    from eagle_kernels.checking.interpreter import correct_bfloat16
+    from eagle_kernels.checking.tiers import poison_memory
 
-        correct_bfloat16()
+    correct_bfloat16()
+    poison_memory()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The worker of conftest.py: reads node ids from standard input, answers each with a JSON line [outcome, text].
 
-It is a plain pytest run per test in one process, so imports and rewritten kernels are paid for once. Only the conftest.py
-beside this file applies: the kernels need nothing of the trainer, and nor do their tests.
+It is a plain pytest run per test in one process, so imports and rewritten kernels are paid for once. Only the
+conftest.py beside this file applies: the kernels need nothing of the trainer, and nor do their tests.
 """
 
 import json
@@ -34,7 +34,7 @@ class Recorder:
 
 
 def main() -> None:
-    """Answers go to the real standard output; what pytest and the tests print is thrown away, failures carry their own."""
+    """Answers go to the real standard output; what pytest and the tests print there is thrown away."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for line in sys.stdin:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from eagle_kernels.checking.interpreter import narrow, widen
 
 pytestmark = pytest.mark.interpreter
@@ -70,3 +69,10 @@ def test_rounding_is_that_of_torch_for_every_kind_of_number():
     ours = torch.from_numpy(widen(narrow(values.numpy())).copy())
     assert torch.equal(ours.nan_to_num(7.0), values.bfloat16().float().nan_to_num(7.0))
     assert torch.equal(ours.isnan(), values.isnan())
+
+
+def test_memory_is_poisoned():
+    """Every way in which the kernels' launchers ask for memory; without this an element never written could pass."""
+    tensor = torch.zeros(3, 4)
+    fresh = [tensor.new_empty(5), tensor.new_empty_strided((2, 3), (3, 1)), torch.empty(5), torch.empty_like(tensor)]
+    assert all(memory.isnan().all() for memory in fresh)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -112,12 +111,13 @@ def losses_and_gradients(
     batches: list[PackedBatch],
     frozen: tuple[str, ...] = (),
     overlap: bool = False,
+    warm_up: list[PackedBatch] | None = None,
     **options: Any,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Loss of each batch and gradients by global name, through Megatron's schedule and DistributedDataParallel.
 
-    Runs in every process of a world. Losses are empty but on the last stage; gradients are this process's slices,
-    brought to full shape by ``compare_gradients``'s caller or used as they are where tp=1.
+    Runs in every process of a world. Losses are empty but on the last stage; gradients are this process's slices.
+    warm_up: batches of a step made before, whose gradients are dropped.
     """
     start(layout)
     models = build(config, layout, **options)
@@ -129,20 +129,21 @@ def losses_and_gradients(
         grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=5000 if overlap else None
     )
     chunks = [DistributedDataParallel(megatron_config, ddp, model) for model in models]
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
     if overlap:
         megatron_config.no_sync_func = chunks[0].no_sync
-    losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if layout.vpp else iter(batches),
-        model=chunks if layout.vpp else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=batches[0].length,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    finalize_model_grads(chunks)
+    for step in [warm_up, batches] if warm_up else [batches]:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        losses = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(step) for _ in chunks] if layout.vpp else iter(step),
+            model=chunks if layout.vpp else chunks[0],
+            num_microbatches=len(step),
+            seq_length=step[0].length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        finalize_model_grads(chunks)
     gradients = {
         weight.name: weight.parameter.main_grad.clone()
         for model in models
@@ -174,7 +175,3 @@ def _forward_step(batches: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
 def _weighted(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss = (losses * weights).sum()
     return loss, torch.tensor(1, dtype=torch.int), {"loss": loss.detach()}
-
-
-def process_rank() -> int:
-    return dist.get_rank()

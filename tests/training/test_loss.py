@@ -30,7 +30,9 @@ def pack(*label_counts: int, length: int = 32) -> PackedBatch:
     )
 
 
-def losses_by_sample(packs: list[PackedBatch], losses: list[torch.Tensor], counts: list[list[int]]) -> list[tuple[int, float]]:
+def losses_by_sample(
+    packs: list[PackedBatch], losses: list[torch.Tensor], counts: list[list[int]]
+) -> list[tuple[int, float]]:
     """(n_i, mean loss of sample i), taken apart without looking at the weights."""
     found = []
     for batch, loss, sizes in zip(packs, losses, counts, strict=True):

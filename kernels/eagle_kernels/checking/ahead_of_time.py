@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs that are not there and reads registers, spills, shared memory and tensor-core use.
 
 Triton's wheel brings NVIDIA's assembler, so PTX and machine code can be made anywhere. A configuration that is too big
-compiles without complaint and fails at launch, or runs slowly from spilled registers; hence the budget. What this cannot
-show: that the code is right, or how fast it is.
+compiles without complaint and fails at launch, or runs slowly from spilled registers; hence the budget. What this
+cannot show: that the code is right, or how fast it is.
 """
 
 import re
@@ -29,7 +29,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Build:
-    """One configuration built for one architecture. ``wgmma``, ``mma`` and ``tcgen05`` count instructions in the PTX."""
+    """One configuration built for one architecture; ``wgmma``, ``mma``, ``tcgen05`` count instructions in the PTX."""
 
     label: str
     architecture: int
@@ -103,7 +103,12 @@ def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(architecture).path, "-v", "--regAllocOptLevel=2"]
-        command += [f"--gpu-name={sm_arch_from_capability(architecture)}", str(source), "-o", str(Path(folder, "kernel.o"))]
+        command += [
+            f"--gpu-name={sm_arch_from_capability(architecture)}",
+            str(source),
+            "-o",
+            str(Path(folder, "kernel.o")),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -1,10 +1,11 @@
 """Makes Triton's CPU interpreter compute bfloat16 correctly, so that the dtype of training is tested without a GPU.
 
-Triton 3.7 keeps a bfloat16 block as its raw 16 bits in a numpy array of integers. Loads and stores are right; nearly all
-else works on the integers and returns nonsense without an error (sums, comparisons, ``tl.dot``), and float32 -> bfloat16
-cuts off instead of rounding. Here a bfloat16 block is kept as float32 that holds bfloat16 values: narrowed when stored,
-rounded to nearest even whenever an operation makes a new block. That is the arithmetic of the GPU for casts, elementwise
-operations and products accumulated in float32; reductions in bfloat16 itself may round in another order than on a GPU.
+Triton 3.7 keeps a bfloat16 block as its raw 16 bits in a numpy array of integers. Loads and stores are right; nearly
+all else works on the integers and returns nonsense without an error (sums, comparisons, ``tl.dot``), and float32 ->
+bfloat16 cuts off instead of rounding. Here a bfloat16 block is kept as float32 that holds bfloat16 values: narrowed
+when stored, rounded to nearest even whenever an operation makes a new block. That is the arithmetic of the GPU for
+casts, elementwise operations and products accumulated in float32; reductions in bfloat16 itself may round in another
+order than on a GPU.
 
 The correction replaces private functions of Triton, hence the check of the version. Bfloat16 atomics stay unsupported.
 """
@@ -30,7 +31,9 @@ def bfloat16_is_corrected() -> bool:
 def correct_bfloat16() -> None:
     """Corrects bfloat16 for every kernel interpreted in this process from now on. Calling it again does nothing."""
     if not INTERPRETED:
-        raise RuntimeError("kernels are not interpreted in this process: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "kernels are not interpreted in this process: set TRITON_INTERPRET=1 before triton is imported"
+        )
     if not triton.__version__.startswith(TESTED_TRITON):
         raise RuntimeError(f"bfloat16 is corrected for Triton {TESTED_TRITON}x, this is {triton.__version__}")
     if not _state["corrected"]:

@@ -1,7 +1,7 @@
 """What a kernel declares so that it can be checked: value checks, builds for the compile tier, and its roofline.
 
-Each kernel package has an ``entry`` module with one ``ENTRY: KernelEntry``. Names are listed here and imported on demand,
-because a process must settle whether Triton interprets or compiles before any kernel is imported.
+Each kernel package has an ``entry`` module with one ``ENTRY: KernelEntry``. Names are listed here and imported on
+demand, because a process must settle whether Triton interprets or compiles before any kernel is imported.
 """
 
 import importlib
@@ -36,8 +36,8 @@ class Compilation:
     """One kernel with one configuration, to be built for each of ``architectures`` without a GPU.
 
     ``signature`` gives the type of every argument that is not a constexpr ("*bf16", "i32", "fp32"); ``divisible_by_16``
-    names the arguments Triton would find divisible by 16 at launch, which decides whether loads are vectorised. ``chosen``
-    configurations, the ones a launch can pick, must fit the GPU without spilling; the others are printed only.
+    names the arguments Triton would find divisible by 16 at launch, which decides whether loads are vectorised.
+    ``chosen`` configurations, the ones training runs, must fit the GPU without spilling; the others are printed only.
     ``needs_wgmma``: on Hopper, matrix products must have become wgmma.
     """
 
@@ -56,14 +56,18 @@ class Compilation:
         names = set(self.kernel.arg_names)
         described = set(self.signature) | set(self.constexprs)
         if names != described or set(self.signature) & set(self.constexprs):
-            raise ValueError(f"{self.label}: arguments {sorted(names ^ described)} are described not at all or without need")
+            raise ValueError(
+                f"{self.label}: arguments {sorted(names ^ described)} are described not at all or without need"
+            )
         if not set(self.divisible_by_16) <= set(self.signature):
-            raise ValueError(f"{self.label}: divisible_by_16 names {self.divisible_by_16}, not all of them in the signature")
+            raise ValueError(
+                f"{self.label}: divisible_by_16 names {self.divisible_by_16}, not all of them in the signature"
+            )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least a kernel can do: bytes that must cross the memory bus once, and multiply-adds counted as two operations."""
+    """The least a kernel can do: bytes that must cross the memory bus, and operations (a multiply-add is two)."""
 
     bytes_moved: int
     operations: int

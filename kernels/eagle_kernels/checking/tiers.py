@@ -1,7 +1,8 @@
 """The tiers, each in a process of its own, and the rows of their common table.
 
 Whether Triton interprets or compiles is settled when it is imported, so one process cannot do both. ``run`` starts
-``python -m eagle_kernels.checking.tiers TIER KERNEL...`` with the right environment; that process writes one row a line.
+``python -m eagle_kernels.checking.tiers TIER KERNEL...`` with the right environment; that process writes one row a
+line.
 """
 
 import json
@@ -55,7 +56,9 @@ def run(tier: str, kernels: Iterable[str]) -> Iterator[Row]:
                 yield Row(**json.loads(line))
         if process.returncode:
             errors.seek(0)
-            yield Row("all", tier, "process", FAILED, detail=f"exit {process.returncode}: {errors.read()[-2000:].strip()}")
+            yield Row(
+                "all", tier, "process", FAILED, detail=f"exit {process.returncode}: {errors.read()[-2000:].strip()}"
+            )
 
 
 def interpreter(kernels: Iterable[str]) -> Iterator[Row]:
@@ -63,6 +66,7 @@ def interpreter(kernels: Iterable[str]) -> Iterator[Row]:
     from eagle_kernels.checking.interpreter import correct_bfloat16  # refuses to run elsewhere
 
     correct_bfloat16()
+    poison_memory()
     for name in kernels:
         for check in entry(name).checks:
             yield _compared(name, "interpreter", check, torch.device("cpu"))
@@ -73,14 +77,21 @@ def gpu(kernels: Iterable[str]) -> Iterator[Row]:
     if not torch.cuda.is_available():
         yield Row("all", "gpu", "-", SKIPPED, detail="torch finds no CUDA device")
         return
+    poison_memory()
     for name in kernels:
         found = entry(name)
         for check in (*found.checks, *found.gpu_checks):
             yield _compared(name, "gpu", check, torch.device("cuda"))
 
 
+def poison_memory() -> None:
+    """From now on torch fills uninitialised memory with NaN, so that an element never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
 def compiled(kernels: Iterable[str]) -> Iterator[Row]:
-    """Every configuration built for every architecture it is meant for, held to the budget if a launch can choose it."""
+    """Every configuration built for every architecture it is meant for, the chosen ones held to the budget."""
     for name in kernels:
         yield from _builds(entry(name))
 
@@ -89,10 +100,9 @@ def roofline(kernels: Iterable[str]) -> Iterator[Row]:
     """The floor on an H100 that bytes and operations imply; there is nothing to pass."""
     for name in kernels:
         for shape, floor in entry(name).rooflines.items():
-            detail = (
-                f"floor {floor.floor_seconds() * 1e3:.3f} ms on H100: "
-                f"{floor.bytes_moved / 1e9:.2f} GB, {floor.operations / 1e12:.2f} T operations"
-            )
+            detail = f"floor {floor.floor_seconds() * 1e3:.3f} ms on H100: {floor.bytes_moved / 1e9:.2f} GB"
+            if floor.operations:
+                detail += f", {floor.operations / 1e12:.2f} T operations"
             yield Row(name, "roofline", shape, SHOWN, detail=detail)
 
 
@@ -126,15 +136,12 @@ def _builds(found: KernelEntry) -> Iterator[Row]:
                 yield Row(found.name, "compile", case, verdict, detail=f"{type(error).__name__}: {error}"[:500])
                 continue
             over = ahead_of_time.complaints(compilation, built)
-            if not compilation.chosen:
-                verdict = SHOWN
-            else:
-                verdict = FAILED if over else PASSED
+            budget = FAILED if over else PASSED
             yield Row(
                 found.name,
                 "compile",
                 case,
-                verdict,
+                budget if compilation.chosen else SHOWN,
                 registers=built.registers,
                 spilled_bytes=built.spilled_bytes,
                 shared_bytes=built.shared_bytes,

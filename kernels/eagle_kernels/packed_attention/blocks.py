@@ -1,9 +1,9 @@
 """Block shapes of the three attention kernels, by head dimension, element size and GPU generation.
 
 One fixed choice per case instead of autotuning: packs differ at every step, so a tuner keyed on shapes would never stop
-tuning. The choices are those that fill a multiprocessor without spilling registers, read off the compiled kernels
-(``python -m eagle_kernels.check --tier compile``); none was timed yet, ``benchmarks/kernels/bench_packed_attention.py
---sweep`` does that on a GPU.
+tuning. The choices are the largest blocks that spill no registers, read off the compiled kernels (``python -m
+eagle_kernels.check --tier compile``). None was timed yet: ``benchmarks/kernels/bench_packed_attention.py`` times them
+against other choices on a GPU.
 """
 
 from dataclasses import dataclass
@@ -33,24 +33,44 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose_blocks(head_dim: int, element_bytes: int, capability: tuple[int, int]) -> AttentionBlocks:
+def choose_blocks(head_dim: int, element_bytes: int, capability: tuple[int, int], positions: bool) -> AttentionBlocks:
     """The blocks for heads of ``head_dim`` elements of ``element_bytes`` on a GPU of this compute capability.
 
+    ``positions``: query positions are given explicitly, which takes a few registers more, as padding of the head does.
     Raises ValueError if head_dim > 128: dK and dV of a block would no longer fit into registers.
     """
     if not 1 <= head_dim <= 128:
         raise ValueError(f"packed_attention has head dimensions 1 to 128, got {head_dim}")
-    wide = padded_head_dim(head_dim) > 64
     if element_bytes == 4:
-        return FLOAT32_WIDE if wide else FLOAT32_NARROW
-    if capability >= (9, 0):
-        return HOPPER_WIDE if wide else HOPPER_NARROW
-    return AMPERE_WIDE if wide else AMPERE_NARROW
+        return FLOAT32
+    padded = padded_head_dim(head_dim)
+    table = {9: HOPPER, 10: BLACKWELL}.get(capability[0], AMPERE)
+    if padded <= 64:
+        return table["narrow"]
+    if positions:
+        return table["positions"]
+    return table["wide"] if head_dim == padded else table["padded"]
 
 
-AMPERE_WIDE = AttentionBlocks(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2))
-AMPERE_NARROW = AMPERE_WIDE
-HOPPER_WIDE = AMPERE_WIDE
-HOPPER_NARROW = AMPERE_WIDE
-FLOAT32_WIDE = AMPERE_WIDE
-FLOAT32_NARROW = AMPERE_WIDE
+# Blocks of forward, dQ, dK and dV: query rows, keys, warps, stages. On Hopper 8 warps are two warpgroups of 64 rows each.
+HOPPER = {
+    "wide": AttentionBlocks(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    "positions": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
+    "padded": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
+    "narrow": AttentionBlocks(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+}
+BLACKWELL = {
+    "wide": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    "positions": AttentionBlocks(Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 128, 8, 2)),
+    "padded": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    "narrow": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+}
+# Ampere, and the smaller GPUs after it, whose programs have 99 KB of shared memory.
+AMPERE = {
+    "wide": AttentionBlocks(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "positions": AttentionBlocks(Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "padded": AttentionBlocks(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "narrow": AttentionBlocks(Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 2), Blocks(64, 64, 4, 2)),
+}
+# Full float32 products run on the ordinary cores, for tests rather than for training.
+FLOAT32 = AttentionBlocks(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2))

@@ -19,7 +19,7 @@ from eagle_kernels.packed_attention.blocks import AttentionBlocks, choose_blocks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS_PER_PROCESSOR = 4  # with fewer, the longest dK/dV program decides how long the launch takes
-SMALLEST_INTERPRETED = (8, 0)  # the interpreter has no compute capability; any block shape computes the same
+INTERPRETED_CAPABILITY = (8, 0)  # the interpreter has none; with any block shapes it computes the same
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def attend(
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"softmax_scale must be positive and finite, got {scale}")
     if blocks is None:
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else SMALLEST_INTERPRETED
-        blocks = choose_blocks(query.shape[-1], query.element_size(), capability)
+        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else INTERPRETED_CAPABILITY
+        blocks = choose_blocks(query.shape[-1], query.element_size(), capability, query_positions is not None)
     settings = Settings(causal, scale, blocks)
     output, log_sum_exp = PackedAttentionFunction.apply(query, key, value, cu_seqlens, query_positions, settings)
     return output, log_sum_exp
@@ -75,7 +75,7 @@ class PackedAttentionFunction(torch.autograd.Function):
         if grid[0]:
             with torch.cuda.device_of(query):
                 kernels.attention_forward[grid](
-                    query, key, value, output, log_sum_exp, cu_seqlens, _pointer(query_positions, cu_seqlens),
+                    query, key, value, output, log_sum_exp, cu_seqlens, query_positions,
                     len(cu_seqlens) - 1, len(query), len(key), heads, heads // key.shape[1], settings.softmax_scale,
                     *_strides(query, key, value, output), **_constants(query, query_positions, settings.causal),
                     BLOCK_Q=block.queries, BLOCK_K=block.keys, num_warps=block.warps, num_stages=block.stages,
@@ -96,7 +96,6 @@ class PackedAttentionFunction(torch.autograd.Function):
         delta = torch.empty_like(log_sum_exp)
         query_gradient = torch.empty_like(output)
         heads, group = query.shape[1], query.shape[1] // key.shape[1]
-        positions = _pointer(query_positions, cu_seqlens)
         sizes = (len(cu_seqlens) - 1, len(query), len(key))
         strides = _strides(query, key, value, output)
         constants = _constants(query, query_positions, ctx.settings.causal)
@@ -105,8 +104,8 @@ class PackedAttentionFunction(torch.autograd.Function):
         with torch.cuda.device_of(query):
             if grid[0]:
                 kernels.attention_query_gradient[grid](
-                    query, key, value, output, output_gradient, log_sum_exp, _pointer(lse_gradient, log_sum_exp), delta,
-                    query_gradient, cu_seqlens, positions, *sizes, heads, group, scale, *strides, **constants,
+                    query, key, value, output, output_gradient, log_sum_exp, lse_gradient, delta,
+                    query_gradient, cu_seqlens, query_positions, *sizes, heads, group, scale, *strides, **constants,
                     HAS_LSE_GRADIENT=lse_gradient is not None, BLOCK_Q=block.queries, BLOCK_K=block.keys,
                     num_warps=block.warps, num_stages=block.stages,
                 )  # fmt: skip
@@ -120,7 +119,7 @@ class PackedAttentionFunction(torch.autograd.Function):
             if programs:
                 kernels.attention_key_gradients[(programs * splits,)](
                     query, key, value, output_gradient, log_sum_exp, delta, key_gradient, value_gradient, cu_seqlens,
-                    positions, *sizes, key.shape[1], group, splits, scale, *strides, **constants,
+                    query_positions, *sizes, key.shape[1], group, splits, scale, *strides, **constants,
                     BLOCK_Q=block.queries, BLOCK_K=block.keys, num_warps=block.warps, num_stages=block.stages,
                 )  # fmt: skip
         return query_gradient, _joined(key_gradient, key), _joined(value_gradient, value), None, None, None
@@ -140,11 +139,6 @@ def _splits(programs: int, group: int, device: torch.device) -> int:
 
 def _joined(partial: Tensor, like: Tensor) -> Tensor:
     return partial[0] if len(partial) == 1 else partial.sum(0).to(like.dtype)
-
-
-def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel argument that is never read where ``tensor`` is None."""
-    return stand_in if tensor is None else tensor
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> tuple[int, ...]:

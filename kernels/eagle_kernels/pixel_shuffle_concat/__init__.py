@@ -31,8 +31,9 @@ def pixel_shuffle_concat(
         eps: of that LayerNorm; 1e-5 in Eagle 2's connector.
 
     Returns:
-        [n * rows * columns / 4, 4 * c1 + c2] in the dtype of ``siglip``. Channels of a token: SigLIP's tokens of the square
-        in the order (row 0, column 0), (0, 1), (1, 0), (1, 1), then ConvNeXt's. Differentiable once in all tensors.
+        [n * rows * columns / 4, 4 * c1 + c2] in the dtype of ``siglip``. Channels of a token: SigLIP's tokens of the
+        square in the order (row 0, column 0), (0, 1), (1, 0), (1, 1), then ConvNeXt's. Differentiable once in all
+        tensors.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, with the numbers.
@@ -40,7 +41,9 @@ def pixel_shuffle_concat(
     """
     sizes = _checked(siglip, convnext, grid)
     _check_norm(sizes.width, weight, bias)
-    require_device("pixel_shuffle_concat", *(tensor for tensor in (siglip, convnext, weight, bias) if tensor is not None))
+    require_device(
+        "pixel_shuffle_concat", *(tensor for tensor in (siglip, convnext, weight, bias) if tensor is not None)
+    )
     siglip = dense(siglip)
     convnext = None if convnext is None else dense(convnext)
     if weight is None or bias is None:
@@ -57,11 +60,15 @@ def _checked(siglip: Tensor, convnext: Tensor | None, grid: tuple[int, int]) -> 
     c2 = 0
     if convnext is not None:
         if convnext.dim() != 3 or convnext.shape[:2] != (n, tokens // 4) or convnext.shape[2] == 0:
-            raise ValueError(f"convnext {list(convnext.shape)} is not [{n}, {tokens // 4}, c2], siglip {list(siglip.shape)}")
+            raise ValueError(
+                f"convnext {list(convnext.shape)} is not [{n}, {tokens // 4}, c2], siglip {list(siglip.shape)}"
+            )
         c2 = convnext.shape[2]
     dtypes = {tensor.dtype for tensor in (siglip, convnext) if tensor is not None}
     if c1 == 0 or len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise ValueError(f"needs one dtype of {DTYPES} and at least 1 channel, got {dtypes} and {c1} channels of siglip")
+        raise ValueError(
+            f"needs one dtype of {DTYPES} and at least 1 channel, got {dtypes} and {c1} channels of siglip"
+        )
     return Sizes(n * (tokens // 4), rows, columns, c1, c2)
 
 
@@ -71,6 +78,8 @@ def _check_norm(width: int, weight: Tensor | None, bias: Tensor | None) -> None:
     if weight is None or bias is None:
         raise ValueError("LayerNorm needs weight and bias, got only one of them")
     if weight.shape != (width,) or bias.shape != (width,):
-        raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} are not [{width}], the joined channels")
+        raise ValueError(
+            f"weight {list(weight.shape)} and bias {list(bias.shape)} are not [{width}], the joined channels"
+        )
     if width > MAX_WIDTH:
         raise ValueError(f"{width} channels to normalise, the kernel holds at most {MAX_WIDTH}")

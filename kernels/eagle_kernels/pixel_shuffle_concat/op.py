@@ -1,10 +1,10 @@
 """PixelShuffle, concatenation and LayerNorm as Triton kernels with their gradients.
 
-In eager PyTorch the input of Eagle 2's connector is written three times: shuffled, concatenated, normalised. All three are
-the same walk over memory, so here every element is read once and written once, forward and backward. One program makes a
-few whole output tokens; channel counts are compile-time constants, so that loads of 16 bytes are found wherever the sizes
-allow them, and odd ones are masked. Inputs may be transposed views ([tokens, n, c] seen as [n, tokens, c], what a Megatron
-encoder returns): only the channels must be adjacent.
+In eager PyTorch the input of Eagle 2's connector is written three times: shuffled, concatenated, normalised. All three
+are the same walk over memory, so here every element is read once and written once, forward and backward. One program
+makes a few whole output tokens; channel counts are compile-time constants, so that loads of 16 bytes are found wherever
+the sizes allow them, and odd ones are masked. Inputs may be transposed views ([tokens, n, c] seen as [n, tokens, c],
+what a Megatron encoder returns) and their gradients are laid out like them; other layouts are copied first.
 
 Gradients of LayerNorm's weight and bias are summed per program and then over programs, in a fixed order: the same input
 gives the same bits on the same GPU.
@@ -49,7 +49,8 @@ def _convnext_offset(token, position, rows, columns, tile_stride, token_stride, 
 
 @triton.jit
 def _load_joined(
-    siglip, convnext, token, position, tokens, rows, columns, s_tile, s_token, c_tile, c_token, C1: tl.constexpr, C2: tl.constexpr
+    siglip, convnext, token, position, tokens, rows, columns, s_tile, s_token, c_tile, c_token, C1: tl.constexpr, C2:
+    tl.constexpr
 ):  # fmt: skip
     """The block [token, position] of the joined tensor; zero outside."""
     inside = token < tokens
@@ -104,7 +105,9 @@ def split_kernel(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     for start in tl.static_range(0, WIDTH, BLOCK):
         position = start + tl.arange(0, BLOCK)[None, :]
-        value = tl.load(d_out + token.to(tl.int64) * WIDTH + position, mask=(token < tokens) & (position < WIDTH), other=0.0)
+        value = tl.load(
+            d_out + token.to(tl.int64) * WIDTH + position, mask=(token < tokens) & (position < WIDTH), other=0.0
+        )
         _store_split(
             value, d_siglip, d_convnext, token, position, tokens, rows, columns, s_tile, s_token, c_tile, c_token,
             C1, C2, TO_SIGLIP, TO_CONVNEXT
@@ -273,7 +276,7 @@ class JoinNorm(torch.autograd.Function):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if the kernels can walk it, tile by tile or token by token without gaps; else a contiguous copy."""
+    """The tensor itself if it has no gaps and goes tile by tile or token by token; else a contiguous copy."""
     return tensor if tensor.is_contiguous() or tensor.transpose(0, 1).is_contiguous() else tensor.contiguous()
 
 

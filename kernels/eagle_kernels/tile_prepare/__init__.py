@@ -25,8 +25,8 @@ def tile_prepare(
         dtype: of the results: float32, float16 or bfloat16; the arithmetic is float32.
 
     Returns:
-        SigLIP's input [n, 3, s, s], in [-1, 1]; ConvNeXt's input [n, 3, z, z] or None: bilinear with aligned corners, then
-        CLIP's mean and standard deviation.
+        SigLIP's input [n, 3, s, s], in [-1, 1]; ConvNeXt's input [n, 3, z, z] or None: bilinear with aligned corners,
+        then CLIP's mean and standard deviation.
 
     Raises:
         ValueError: a shape, size or dtype that does not fit, with the numbers.

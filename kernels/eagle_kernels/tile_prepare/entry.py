@@ -42,7 +42,14 @@ CHECKS = (
     _check("fp32, 448 to 512", 1e-6, torch.float32, tiles=1, size=SIGLIP_SIZE, convnext_size=CONVNEXT_SIZE),
 )
 GPU_CHECKS = (
-    _check("bf16, 26 tiles of Eagle 2", HALF_STEP, torch.bfloat16, tiles=TILES, size=SIGLIP_SIZE, convnext_size=CONVNEXT_SIZE),
+    _check(
+        "bf16, 26 tiles of Eagle 2",
+        HALF_STEP,
+        torch.bfloat16,
+        tiles=TILES,
+        size=SIGLIP_SIZE,
+        convnext_size=CONVNEXT_SIZE,
+    ),
 )
 
 

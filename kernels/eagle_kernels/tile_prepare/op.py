@@ -1,9 +1,9 @@
 """Both encoders' inputs from uint8 tiles in one walk: normalised for SigLIP, resized and normalised for ConvNeXt.
 
-In eager PyTorch the tiles become float32, are scaled, shifted, resized and cast in passes of their own, each several times
-the size of the uint8 tiles. Here one program reads a stretch of a colour plane and writes the same stretch of SigLIP's
-plane and, of ConvNeXt's, the stretch that lies over about the same pixels, which it thus finds in the cache: the tiles
-cross the memory bus once. There is no gradient: the input is uint8.
+In eager PyTorch the tiles become float32, are scaled, shifted, resized and cast in passes of their own, each several
+times the size of the uint8 tiles. Here one program reads a stretch of a colour plane and writes the same stretch of
+SigLIP's plane and, of ConvNeXt's, the stretch that lies over about the same pixels, which it thus finds in the cache:
+the tiles cross the memory bus once. There is no gradient: the input is uint8.
 """
 
 import torch
@@ -27,11 +27,12 @@ def prepare_kernel(
     tiles, siglip, convnext, scale_red, scale_green, scale_blue, shift_red, shift_green, shift_blue,
     SIZE: tl.constexpr, RESIZED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program (block, plane): plane = 3 * tile + colour of contiguous tiles [n, 3, SIZE, SIZE]; RESIZED 0 is no ConvNeXt.
+    """Program (block, plane): plane = 3 * tile + colour of contiguous tiles [n, 3, SIZE, SIZE]; RESIZED 0 is no
+    ConvNeXt.
 
-    With align_corners the source row of output row r is r * (SIZE - 1) / (RESIZED - 1). Its whole part and its remainder
-    are integers, so the weights are exact; PyTorch rounds the position to float32 instead (differences below 1e-4). Sizes
-    are compile-time constants because a division by them then costs a multiplication.
+    With align_corners the source row of output row r is r * (SIZE - 1) / (RESIZED - 1). Its whole part and its
+    remainder are integers, so the weights are exact; PyTorch rounds the position to float32 instead (differences below
+    1e-4). Sizes are compile-time constants because a division by them then costs a multiplication.
     """
     plane = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -46,8 +47,8 @@ def prepare_kernel(
         STEPS: tl.constexpr = RESIZED - 1 if RESIZED > 1 else 1
         row = (pixel // RESIZED) * (SIZE - 1)
         column = (pixel % RESIZED) * (SIZE - 1)
-        down = (row % STEPS).to(tl.float32) / STEPS
-        right = (column % STEPS).to(tl.float32) / STEPS
+        down = (row % STEPS).to(tl.float32) * (1.0 / STEPS)
+        right = (column % STEPS).to(tl.float32) * (1.0 / STEPS)
         top = (row // STEPS) * SIZE
         left = column // STEPS
         bottom = tl.minimum(top + SIZE, (SIZE - 1) * SIZE)

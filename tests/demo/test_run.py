@@ -1,0 +1,45 @@
+"""The demo from end to end, with few samples and two steps a stage: everything happens and everything is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eagle.demo import run as demo
+
+RECIPE = Path(__file__).parents[2] / "examples" / "tiny" / "recipe.yaml"
+
+
+def short_recipe(folder: Path) -> Path:
+    """The demo's own recipe with two steps a stage and its data below ``folder``."""
+    recipe = yaml.safe_load(RECIPE.read_text().replace("runs/demo", str(folder / "runs" / "demo")))
+    for stage in recipe["stages"]:
+        stage["steps"] = 2
+    recipe["reading"] |= {"packing_buffer": 32, "shuffle_buffer": 8}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_the_demo_writes_its_summary_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.setattr(demo, "SETS", tuple(replace(part, samples=min(part.samples // 40, 60)) for part in demo.SETS))
+    arguments = (short_recipe(tmp_path), (), tmp_path / "runs", 2, 12.0)
+    demo.run_demo(*arguments)
+    folder = tmp_path / "runs" / "demo"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["stage1", "stage1.5", "stage2"]
+    assert all(set(s) == {"name", "steps", "loss_first", "loss_last", "trainable_parameters"} for s in summary["stages"])
+    assert summary["stages"][0]["trainable_parameters"] < summary["stages"][1]["trainable_parameters"]
+    assert summary["layout"] == {"tp": 1, "pp": 2, "cp": 1, "dp": 1, "world": 2}
+    assert set(summary["accuracy"]) == {"overall", "per_task", "blank_images"}
+    assert set(summary["seconds"]) == {"setup", "train", "evaluate"} and summary["seconds"]["setup"] > 12.0
+    assert 0.1 < summary["peak_rss_gb"] < 6.0
+    page = (folder / "report.html").read_text()
+    assert "<img" in page and "http" not in page.replace("http://www.w3.org", "")
+
+    before = (folder / "metrics.jsonl").read_bytes()
+    demo.run_demo(*arguments)
+    assert (folder / "metrics.jsonl").read_bytes() == before, "a finished demo trains nothing again"
+    assert "stage2 is complete" in capfd.readouterr().out
