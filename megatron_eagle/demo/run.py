@@ -29,7 +29,7 @@ from megatron_eagle.demo.summary import (
     padding_fraction,
 )
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions
+from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions, split_questions
 from megatron_eagle.recipe import Recipe, load_recipe
 from megatron_eagle.training.checkpoint import Description, find_latest, read_description
 from megatron_eagle.training.log import read_metrics
@@ -49,9 +49,9 @@ class EmbeddedSet:
 
 
 SETS = (
-    EmbeddedSet("broad", "train", "broad", 6000),
+    EmbeddedSet("broad", "train", "broad", 8000),
     EmbeddedSet("fine", "train", "fine", 4000),
-    EmbeddedSet("heldout", "heldout", "broad", 350),
+    EmbeddedSet("heldout", "heldout", "broad", 210),
 )
 
 
@@ -133,8 +133,8 @@ def _last(folder: Path, stage: str) -> Description:
 
 
 def _examples(folder: Path) -> list[Example]:
-    heldout = iterate_samples(folder / "data" / "heldout")
-    images = {stored.conversation.id: list(stored.images) for stored in heldout}
+    heldout = [one for sample in iterate_samples(folder / "data" / "heldout") for one in split_questions(sample)]
+    images = {one.conversation.id: list(one.images) for one in heldout}
     return [
         Example(
             task=p.task,

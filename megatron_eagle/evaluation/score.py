@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from tqdm import tqdm
 
-from megatron_eagle.data.conversation import Conversation, encode_prompt
+from megatron_eagle.data.conversation import MARKER, Conversation, encode_prompt
 from megatron_eagle.data.images import decode_image
 from megatron_eagle.data.shards import StoredSample, iterate_samples
 from megatron_eagle.data.tiling import Tiling, cut_tiles
@@ -102,7 +102,7 @@ def _answer(
     """All predictions, in the order of the data set, on rank 0; an empty list elsewhere."""
     config = recipe.model.eagle()
     tiling = Tiling(config.tile_size, recipe.reading.min_tiles, recipe.reading.max_tiles, recipe.reading.tiling_rule)
-    stored = list(iterate_samples(data))
+    stored = [question for sample in iterate_samples(data) for question in split_questions(sample)]
     prompts = [_prompt(one, tokenizer, tiling, tokens_per_tile(config), recipe.reading.system) for one in stored]
     packs = pack_prompts(prompts, stage.pack_length, answer_tokens)[groups.dp_rank :: groups.dp_size]
     seen, blank = (
@@ -118,6 +118,28 @@ def _answer(
         for what, chosen in (("with images", packs), ("blanked", [[_blanked(p) for p in pack] for pack in packs]))
     )
     return _collect([one.conversation for one in stored], seen, blank, groups)
+
+
+def split_questions(sample: StoredSample) -> list[StoredSample]:
+    """One sample per answer of a conversation, holding the turns up to it; earlier answers are the reference's.
+
+    A conversation with several answers gives ids ``<id>#1``, ``<id>#2``, ...
+    """
+    turns = sample.conversation.turns
+    ends = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    if len(ends) == 1:
+        return [sample]
+    questions = []
+    for number, end in enumerate(ends, 1):
+        shown = sum(turn.text.count(MARKER) for turn in turns[:end])
+        conversation = replace(
+            sample.conversation,
+            id=f"{sample.conversation.id}#{number}",
+            turns=turns[:end],
+            images=sample.conversation.images[:shown],
+        )
+        questions.append(StoredSample(conversation, sample.images[:shown]))
+    return questions
 
 
 def _prompt(stored: StoredSample, tokenizer: Tokenizer, tiling: Tiling, tile_tokens: int, system: str) -> Prompt:

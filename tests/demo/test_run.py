@@ -30,7 +30,9 @@ def test_the_demo_writes_its_summary_and_report(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "runs" / "demo"
     summary = json.loads((folder / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == ["stage1", "stage1.5", "stage2"]
-    assert all(set(s) == {"name", "steps", "loss_first", "loss_last", "trainable_parameters"} for s in summary["stages"])
+    assert all(
+        set(s) == {"name", "steps", "loss_first", "loss_last", "trainable_parameters"} for s in summary["stages"]
+    )
     assert summary["stages"][0]["trainable_parameters"] < summary["stages"][1]["trainable_parameters"]
     assert summary["layout"] == {"tp": 1, "pp": 2, "cp": 1, "dp": 1, "world": 2}
     assert set(summary["accuracy"]) == {"overall", "per_task", "blank_images"}

@@ -1,4 +1,8 @@
-"""linear_cross_entropy against float64, alone and over two ranks, in poisoned memory; and whether these tests can fail."""
+"""linear_cross_entropy against float64, alone and over two ranks, in poisoned memory; and whether these tests can fail.
+
+As a program, ``test_linear_cross_entropy.py RANK FOLDER``, this file is one of the two ranks: each needs a process of
+its own, in which Triton interprets.
+"""
 
 import os
 import subprocess
@@ -7,8 +11,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import split_vocabulary
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from eagle_kernels.linear_cross_entropy import kernels, linear_cross_entropy, op, reference
 from eagle_kernels.linear_cross_entropy.entry import FP32, GPU_CHECKS, Case, tensors, worst_error
@@ -100,12 +104,12 @@ def test_backward_twice_adds_up():
 
 @interpreter
 def test_weight_gradients_of_many_chunks_are_added_in_float32():
-    """200 equal rows in 200 chunks: sums in bfloat16 would stop growing long before."""
-    hidden = torch.ones(200, 8, dtype=torch.bfloat16)
+    """300 equal rows in 100 chunks: sums in bfloat16 would stop growing long before."""
+    hidden = torch.ones(300, 8, dtype=torch.bfloat16)
     weight = torch.zeros(16, 8, dtype=torch.bfloat16, requires_grad=True)
-    linear_cross_entropy(hidden, weight, torch.zeros(200, dtype=torch.int64), rows_per_chunk=1).loss.backward()
-    expected = torch.full((16, 8), 200 / 16)
-    expected[0] -= 200
+    linear_cross_entropy(hidden, weight, torch.zeros(300, dtype=torch.int64), rows_per_chunk=3).loss.backward()
+    expected = torch.full((16, 8), 300 / 16)
+    expected[0] -= 300
     torch.testing.assert_close(weight.grad.float(), expected, rtol=2**-8, atol=0.0)
 
 
@@ -118,7 +122,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         result = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        sizes = [leaf.numel() for leaf in found]  # (the interpreter's copies of memory are bytes)
         self.elements = max([self.elements, *sizes])
         self.products += "mm" in function.name()
         return result
@@ -142,16 +147,52 @@ def test_only_what_is_needed_is_made(frozen, products):
     assert seen.products == products * rows // per_chunk
 
 
+RANKS = 2
+SPLIT = Case(12, 104, 24, known=91, rows_per_chunk=5)  # 52 columns a rank, the second with 13 of padding
+ALL_PADDING = Case(7, 64, 8, known=30)  # of the second rank's columns, all are padding
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    """Meets the other rank and leaves what it found in ``folder``."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    found = {
+        "split": results_of_rank(SPLIT, rank, reduce_hidden_gradient=True),
+        "shares": results_of_rank(SPLIT, rank, reduce_hidden_gradient=False),
+        "all padding": results_of_rank(ALL_PADDING, rank, reduce_hidden_gradient=True),
+    }
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def results_of_rank(case: Case, rank: int, reduce_hidden_gradient: bool) -> dict[str, Tensor]:
+    hidden, weight, labels, token_weights = inputs(case)
+    part = weight.detach().chunk(RANKS)[rank].clone().requires_grad_()
+    losses = linear_cross_entropy(
+        hidden,
+        part,
+        labels,
+        token_weights,
+        vocabulary_size=case.known,
+        vocabulary_start=rank * len(part),
+        process_group=dist.group.WORLD,
+        reduce_hidden_gradient=reduce_hidden_gradient,
+        rows_per_chunk=case.rows_per_chunk,
+    )
+    losses.loss.backward()
+    return {"loss": losses.loss.detach(), "tokens": losses.tokens, "hidden": hidden.grad, "weight": part.grad}
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    """What split_vocabulary.py found on each rank."""
+    """What ``one_rank`` found on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     packages = Path(kernels.__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(packages)}
-    command = [sys.executable, split_vocabulary.__file__]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(split_vocabulary.RANKS)
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
     ]
     try:
         for process in ranks:
@@ -160,12 +201,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
     finally:
         for process in ranks:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(split_vocabulary.RANKS)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), [("split", split_vocabulary.CASE), ("all padding", split_vocabulary.ALL_PADDING)]
-)
+@pytest.mark.parametrize(("name", "case"), [("split", SPLIT), ("all padding", ALL_PADDING)], ids=["split", "all padding"])
 def test_a_split_vocabulary_gives_what_the_whole_gives(two_ranks, name, case):
     hidden, weight, labels, token_weights = (tensor.detach().double() for tensor in inputs(case))
     hidden.requires_grad_()
@@ -238,3 +277,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(change, said):
 @pytest.mark.parametrize("check", GPU_CHECKS, ids=lambda check: check.label)
 def test_on_the_gpu(check):
     assert check.run(torch.device("cuda")) <= check.tolerance
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -219,7 +219,9 @@ def test_block_choices_follow_the_gpu():
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
 def test_built_for_hopper_loads_are_wide_and_nothing_is_atomic(tmp_path, monkeypatch):
-    """Loops over key blocks must copy 16 bytes a thread in the background; an unlucky loop bound once cost exactly that."""
+    """Loops over key blocks must copy 16 bytes a thread in the background; an unlucky loop bound once cost exactly
+    that.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -1,7 +1,7 @@
 """The Triton kernels of linear cross entropy: both walk once over a chunk of logits [rows, columns], row by row.
 
-``columns`` are the rows of this rank's part of the vocabulary; those from ``known`` on are padding of the vocabulary and
-count neither in the softmax nor in the gradient. Arithmetic is float32 whatever the dtype of the logits.
+``columns`` are the rows of this rank's part of the vocabulary; those from ``known`` on are padding of the vocabulary
+and count neither in the softmax nor in the gradient. Arithmetic is float32 whatever the dtype of the logits.
 """
 
 import triton

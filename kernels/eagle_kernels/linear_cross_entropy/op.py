@@ -1,18 +1,18 @@
 """Linear cross entropy as an autograd function: chunks of rows through cuBLAS and two Triton kernels.
 
-Why gradients are made in the forward pass: both need the same logits. Made together, hidden x weight costs the three matrix
-products of ordinary training (6 N V H operations for N labelled rows); throwing logits away and making them again in the
-backward pass would cost a fourth, a third more time. The price is that the loss must be the end of the graph: backward only
-multiplies by the gradient of the loss.
+Why gradients are made in the forward pass: both need the same logits. Made together, hidden x weight costs the three
+matrix products of ordinary training (6 N V H operations for N labelled rows); throwing logits away and making them
+again in the backward pass would cost a fourth, a third more time. The price is that the loss must be the end of the
+graph: backward only multiplies by the gradient of the loss.
 
-Per chunk of C rows: logits = hidden W^T (cuBLAS) into the one buffer [C, V]; maximum, sum of exponentials and label's logit
-per row (one read); the gradient in place (one read, one write); dHidden = G W and dW += G^T hidden (cuBLAS, accumulated in
-float32). Peak memory beside inputs and outputs, in bytes for 16-bit elements: 2 C V for the chunk, 4 V H for dW. Bytes moved
-beyond the matrix products: about 10 N V.
+Per chunk of C rows: logits = hidden W^T (cuBLAS) into the one buffer [C, V]; maximum, sum of exponentials and label's
+logit per row (one read); the gradient in place (one read, one write); dHidden = G W and dW += G^T hidden (cuBLAS,
+accumulated in float32). Peak memory beside inputs and outputs, in bytes for 16-bit elements: 2 C V for the chunk, 4 V H
+for dW. Bytes moved beyond the matrix products: about 10 N V.
 
-With the vocabulary split over ranks, each computes its columns; three numbers per row are gathered (one collective instead
-of a maximum and then a sum) and joined in the same order on every rank, and dHidden, to which every rank adds, is reduced
-while dW is being computed.
+With the vocabulary split over ranks, each computes its columns; three numbers per row are gathered (one collective
+instead of a maximum and then a sum) and joined in the same order on every rank, and dHidden, to which every rank adds,
+is reduced while dW is being computed.
 """
 
 from dataclasses import dataclass

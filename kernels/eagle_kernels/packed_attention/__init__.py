@@ -1,16 +1,18 @@
 """Flash attention for packs: several segments in one sequence, the mask made inside the kernel from their borders.
 
-A pack needs a block-diagonal mask. Written out it has L x L elements; here each query block works out from ``cu_seqlens``
-which keys its rows can see and visits no others, so a pack costs what its segments cost. Three uses, one set of kernels:
+A pack needs a block-diagonal mask. Written out it has L x L elements; here each query block works out from
+``cu_seqlens`` which keys its rows can see and visits no others, so a pack costs what its segments cost. Three uses, one
+set of kernels:
 
 - the language model: causal within a segment, key/value heads shared by query heads (GQA);
 - SigLIP: no causality, every tile a segment (``tile_attention``);
-- context parallelism: a rank holds some rows of the pack and gathers all keys; ``query_positions`` says where its rows are,
-  in any order (the two chunks of a zigzag layout, say).
+- context parallelism: a rank holds some rows of the pack and gathers all keys; ``query_positions`` says where its rows
+  are, in any order (the two chunks of a zigzag layout, say).
 
 Forward and backward, log-sum-exp with gradient (so that partial results over keys can be joined), bfloat16, float16 and
-float32 with float32 accumulation, head dimensions up to 128 (those that are no power of two are padded in registers only).
-Deterministic by construction: dQ has a program per query block, dK and dV one per key block, and nothing is added atomically.
+float32 with float32 accumulation, head dimensions up to 128 (those that are no power of two are padded in registers
+only). Deterministic by construction: dQ has a program per query block, dK and dV one per key block, and nothing is
+added atomically.
 """
 
 import torch
@@ -42,18 +44,19 @@ def packed_attention(
 ) -> Tensor:
     """softmax(query key^T * softmax_scale) value over the keys of each query's own segment -> [queries, heads, d].
 
-    query: [queries, heads, d]. key, value: [keys, groups, d]; ``groups`` divides ``heads``, d <= 128. Views are fine as long
-    as the last dimension is contiguous (slices of a fused QKV projection are).
-    cu_seqlens: int32 [segments + 1], ascending borders of the segments in the order of the keys; segments may be empty. Its
-        values are not checked, since reading them would stall the GPU; wrong ones give wrong results, not invalid reads.
+    query: [queries, heads, d]. key, value: [keys, groups, d]; ``groups`` divides ``heads``, d <= 128. Views are fine as
+    long as the last dimension is contiguous (slices of a fused QKV projection are).
+    cu_seqlens: int32 [segments + 1], ascending borders of the segments in the order of the keys; segments may be empty.
+        Its values are not checked, since reading them would stall the GPU; wrong ones give wrong results, not invalid
+        reads.
     causal: a query at position p sees keys up to p; else it sees its whole segment.
     softmax_scale: positive; default 1/sqrt(d).
-    query_positions: int32 [queries], each query's position among the keys; default 0, 1, ..., keys - 1. Any order is right,
-        ascending is fast.
+    query_positions: int32 [queries], each query's position among the keys; default 0, 1, ..., keys - 1. Any order is
+        right, ascending is fast.
     blocks: block shapes, for measuring; by default chosen for head dimension, dtype and GPU.
 
-    A query outside all segments sees nothing and gets 0. Raises ValueError where shapes, dtypes or strides do not fit, and
-    RuntimeError on a CPU tensor unless Triton interprets its kernels.
+    A query outside all segments sees nothing and gets 0. Raises ValueError where shapes, dtypes or strides do not fit,
+    and RuntimeError on a CPU tensor unless Triton interprets its kernels.
     """
     return attend(query, key, value, cu_seqlens, causal, softmax_scale, query_positions, blocks)[0]
 
@@ -69,7 +72,8 @@ def packed_attention_with_log_sum_exp(
     query_positions: Tensor | None = None,
     blocks: AttentionBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``packed_attention``, and the log of the softmax's denominator: float32 [heads, queries], -inf where nothing is seen.
+    """As ``packed_attention``, and the log of the softmax's denominator: float32 [heads, queries], -inf where nothing
+    is seen.
 
     Gradients flow through both results.
     """

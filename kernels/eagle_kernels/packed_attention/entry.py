@@ -24,7 +24,8 @@ SMALL = AttentionBlocks(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 1
 class Case:
     """One pack: segment lengths, query heads and key heads, and what else ``packed_attention`` can be told.
 
-    ``rows``: positions of the queries, if a rank holds only some. ``fused``: query, key and value are slices of one tensor.
+    ``rows``: positions of the queries, if a rank holds only some. ``fused``: query, key and value are slices of one
+    tensor.
     """
 
     lengths: Sequence[int]
@@ -151,7 +152,9 @@ _FLOATS = ("log_sum_exp", "log_sum_exp_gradient", "delta")
 
 
 def compilations() -> list[Compilation]:
-    """Every block choice: per GPU generation wide, with positions, padded, and narrow (with positions, the dearer case)."""
+    """Every block choice: per GPU generation wide, with positions, padded, and narrow (with positions, the dearer
+    case).
+    """
     built = []
     for architecture in (80, 90, 100):
         built += _builds(architecture, 128, causal=True)

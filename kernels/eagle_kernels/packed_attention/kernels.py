@@ -1,12 +1,13 @@
 """The Triton kernels of packed attention: one forward, and two backward kernels that share nothing.
 
 The mask is one interval per row and is made inside the kernels from ``cu_seqlens``: a query at position p of segment
-[a, b) sees the keys [a, p + 1), or [a, b) without causality; seen from the other side, a key at position j is seen by the
-queries at positions [j, b), or [a, b). Intervals of the rows of a block give the loop bounds, so blocks of other segments
-are never visited, and they tell which blocks every row sees whole: those run first, in a loop without a mask.
+[a, b) sees the keys [a, p + 1), or [a, b) without causality; seen from the other side, a key at position j is seen by
+the queries at positions [j, b), or [a, b). Intervals of the rows of a block give the loop bounds, so blocks of other
+segments are never visited, and they tell which blocks every row sees whole: those run first, in a loop without a mask.
 
-No kernel adds to memory that another program writes: dQ is made by a program per query block, dK and dV by a program per
-key block. Results are therefore the same bits at every run; there is no faster, non-deterministic variant to switch to.
+No kernel adds to memory that another program writes: dQ is made by a program per query block, dK and dV by a program
+per key block. Results are therefore the same bits at every run; there is no faster, non-deterministic variant to switch
+to.
 
 Row indices past the end are clamped to the last row instead of masked: what such a row computes is never stored. Scores
 are kept in units of log 2, because exp2 is the exponential that the hardware has.
@@ -23,7 +24,9 @@ SCAN = tl.constexpr(1024)  # query positions looked at per step when searching f
 
 @triton.jit
 def segment_bounds(cu_seqlens, segments, positions, keys):
-    """(start, end) of the segment of each position, by binary search; (keys, 0), an empty interval, outside all segments."""
+    """(start, end) of the segment of each position, by binary search; (keys, 0), an empty interval, outside all
+    segments.
+    """
     segment = tl.zeros_like(positions)
     candidates = segments + 1
     while candidates > 1:  # the last border <= position is one of ``candidates`` from ``segment`` on
@@ -69,7 +72,9 @@ def part_of_keys(first, last, part, keys, HAS_POSITIONS: tl.constexpr):
 
 @triton.jit
 def split_blocks(low, high, latest_start, earliest_end, BLOCK: tl.constexpr):
-    """Of the blocks from ``low`` to ``high``: how many there are, the first that all rows see whole, and how many such."""
+    """Of the blocks from ``low`` to ``high``: how many there are, the first that all rows see whole, and how many
+    such.
+    """
     total = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
     first_whole = tl.cdiv(tl.maximum(latest_start - low, 0), BLOCK)
     whole = tl.maximum((earliest_end - low) // BLOCK - first_whole, 0)
@@ -278,7 +283,9 @@ def add_key_gradients(
 
 @triton.jit
 def rows_that_see(query_positions, queries, low, high, HAS_POSITIONS: tl.constexpr):
-    """[first, last) query row at a position in [low, high). Positions may be in any order: then rows between are masked."""
+    """[first, last) query row at a position in [low, high). Positions may be in any order: then rows between are
+    masked.
+    """
     if HAS_POSITIONS:
         first, last = queries, 0
         for start in range(0, queries, SCAN):

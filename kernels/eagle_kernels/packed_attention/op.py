@@ -1,7 +1,8 @@
 """Packed attention as an autograd function: checks, block choice and launches around ``kernels``.
 
-Forward is one launch, backward two: dQ first, which also leaves delta = sum(output * d output) - d log_sum_exp per row, then
-dK and dV. Kept for backward are the inputs, the output and the log-sum-exp; nothing of size queries x keys exists anywhere.
+Forward is one launch, backward two: dQ first, which also leaves delta = sum(output * d output) - d log_sum_exp per row,
+then dK and dV. Kept for backward are the inputs, the output and the log-sum-exp; nothing of size queries x keys exists
+anywhere.
 """
 
 import math
@@ -55,7 +56,9 @@ def attend(
 
 
 class PackedAttentionFunction(torch.autograd.Function):
-    """(query, key, value, cu_seqlens, query_positions, settings) -> (output, log-sum-exp); both results have gradients."""
+    """(query, key, value, cu_seqlens, query_positions, settings) -> (output, log-sum-exp); both results have
+    gradients.
+    """
 
     @staticmethod
     def forward(
@@ -156,7 +159,9 @@ def _constants(query: Tensor, query_positions: Tensor | None, causal: bool) -> d
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, query_positions: Tensor | None) -> None:
-    """ValueError on shapes and dtypes that do not fit; the values of ``cu_seqlens`` are not read, that would stall the GPU."""
+    """ValueError on shapes and dtypes that do not fit; the values of ``cu_seqlens`` are not read, that would stall the
+    GPU.
+    """
     tensors = [query, key, value, cu_seqlens] + ([] if query_positions is None else [query_positions])
     require_device("packed_attention", *tensors)
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"

@@ -1,0 +1,229 @@
+"""The reference every layout is held against: one process, plain PyTorch, float64, each sample run on its own.
+
+It is put together from transformers' modules and has nothing of Megatron, of packing or of parallelism in it, so that a
+mistake in those cannot be in both. float64 leaves all rounding to the side that is being checked.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.model import hf_names
+from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.model.encoders import convnext, encoder_config, siglip
+from megatron_eagle.recipe import OptimizerSettings
+
+
+# Written here a second time on purpose: a wrong constant in the model must not be wrong in its oracle, too.
+SIGLIP_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+class ReferenceEagle(nn.Module):
+    """An Eagle of transformers' modules; float64, random weights drawn from ``seed``.
+
+    Biases, norms and layer scales are drawn too, so that no parameter can be mixed up with another unseen.
+    """
+
+    def __init__(self, config: EagleConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder_configs = [encoder_config(numbers) for numbers in config.encoders]
+        self.encoders = nn.ModuleList([_build_encoder(numbers) for numbers in self.encoder_configs])
+        width, hidden = sum(numbers.output_channels for numbers in self.encoder_configs), config.language.hidden_size
+        norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
+        self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.language = _build_language(config)
+        self.double()
+        _draw(self, seed)
+
+    def forward(self, tokens: Tensor, tiles: Tensor, slots: Tensor) -> Tensor:
+        """Logits [n, vocab] of one sample: tokens [n], its tiles, and each tile's first position."""
+        embeddings = self.language.get_input_embeddings()(tokens)
+        if len(tiles):
+            features = self.mlp1(self._encode(tiles))
+            places = (slots[:, None] + torch.arange(features.shape[1])).flatten()
+            embeddings = embeddings.index_copy(0, places, features.flatten(0, 1))
+        return self.language(inputs_embeds=embeddings[None]).logits[0]
+
+    def _encode(self, tiles: Tensor) -> Tensor:
+        """Features [n, tokens, channels] of all encoders, joined by channel."""
+        pixels = tiles.double() / 255
+        parts = []
+        for numbers, encoder in zip(self.encoder_configs, self.encoders, strict=True):
+            size = (numbers.image_size, numbers.image_size)
+            mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in _statistics(numbers))
+            if pixels.shape[-2:] != size:
+                resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
+            else:
+                resized = pixels
+            output = encoder((resized - mean) / std).last_hidden_state
+            parts.append(_shuffle(output) if isinstance(numbers, siglip.Config) else output.flatten(2).transpose(1, 2))
+        return torch.cat(parts, dim=-1)
+
+    def sources(self) -> hf_names.Sources:
+        """Where each of Megatron's parameters comes from in this module's state dict."""
+        sources = hf_names.qwen_sources(self.config.language, "language.") | hf_names.connector_sources("mlp1.")
+        for number, numbers in enumerate(self.encoder_configs):
+            prefix = f"encoders.{number}."
+            if isinstance(numbers, siglip.Config):
+                sources |= hf_names.siglip_sources(numbers, prefix)
+            else:
+                sources |= hf_names.convnext_sources(numbers, prefix)
+        return sources
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a few steps give: each step's loss and gradient norm, the first gradients and the last weights by name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def expected_steps(
+    config: EagleConfig,
+    seed: int,
+    steps: Sequence[Sequence[PackedBatch]],
+    trainable: Sequence[str],
+    optimizer: OptimizerSettings,
+    learning_rate: float,
+) -> Expected:
+    """Train the reference on ``steps`` (each the packs of one global batch) with AdamW and gradient clipping."""
+    model = ReferenceEagle(config, seed)
+    learning = {name: p for name, p in model.named_parameters() if part_of(name) in trainable}
+    model.requires_grad_(False)
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for p in learning.values() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in learning.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+    )
+    losses, norms, gradients = [], [], {}
+    for packs in steps:
+        adam.zero_grad()
+        loss = square_root_average(model, packs)
+        loss.backward()
+        if not gradients:
+            gradients = {name: _gradient(p) for name, p in learning.items()}
+        norms.append(float(nn.utils.clip_grad_norm_(learning.values(), optimizer.clip_grad)))
+        adam.step()
+        losses.append(float(loss.detach()))
+    return Expected(losses, norms, gradients, {name: t.detach().clone() for name, t in model.state_dict().items()})
+
+
+def square_root_average(model: ReferenceEagle, packs: Sequence[PackedBatch]) -> Tensor:
+    """sum_i sqrt(n_i) mean_i / sum_i sqrt(n_i) over all samples of ``packs``, each run alone."""
+    top, bottom = torch.zeros((), dtype=torch.float64), 0.0
+    for tokens, labels, tiles, slots in samples_of(packs):
+        labelled = labels != IGNORE_LABEL
+        count = int(labelled.sum())
+        if count:
+            mean = F.cross_entropy(model(tokens, tiles, slots)[labelled], labels[labelled])
+            top, bottom = top + count**0.5 * mean, bottom + count**0.5
+    return top / bottom
+
+
+def samples_of(packs: Sequence[PackedBatch]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(tokens, labels, tiles, slots) of every segment, taken out of its pack; labels stay shifted."""
+    for pack in packs:
+        for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
+            inside = (pack.tile_slots >= start) & (pack.tile_slots < end)
+            yield pack.tokens[start:end], pack.labels[start:end], pack.tiles[inside], pack.tile_slots[inside] - start
+
+
+def part_of(name: str) -> str:
+    """The recipe's part a tensor of the reference belongs to."""
+    return {"encoders": "vision", "mlp1": "connector", "language": "language"}[name.split(".")[0]]
+
+
+def with_tied_names(config: EagleConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with the output matrix under its own name as well where it is the embedding."""
+    named = dict(tensors)
+    if config.language.tie_word_embeddings and "language.model.embed_tokens.weight" in named:
+        named["language.lm_head.weight"] = named["language.model.embed_tokens.weight"]
+    return named
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def _statistics(numbers: siglip.Config | convnext.Config) -> tuple[Sequence[float], Sequence[float]]:
+    return SIGLIP_MEAN_STD if isinstance(numbers, siglip.Config) else CLIP_MEAN_STD
+
+
+def _shuffle(x: Tensor) -> Tensor:
+    """[n, h*w, c] -> [n, h*w/4, 4c]: each 2 x 2 square of tokens becomes one, row by row."""
+    side = round(x.shape[1] ** 0.5)
+    squares = x.unflatten(1, (side // 2, 2, side // 2, 2))
+    return squares.permute(0, 1, 3, 2, 4, 5).flatten(3, 5).flatten(1, 2)
+
+
+def _build_encoder(numbers: siglip.Config | convnext.Config) -> nn.Module:
+    if isinstance(numbers, siglip.Config):
+        return SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=numbers.hidden_size,
+                intermediate_size=numbers.intermediate_size,
+                num_hidden_layers=numbers.num_hidden_layers,
+                num_attention_heads=numbers.num_attention_heads,
+                image_size=numbers.image_size,
+                patch_size=numbers.patch_size,
+                layer_norm_eps=numbers.layer_norm_eps,
+                vision_use_head=False,
+            )
+        )
+    model = ConvNextModel(ConvNextConfig(depths=list(numbers.depths), hidden_sizes=list(numbers.hidden_sizes)))
+    model.layernorm = nn.Identity()  # the norm after the last stage belongs to CLIP's head and is not used
+    for module in model.modules():
+        if "LayerNorm" in type(module).__name__:
+            module.eps = numbers.layer_norm_eps  # transformers has 1e-6 fixed, timm's CLIP models 1e-5
+    return model
+
+
+def _build_language(config: EagleConfig) -> nn.Module:
+    numbers = config.language
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=numbers.vocab_size,
+            hidden_size=numbers.hidden_size,
+            intermediate_size=numbers.intermediate_size,
+            num_hidden_layers=numbers.num_hidden_layers,
+            num_attention_heads=numbers.num_attention_heads,
+            num_key_value_heads=numbers.num_key_value_heads,
+            rms_norm_eps=numbers.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": numbers.rope_theta},
+            tie_word_embeddings=numbers.tie_word_embeddings,
+            attn_implementation="eager",
+        )
+    )
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1.0)

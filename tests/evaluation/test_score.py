@@ -1,0 +1,49 @@
+"""Which questions are asked, and what counts as a right answer."""
+
+import json
+from pathlib import Path
+
+from megatron_eagle.data.conversation import parse_record
+from megatron_eagle.data.shards import StoredSample
+from megatron_eagle.evaluation.score import Prediction, read_predictions, split_questions
+
+
+def sample(turns: list[tuple[str, str]], images: int) -> StoredSample:
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    record = {"id": "a", "image": [f"{n}.png" for n in range(images)], "conversations": conversations, "task": "t"}
+    return StoredSample(parse_record(record), tuple(bytes([n]) for n in range(images)))
+
+
+def test_every_answer_is_asked_for_with_the_turns_and_images_before_it() -> None:
+    turns = [
+        ("human", "<image>\nq1"),
+        ("gpt", "a1"),
+        ("human", "q2"),
+        ("gpt", "a2"),
+        ("human", "<image>q3"),
+        ("gpt", "a3"),
+    ]
+    questions = split_questions(sample(turns, 2))
+    assert [q.conversation.id for q in questions] == ["a#1", "a#2", "a#3"]
+    assert [len(q.conversation.turns) for q in questions] == [2, 4, 6]
+    assert [q.images for q in questions] == [(b"\0",), (b"\0",), (b"\0", b"\1")]
+    assert all(q.conversation.extra == {"task": "t"} for q in questions)
+
+
+def test_a_single_question_keeps_its_id() -> None:
+    (question,) = split_questions(sample([("human", "q"), ("gpt", "a")], 0))
+    assert question.conversation.id == "a"
+
+
+def test_only_surrounding_space_is_forgiven() -> None:
+    def verdict(prediction: str) -> bool:
+        return Prediction("i", "t", "q", "red", prediction, "").correct
+
+    assert verdict("red") and verdict(" red\n")
+    assert not verdict("Red") and not verdict("red.") and not verdict("")
+
+
+def test_predictions_are_read_back(tmp_path: Path) -> None:
+    line = {"id": "i", "task": "t", "question": "q", "answer": "a", "prediction": "p", "blank_prediction": "b"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_predictions(tmp_path) == [Prediction(**line)]
