@@ -18,9 +18,14 @@ class Layout:
     """Processes along each axis of a run; ``dp`` follows from the world size.
 
     tp, pp, cp: tensor, pipeline and context parallel sizes.
+    ulysses: how many of the cp processes trade positions for attention heads among themselves; the remaining factor,
+        ``ring``, cuts the pack in zigzag (docs/context_parallelism.md).
     vpp: virtual pipeline stages per process (interleaved schedule), or None.
     sequence_parallel: keep the activations between tensor-parallel blocks split along the sequence.
-    encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks.
+    encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks; ``spread``
+        copies them to every process of a replica and shares out the tiles of each step (docs/encoder_placement.md).
+    encoder_chunk: for ``spread``, how many tiles a process encodes at a time. Of each chunk only the features are kept,
+        and the backward pass encodes it again; None encodes all at once and keeps the activations.
     layers_per_stage: decoder layers of each pipeline stage, or None for an even split. The first stage also
         hosts the encoders, so a real layout gives it fewer layers.
     """
@@ -28,21 +33,43 @@ class Layout:
     tp: Positive = 1
     pp: Positive = 1
     cp: Positive = 1
+    ulysses: Positive = 1
     vpp: Positive | None = None
     sequence_parallel: bool = False
-    encoder: Literal["tensor"] = "tensor"
+    encoder: Literal["tensor", "spread"] = "tensor"
+    encoder_chunk: Positive | None = None
     layers_per_stage: tuple[Positive, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel needs tp > 1, this layout has tp=1")
+        if self.cp % self.ulysses:
+            raise ValueError(f"ulysses={self.ulysses} does not divide cp={self.cp}")
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp * (self.vpp or 1):
             raise ValueError(
                 f"layers_per_stage has {len(self.layers_per_stage)} entries, "
                 f"pp={self.pp} x vpp={self.vpp or 1} needs {self.pp * (self.vpp or 1)}"
             )
+        if self.encoder_chunk is not None and self.encoder != "spread":
+            raise ValueError(f"encoder_chunk={self.encoder_chunk} needs encoder: spread, this layout has {self.encoder}")
         if self.vpp is not None and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1, this layout has pp=1")
+
+    @property
+    def ring(self) -> int:
+        """Processes, or groups of ``ulysses`` of them, that cut a pack in zigzag."""
+        return self.cp // self.ulysses
+
+    def check_pack_length(self, length: int) -> None:
+        """Raise ValueError unless a pack of ``length`` tokens can be cut as context and sequence parallelism cut it."""
+        chunks = 2 * self.ring if self.ring > 1 else 1
+        tp = self.tp if self.sequence_parallel else 1
+        if length % (chunks * self.ulysses * tp):
+            split_by_tp = f" x tp={tp} (sequence_parallel)" if tp > 1 else ""
+            raise ValueError(
+                f"a pack of {length} tokens cannot be cut into {chunks} chunks (cp={self.cp}) x "
+                f"ulysses={self.ulysses}{split_by_tp} = {chunks * self.ulysses * tp} equal parts"
+            )
 
     @property
     def model_parallel_size(self) -> int:

@@ -18,7 +18,8 @@ class PackedBatch:
         sum_i sqrt(n_i), the denominator of Eagle's square-root average (NVlabs/Eagle, ``pre_calc_loss_weight``).
     position_ids: int64 [L], restarting at 0 in every segment.
     cu_seqlens: int32 [k+1], borders of the k segments, from 0 to L; padding, if any, is the last segment.
-    tiles: uint8 [n, 3, s, s], RGB, all tiles of the pack in order of appearance; n may be 0.
+    tiles: uint8 [n, 3, s, s], RGB, all tiles of the pack in order of appearance; n may be 0. Once packs were handed
+        round, a process may hold only those that it encodes itself (``parallel/hand_round.py``).
     tile_slots: int64 [n], position in the pack of each tile's first token; a tile's tokens are contiguous.
     sample_ids: one id per real sample, in order (for logs and errors).
     useful_tokens: L minus the padding.
@@ -41,7 +42,7 @@ class PackedBatch:
         if int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != length:
             first, last = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
             raise ValueError(f"cu_seqlens runs from {first} to {last}, the pack is 0 to {length}")
-        if len(self.tiles) != len(self.tile_slots):
+        if len(self.tiles) > len(self.tile_slots):
             raise ValueError(f"{len(self.tiles)} tiles but {len(self.tile_slots)} tile_slots")
 
     @property

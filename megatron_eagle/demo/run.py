@@ -138,7 +138,7 @@ def _examples(folder: Path) -> list[Example]:
     return [
         Example(
             task=p.task,
-            question=p.question,
+            question=p.question.replace(MARKER, "").strip(),
             answer=p.answer,
             prediction=p.prediction,
             blank_prediction=p.blank_prediction,

@@ -22,6 +22,7 @@ from megatron_eagle.data.tiling import Tiling, cut_tiles
 from megatron_eagle.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.generate import Prompt, generate, pack_prompts
+from megatron_eagle.layout import Layout
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
@@ -66,9 +67,11 @@ def evaluate(
     layout = recipe.stage_layout(stage)
     if layout.vpp:
         raise UserError(f"evaluation runs without virtual pipeline stages; add stages.{stage.name}.layout.vpp=null")
+    # Questions are encoded pack by pack where they are embedded; checkpoints of spread encoders load there as well.
+    layout = replace(layout, encoder="tensor", encoder_chunk=None)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
-        model = _load_model(recipe, stage, run_folder, platform)
+        model = _load_model(recipe, stage, layout, run_folder, platform)
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
         answers = _answer(recipe, stage, model, tokenizer, data, groups, platform, answer_tokens)
         if groups.rank == 0:
@@ -77,13 +80,15 @@ def evaluate(
         destroy()
 
 
-def _load_model(recipe: Recipe, stage: Stage, run_folder: RunFolder, platform: Platform) -> EagleModel | Float16Module:
+def _load_model(
+    recipe: Recipe, stage: Stage, layout: Layout, run_folder: RunFolder, platform: Platform
+) -> EagleModel | Float16Module:
     folder = run_folder.stage_checkpoints(stage.name)
     checkpoint = find_latest(folder)
     if checkpoint is None:
         raise UserError(f"stage '{stage.name}' has no checkpoint in {folder}")
     require_same_model(checkpoint, read_description(checkpoint), recipe.model.eagle())
-    models = build_chunks(recipe, recipe.stage_layout(stage), platform)
+    models = build_chunks(recipe, layout, platform)
     load_weights(checkpoint, models)
     model = models[0].eval()
     return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model

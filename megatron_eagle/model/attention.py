@@ -1,26 +1,30 @@
-"""Attention of the local specs: packed and causal for the language model, batched and full for SigLIP.
+"""The attention cores: one for packs, causal and context-parallel, one for SigLIP's batches of tiles.
 
-Megatron's own DotProductAttention knows no packed sequences outside Transformer Engine. This one runs PyTorch's scaled
-dot product attention on each segment of a pack by itself: nothing of size L x L is made, and a pack of many short
-samples costs what the samples cost.
+Megatron's own DotProductAttention knows neither packs nor context parallelism outside Transformer Engine, and
+Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes queries
+at any positions of a pack against all keys (``context.py``). On a GPU a kernel of this project does that in one call; on
+a CPU PyTorch's scaled dot product attention runs on each segment by itself. Neither makes anything of size L x L, and a
+pack of many short samples costs what the samples cost.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_eagle.model.context import Pack, Piece
 
-class LocalAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(d)) V, as Megatron's ModuleSpec slot ``core_attention`` wants it.
 
-    Shapes: packed, query [t, heads, d] and key, value [t, groups, d] -> [t, heads * d]; batched, [s, b, heads, d] and
-    [s, b, groups, d] -> [s, b, heads * d]. ``groups`` key/value heads are shared evenly by the query heads.
+class PackedAttention(MegatronModule):
+    """Causal attention within each segment of a pack, as Megatron's ModuleSpec slot ``core_attention`` wants it.
+
+    query [l, 1, heads, d] and key, value [l, 1, groups, d] of this process's l positions -> [l, 1, heads * d].
+    ``groups`` key/value heads are shared evenly by the query heads. Gathered keys and values are made inside, so that
+    recomputing the attention core keeps only this process's own.
     """
 
     def __init__(
@@ -33,11 +37,8 @@ class LocalAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"local attention has no context parallelism, this layout has cp={config.context_parallel_size}"
-            )
-        self.attn_mask_type = attn_mask_type
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"attention over packs is causal, asked for {attn_mask_type}")
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -48,21 +49,76 @@ class LocalAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Pack | None = None,
     ) -> Tensor:
-        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        shared_by = query.shape[-2] // key.shape[-2]
-        if shared_by > 1:  # PyTorch's fast kernel for the CPU wants as many key as query heads
-            key, value = key.repeat_interleave(shared_by, dim=-2), value.repeat_interleave(shared_by, dim=-2)
-        if packed_seq_params is None:
-            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-            return self._attend(query, key, value, causal).permute(2, 0, 1, 3).flatten(2)
-        borders = packed_seq_params.cu_seqlens_q.tolist()
-        segments = []
-        for start, end in zip(borders[:-1], borders[1:], strict=True):
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, s, d]
-            segments.append(self._attend(q, k, v, causal).squeeze(0).transpose(0, 1).flatten(1))
-        return torch.cat(segments)
+        assert packed_seq_params is not None, "the language model runs on packs"
+        context = packed_seq_params.context
+        query, key, value = context.to_heads(*(x.squeeze(1) for x in (query, key, value)))
+        key, value = context.gather_places(key, value)
+        attend = _attend_in_kernel if query.is_cuda else _attend_by_pieces
+        seen = attend(query, key, value, packed_seq_params, self.softmax_scale)
+        return context.to_positions(seen).flatten(1).unsqueeze(1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.softmax_scale)
+
+class BatchedAttention(MegatronModule):
+    """Attention of every token to every other of its sequence, all of one length: SigLIP's, one sequence a tile.
+
+    query [s, b, heads, d] and key, value [s, b, heads, d] -> [s, b, heads * d].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.no_mask:
+            raise ValueError(f"attention over batches has no mask, asked for {attn_mask_type}")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
+    ) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        seen = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
+        return seen.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float | None) -> Tensor:
+    """Queries [l, heads, d] of a place, keys and values [L, groups, d] of the pack -> [l, heads, d], on a GPU."""
+    from eagle_kernels.packed_attention import packed_attention  # needs Triton, which a CPU may lack
+
+    positions = pack.query_positions if len(query) < len(key) else None
+    return packed_attention(query, key, value, pack.cu_seqlens, softmax_scale=scale, query_positions=positions)
+
+
+def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float | None) -> Tensor:
+    """The same without a kernel of our own."""
+    shared_by = query.shape[1] // key.shape[1]
+    if shared_by > 1:  # PyTorch's fast kernel for the CPU wants as many key as query heads
+        key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, l or L, d]
+    seen = [
+        F.scaled_dot_product_attention(
+            query[:, :, piece.rows],
+            key[:, :, piece.keys],
+            value[:, :, piece.keys],
+            attn_mask=_mask(piece, query.device),
+            is_causal=piece.starts_segment,
+            scale=scale,
+        )
+        for piece in pack.pieces
+    ]
+    return torch.cat(seen, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _mask(piece: Piece, device: torch.device) -> Tensor | None:
+    """True where a query of ``piece`` may look [rows, keys], or None where that is PyTorch's own causal mask."""
+    if piece.starts_segment:
+        return None
+    rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)

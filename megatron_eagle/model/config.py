@@ -79,14 +79,13 @@ def check_layout(config: EagleConfig, layout: Layout) -> None:
     """Refuse a layout that cannot hold the model; the ValueError names both numbers."""
     from megatron_eagle.model.encoders import encoder_config  # imports Megatron, which takes seconds
 
-    if layout.cp > 1:
-        raise ValueError(f"cp={layout.cp}: context parallelism is not implemented yet, use cp=1")
     if layout.vpp is not None and config.language.num_hidden_layers < layout.pp * layout.vpp:
         raise ValueError(
             f"pp={layout.pp} x vpp={layout.vpp} needs at least {layout.pp * layout.vpp} layers, "
             f"the language model has {config.language.num_hidden_layers}"
         )
     _check_tensor_parallel(config.language, layout.tp)
+    _check_ulysses(config.language, layout)
     _check_pipeline(config.language, layout)
     for settings in config.encoders:
         encoder = encoder_config(settings)
@@ -110,6 +109,16 @@ def _check_tensor_parallel(language: QwenConfig, tp: int) -> None:
     divides(tp, language.intermediate_size, "channels of intermediate_size")
     divides(tp, language.hidden_size, "channels of hidden_size")
     divides(tp, language.padded_vocab_size, "rows of the padded vocabulary")
+
+
+def _check_ulysses(language: QwenConfig, layout: Layout) -> None:
+    """Ulysses deals out the key/value heads of a process, of which grouped-query attention has few."""
+    heads = max(1, language.num_key_value_heads // layout.tp)
+    if heads % layout.ulysses:
+        raise ValueError(
+            f"ulysses={layout.ulysses} does not divide {heads} key/value heads of tp={layout.tp}; "
+            f"cp={layout.cp} works with any ulysses that divides both"
+        )
 
 
 def _check_pipeline(language: QwenConfig, layout: Layout) -> None:

@@ -3,18 +3,17 @@
     tiles -> vision (mixture of encoders) -> connector -> features
     tokens -> embeddings, overwritten by features where tiles are -> Qwen2.5 -> loss
 
-Encoders and connector live on the first stage only, sharded over its tensor-parallel processes; the language model is
-split over all stages. The model follows what Megatron's schedules and wrappers expect of it (``set_input_tensor``,
-``model_type``, ``share_embeddings_and_output_weights``, ``sharded_state_dict``).
+Encoders and connector live on the first stage only, sharded over its tensor-parallel processes (or beside this model,
+``tile_encoder.py``); the language model is split over all stages. With context parallelism a process works on its share
+of the pack's positions only, from the embeddings to the loss. The model follows what Megatron's schedules and wrappers
+expect of it (``set_input_tensor``, ``model_type``, ``share_embeddings_and_output_weights``, ``sharded_state_dict``).
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -22,17 +21,19 @@ from torch import Tensor
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig, check_layout
-from megatron_eagle.model.connector import Connector
+from megatron_eagle.model.context import Context, Pack
 from megatron_eagle.model.hosting import Hosting, Precision, Recompute, TransformerImpl
-from megatron_eagle.model.mixture import Mixture, mixture_channels, tokens_per_tile
+from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.model.qwen import QwenModel
+from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
 from megatron_eagle.model.weights import initialise, weight_slices
 
 
 class EagleModel(MegatronModule):
     """One pipeline stage of an Eagle.
 
-    vision, connector: None on every stage but the first. language: this stage's layers.
+    vision, connector: None on every stage but the first, and everywhere with ``encoder: spread``. language: this
+    stage's layers.
     """
 
     def __init__(
@@ -48,16 +49,11 @@ class EagleModel(MegatronModule):
             eagle.language, hosting, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         super().__init__(config=language.config)
-        self.eagle = eagle
+        self.eagle, self.layout = eagle, hosting.layout
+        self.context = Context.of(hosting.layout, hosting.groups)
         self.tokens_per_tile = tokens_per_tile(eagle)
-        self.vision = Mixture(eagle, hosting) if pre_process else None
-        self.connector = (
-            Connector(
-                mixture_channels(eagle), eagle.language.hidden_size, eps=eagle.connector_layer_norm_eps, hosting=hosting
-            )
-            if pre_process
-            else None
-        )
+        hosts_encoders = pre_process and hosting.layout.encoder == "tensor"
+        self.vision, self.connector = make_encoders(eagle, hosting) if hosts_encoders else (None, None)
         self.language = language
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.pg_collection = hosting.groups
@@ -66,7 +62,7 @@ class EagleModel(MegatronModule):
         self.share_embeddings_and_output_weights = eagle.language.tie_word_embeddings
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Called by Megatron's schedules: the activations of the stage before, [L(/tp), 1, hidden]."""
+        """Called by Megatron's schedules: the activations of the stage before, [l(/tp), 1, hidden]."""
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -76,32 +72,36 @@ class EagleModel(MegatronModule):
     def encode(self, tiles: Tensor) -> Tensor:
         """uint8 tiles [n, 3, s, s] -> features [n, tokens_per_tile, hidden_size]; first stage only, n > 0."""
         if self.vision is None or self.connector is None:
-            raise ValueError("only the first pipeline stage holds the encoders and the connector")
-        frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            seen = self.vision(tiles)
-        return self.connector(seen)
+            raise ValueError("only the first pipeline stage of encoder: tensor holds the encoders and the connector")
+        return encode_tiles(self.vision, self.connector, tiles)
 
     def forward(self, batch: PackedBatch, *, features: Tensor | None = None, compute_loss: bool = True) -> Tensor:
         """One pack through this stage.
 
         features: what ``encode`` gave for ``batch.tiles``, [n, tokens_per_tile, hidden_size], if it is already known.
 
-        Returns, on the last stage, the cross entropy of every position, float32 [L] (0 where there is no label), or
-        with ``compute_loss=False`` the logits [L, padded_vocab/tp], padding masked; on other stages the hidden states
-        [L(/tp with sequence parallelism), 1, hidden_size].
+        Returns, on the last stage, the cross entropy of every position that this process holds, float32 [L] (0 at all
+        others and where there is no label), or with ``compute_loss=False`` the logits of all positions
+        [L, padded_vocab/tp], padding masked; on other stages the hidden states of the l = L/cp positions it holds,
+        [l(/tp with sequence parallelism), 1, hidden_size].
+
+        Raises ValueError if the layout cannot cut a pack of this length.
         """
+        self.layout.check_pack_length(batch.length)
+        held = self.context.share.positions(batch.length, batch.tokens.device)
         output = self.language(
-            input_ids=batch.tokens[None],
-            position_ids=batch.position_ids[None],
+            input_ids=batch.tokens[None, held],
+            position_ids=batch.position_ids[None, held],
             attention_mask=None,
-            decoder_input=self._embed(batch, features) if self.pre_process else None,
-            labels=batch.labels[None] if compute_loss else None,
-            packed_seq_params=_segments(batch),
+            decoder_input=self._embed(batch, held, features) if self.pre_process else None,
+            labels=batch.labels[None, held] if compute_loss else None,
+            packed_seq_params=Pack.of(batch.cu_seqlens, self.context),
         )
         if not self.post_process:
             return output
-        return output[0] if compute_loss else self.language.mask_padded_vocabulary(output)[0]
+        if compute_loss:
+            return output.new_zeros(batch.length).index_copy(0, held, output[0])
+        return self.context.gather_pack(self.language.mask_padded_vocabulary(output)[0])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -112,22 +112,23 @@ class EagleModel(MegatronModule):
             state |= module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
         return state
 
-    def _embed(self, batch: PackedBatch, features: Tensor | None) -> Tensor:
-        """Token embeddings with the tiles' features in their places, [L(/tp), 1, hidden_size]."""
-        embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=batch.position_ids[None])
+    def _embed(self, batch: PackedBatch, held: Tensor, features: Tensor | None) -> Tensor:
+        """Embeddings of the positions ``held``, with the tiles' features in their places: [l(/tp), 1, hidden_size]."""
+        embeddings = self.language.embedding(
+            input_ids=batch.tokens[None, held], position_ids=batch.position_ids[None, held]
+        )
         if features is None and len(batch.tiles):
             features = self.encode(batch.tiles)
         if features is None:
             embeddings = self._take_part(embeddings)
         else:
-            offsets = torch.arange(self.tokens_per_tile, device=batch.tile_slots.device)
+            offsets = torch.arange(self.tokens_per_tile, device=held.device)
             places = (batch.tile_slots[:, None] + offsets).flatten()
-            embeddings = embeddings.index_copy(0, places, features.flatten(0, 1)[:, None].to(embeddings.dtype))
+            rows = torch.searchsorted(held, places).clamp(max=len(held) - 1)
+            ours = held[rows] == places
+            chosen = features.flatten(0, 1)[ours][:, None].to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, rows[ours], chosen)
         if self.config.sequence_parallel:
-            if batch.length % self.tp_group.size():
-                raise ValueError(
-                    f"sequence parallelism: tp={self.tp_group.size()} does not divide a pack of {batch.length}"
-                )
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return embeddings
 
@@ -136,9 +137,8 @@ class EagleModel(MegatronModule):
 
         Gradients are averaged in buckets that wait for all their parameters; one that never reports stalls its bucket.
         """
-        assert self.vision is not None and self.connector is not None
-        parameters = [*self.vision.parameters(), *self.connector.parameters()]
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        modules = [module for module in (self.vision, self.connector) if module is not None]
+        trainable = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         return _ZeroGradient.apply(embeddings, *trainable) if trainable else embeddings
 
 
@@ -154,18 +154,6 @@ class _ZeroGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
         return gradient, *zeros
-
-
-def _segments(batch: PackedBatch) -> PackedSeqParams:
-    """Which tokens may see each other, in Megatron's words."""
-    longest = int(batch.cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def build_eagle(
@@ -189,7 +177,7 @@ def build_eagle(
     Raises ValueError if ``layout`` cannot hold the model.
     """
     check_layout(config, layout)
-    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "embd"])
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
     hosting = Hosting(layout, groups, transformer_impl, precision, recompute)
     with torch.device(device):
         model = EagleModel(config, hosting, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)

@@ -30,7 +30,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 class Hosting:
     """How a model runs.
 
-    groups: Megatron's process groups tp, pp, cp and embd of this process.
+    groups: Megatron's process groups tp, pp, cp, hcp and embd of this process.
     recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers.
     """
 
@@ -49,7 +49,7 @@ def transformer_config(hosting: Hosting, *, in_pipeline: bool, **architecture: A
     """Megatron's config of one transformer.
 
     in_pipeline: True for the language model, whose layers are split over the pipeline stages and whose activations may
-        be split along the sequence; False for what lives whole on the first stage.
+        be split along the sequence (sequence and context parallelism); False for what lives whole on the first stage.
     architecture: TransformerConfig's own fields, e.g. ``num_layers``.
     """
     layout = hosting.layout
@@ -72,6 +72,7 @@ def transformer_config(hosting: Hosting, *, in_pipeline: bool, **architecture: A
             "virtual_pipeline_model_parallel_size": layout.vpp,
             "pipeline_model_parallel_layout": _pipeline_layout(layout),
             "sequence_parallel": layout.sequence_parallel,
+            "context_parallel_size": layout.cp,
         }
     return TransformerConfig(**shared | _RECOMPUTE[hosting.recompute] | architecture)
 
@@ -89,7 +90,6 @@ def _shared(hosting: Hosting) -> dict[str, Any]:
     layout = hosting.layout
     return {
         "tensor_model_parallel_size": layout.tp,
-        "context_parallel_size": layout.cp,
         "params_dtype": hosting.dtype,
         "pipeline_dtype": hosting.dtype,
         "bf16": hosting.precision == "bf16",

@@ -1,9 +1,12 @@
 """Qwen2.5 as a Megatron GPTModel: RMSNorm, grouped-query attention with biases on Q, K and V, SwiGLU, rotary positions.
 
-Two things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in the
-softmax, so that tensor-parallel sizes share checkpoints and losses; and embeddings come out whole, not yet split along
-the sequence, because image features are put among them first.
+Three things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in the
+softmax, so that tensor-parallel sizes share checkpoints and losses; embeddings come out whole, not yet split along the
+sequence, because image features are put among them first; and rotary angles follow the position ids, which start anew in
+every segment wherever a pack is cut.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +56,18 @@ class QwenModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=qwen.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_base=qwen.rope_theta,
+            position_embedding_type="none",  # see _preprocess
             scatter_embedding_sequence_parallel=False,
             pg_collection=hosting.groups,
             vp_stage=vp_stage,
         )
         self.real_vocab_size = qwen.vocab_size
+        self.rope_theta = qwen.rope_theta
+
+    def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        """Megatron's own, with the second of its results, the rotary angles, made from ``position_ids``."""
+        decoder_input, _, *others = super()._preprocess(*args, position_ids=position_ids, **kwargs)
+        return decoder_input, rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta), *others
 
     def mask_padded_vocabulary(self, logits: Tensor) -> Tensor:
         """Make the padding's columns of ``logits`` [..., padded_vocab/tp] impossible, in place."""
@@ -77,3 +85,11 @@ class QwenModel(GPTModel):
         counted = labels != IGNORE_LABEL
         loss = super().compute_language_model_loss(labels.clamp(min=0), self.mask_padded_vocabulary(logits))
         return torch.where(counted, loss.float(), 0.0)
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> Tensor:
+    """float32 [l, 1, 1, head_dim]: position times theta^(-2i/head_dim) for i < head_dim/2, twice over (RoFormer; halves
+    instead of pairs, as in transformers)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = torch.outer(position_ids.float(), 1.0 / theta**exponents)
+    return torch.cat([angles, angles], dim=-1)[:, None, None]

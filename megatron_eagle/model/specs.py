@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_eagle.model.attention import LocalAttention
+from megatron_eagle.model.attention import BatchedAttention, PackedAttention
 from megatron_eagle.model.hosting import TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
 
@@ -32,7 +32,7 @@ def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: Attn
     rms_norm: RMSNorm (Qwen) or LayerNorm (SigLIP); mask: causal for the packed language model, no_mask for an encoder.
     """
     if impl == "transformer_engine":
-        return _transformer_engine(layers, _mask_for_packs(mask))
+        return _transformer_engine(layers, mask)
     norm = RMSNorm if rms_norm else LayerNorm
     layer = TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -40,7 +40,9 @@ def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: Attn
             module=SelfAttention,
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=LocalAttention, linear_proj=RowParallelLinear
+                linear_qkv=ColumnParallelLinear,
+                core_attention=PackedAttention if mask == AttnMaskType.causal else BatchedAttention,
+                linear_proj=RowParallelLinear,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -55,11 +57,6 @@ def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: Attn
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
-def _mask_for_packs(mask: AttnMaskType) -> AttnMaskType:
-    """Transformer Engine wants packed sequences called padded ones."""
-    return AttnMaskType.padding_causal if mask == AttnMaskType.causal else mask
-
-
 def _transformer_engine(layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
     """The same layer in Transformer Engine's modules. Written against megatron-core 0.16.1, not run without a GPU."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -71,7 +68,7 @@ def _transformer_engine(layers: int, mask: AttnMaskType) -> TransformerBlockSubm
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=modules.column_parallel_layer_norm_linear(),
-                core_attention=modules.core_attention(),
+                core_attention=PackedAttention if mask == AttnMaskType.causal else modules.core_attention(),
                 linear_proj=modules.row_parallel_linear(),
             ),
         ),

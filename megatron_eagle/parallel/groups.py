@@ -5,7 +5,7 @@ them into one object, and adds two groups that Megatron does not have: all proce
 train on the same packs, and those of them that host the encoders.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -18,13 +18,26 @@ from megatron_eagle.platform import Platform
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a process stands: its rank along each axis."""
+
+    dp: int
+    pp: int
+    cp: int
+    tp: int
+
+
+@dataclass(frozen=True)
 class Groups:
     """This process's place in the run; ``<axis>_rank`` counts from 0 within the axis.
 
     dp: the group of processes that hold the same weights and train on different packs.
     replica: all tp x cp x pp processes of this process's copy of the model.
+    replica_places: where each process of ``replica`` stands, in the order of that group.
     reader_rank: global rank of the one process of the replica that reads its packs (tp, cp and pp rank 0).
     encoder_hosts: the processes of the replica on its first pipeline stage; None on the other stages.
+    everyone, alone: all processes of the run, and this one by itself.
+    spread_encoders: whether the layout shares out the tiles over all processes of a replica (``encoder: spread``).
     """
 
     rank: int
@@ -39,8 +52,12 @@ class Groups:
     dp_size: int
     dp: dist.ProcessGroup
     replica: dist.ProcessGroup
+    replica_places: tuple[Place, ...]
     reader_rank: int
     encoder_hosts: dist.ProcessGroup | None
+    everyone: dist.ProcessGroup
+    alone: dist.ProcessGroup
+    spread_encoders: bool
 
     @property
     def is_reader(self) -> bool:
@@ -88,10 +105,13 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
     )
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    cp_rank = parallel_state.get_context_parallel_rank()
     dp_rank = parallel_state.get_data_parallel_rank()
-    places = _gather_places(dp_rank, pp_rank, platform.device)
-    replicas = [[rank for rank, (dp, _) in enumerate(places) if dp == number] for number in range(dp_size)]
-    hosts = [[rank for rank in ranks if places[rank][1] == 0] for ranks in replicas]
+    places = _gather_places(Place(dp_rank, pp_rank, cp_rank, tp_rank), platform.device)
+    if layout.cp > 1:
+        _make_context_levels(layout, places, timeout)
+    replicas = [[rank for rank, place in enumerate(places) if place.dp == number] for number in range(dp_size)]
+    hosts = [[rank for rank in ranks if places[rank].pp == 0] for ranks in replicas]
     replica = _one_group_of(replicas, timeout)
     assert replica is not None
     return Groups(
@@ -99,7 +119,7 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         world_size=dist.get_world_size(),
         tp_rank=tp_rank,
         pp_rank=pp_rank,
-        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_rank=cp_rank,
         dp_rank=dp_rank,
         tp_size=layout.tp,
         pp_size=layout.pp,
@@ -107,8 +127,13 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         dp_size=dp_size,
         dp=parallel_state.get_data_parallel_group(),
         replica=replica,
+        replica_places=tuple(places[rank] for rank in replicas[dp_rank]),
         reader_rank=min(hosts[dp_rank]),  # Megatron numbers tp and cp fastest
         encoder_hosts=_one_group_of(hosts, timeout),
+        everyone=dist.group.WORLD,
+        # Eagle has no experts, so Megatron's group of processes that share them is each process by itself.
+        alone=parallel_state.get_expert_model_parallel_group(),
+        spread_encoders=layout.encoder == "spread",
     )
 
 
@@ -119,11 +144,25 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def _gather_places(dp_rank: int, pp_rank: int, device: torch.device) -> list[tuple[int, int]]:
-    """(dp rank, pp rank) of every process, by global rank."""
-    places = torch.empty(dist.get_world_size(), 2, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(places, torch.tensor([[dp_rank, pp_rank]], device=device))
-    return [(int(dp), int(pp)) for dp, pp in places]
+def _gather_places(own: Place, device: torch.device) -> list[Place]:
+    """The place of every process, by global rank."""
+    places = torch.empty(dist.get_world_size(), 4, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(places, torch.tensor([[own.dp, own.pp, own.cp, own.tp]], device=device))
+    return [Place(*map(int, numbers)) for numbers in places]
+
+
+def _make_context_levels(layout: Layout, places: list[Place], timeout: timedelta) -> None:
+    """Make the groups of context parallelism's two levels, the inner one first, where Megatron would keep them.
+
+    Megatron makes the same ones (``hierarchical_context_parallel_sizes``), but needs einops for it.
+    """
+    inner: dict[Place, list[int]] = {}
+    outer: dict[Place, list[int]] = {}
+    for rank, place in enumerate(places):
+        inner.setdefault(replace(place, cp=place.cp // layout.ulysses), []).append(rank)
+        outer.setdefault(replace(place, cp=place.cp % layout.ulysses), []).append(rank)
+    levels = [_one_group_of(list(level.values()), timeout) for level in (inner, outer)]
+    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = levels
 
 
 def _one_group_of(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:

@@ -2,8 +2,8 @@
 
 One reader per data-parallel rank, instead of one per process, because reading can go wrong: a truncated image is
 skipped where it is decoded, and processes that each read for themselves would then train on different packs and hang or
-be silently wrong. It also reads and decodes every image once. Tiles, by far the largest part, go only to the pipeline
-stage that hosts the encoders.
+be silently wrong. It also reads and decodes every image once. Tiles, by far the largest part, go only to those that
+encode them: all to the pipeline stage that hosts the encoders, or, with spread encoders, each to its owner.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.parallel.spread import Shares, send_pixels
 
 _WHOLE_NUMBERS = ("tokens", "labels", "position_ids", "cu_seqlens", "tile_slots")
 
@@ -23,8 +24,10 @@ _WHOLE_NUMBERS = ("tokens", "labels", "position_ids", "cu_seqlens", "tile_slots"
 def hand_round(read: Callable[[], list[PackedBatch]], groups: Groups, device: torch.device) -> list[PackedBatch]:
     """Call ``read`` on the reader of this replica and return its packs on every process of the replica, on ``device``.
 
-    Processes without encoders get ``tiles`` and ``tile_slots`` of length 0. A UserError raised by ``read`` is raised on
-    every process of the replica, so that none is left waiting; any other error ends the reader with its traceback.
+    With ``encoder: tensor``, processes without encoders get ``tiles`` and ``tile_slots`` of length 0. With ``encoder:
+    spread``, each process gets all ``tile_slots``, and of the tiles those that it encodes (``spread.Shares``). A
+    UserError raised by ``read`` is raised on every process of the replica, so that none is left waiting; any other
+    error ends the reader with its traceback.
     """
     if groups.replica_size == 1:
         return [batch.to(device) for batch in read()]
@@ -46,7 +49,9 @@ def hand_round(read: Callable[[], list[PackedBatch]], groups: Groups, device: to
     weights = _broadcast(
         [b.loss_weights for b in batches], [h["tokens"] for h in headers], torch.float32, groups, device
     )
-    tiles = _hand_round_tiles(batches, headers, groups, device)
+    hand_round_tiles = _share_out_tiles if groups.spread_encoders else _hand_round_tiles
+    tiles = hand_round_tiles(batches, headers, groups, device)
+    knows_tiles = groups.is_first_stage or groups.spread_encoders
     rebuilt = []
     for number, header in enumerate(headers):
         tokens, labels, position_ids, cu_seqlens, tile_slots = whole[number * 5 : number * 5 + 5]
@@ -57,7 +62,7 @@ def hand_round(read: Callable[[], list[PackedBatch]], groups: Groups, device: to
             position_ids=position_ids,
             cu_seqlens=cu_seqlens.to(torch.int32),
             tiles=tiles[number],
-            tile_slots=tile_slots if groups.is_first_stage else tile_slots[:0],
+            tile_slots=tile_slots if knows_tiles else tile_slots[:0],
             **header["text"],
         )
         rebuilt.append(batch)
@@ -100,3 +105,17 @@ def _hand_round_tiles(
     if groups.encoder_hosts_size > 1 and len(buffer):
         dist.broadcast(buffer, src=groups.reader_rank, group=groups.encoder_hosts)
     return [part.view(shape) for part, shape in zip(buffer.split(counts), shapes, strict=True)]
+
+
+def _share_out_tiles(
+    batches: Sequence[PackedBatch], headers: list[dict[str, Any]], groups: Groups, device: torch.device
+) -> list[Tensor]:
+    tiles_per_pack = [header["tiles"][0] for header in headers]
+    shares = Shares.of(sum(tiles_per_pack), groups.replica.size())
+    if groups.is_reader:
+        pixels = torch.cat([batch.tiles for batch in batches]).to(device)
+    else:
+        pixels = torch.empty((0, *headers[0]["tiles"][1:]), dtype=torch.uint8, device=device)
+    if shares.total:
+        pixels = send_pixels(pixels, shares, groups)
+    return list(pixels.split(shares.block_by_pack(groups.replica.rank(), tiles_per_pack)))

@@ -1,8 +1,8 @@
 """The engine of a stage: model, gradients, optimizer and schedule, wired up the way Megatron's schedules want them.
 
-What is particular to this project: parts are frozen by name, each part may have its own learning rate, and gradients
-are *summed* over microbatches and replicas, because the loss weights already hold the denominator
-(``training/loss.py``).
+What is particular to this project: parts are frozen by name, each part may have its own learning rate, gradients are
+*summed* over microbatches and replicas, because the loss weights already hold the denominator (``training/loss.py``),
+and with ``encoder: spread`` the encoders stand beside the pipeline, with an optimizer of their own in the same chain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -29,9 +23,13 @@ from torch import Tensor
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.eagle import EagleModel, build_eagle
+from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
+from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.training.loss import weighted_loss
+from megatron_eagle.training.optimizer import build_optimizer, build_scheduler
+from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 
 @dataclass
@@ -40,28 +38,55 @@ class Engine:
 
     chunks: its part of the model, one per virtual pipeline stage, wrapped for data parallelism.
     models: the same parts without wrapping; they share the weights.
+    optimizer: a chain of one, or with spread encoders of two; clips by the norm over all of them.
+    encoder: this process's copy of the spread encoders; None with ``encoder: tensor``, where ``models`` hold them.
     """
 
     chunks: list[DistributedDataParallel]
     models: list[EagleModel]
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
+    encoder: SpreadEncoder | None
     scheduler: OptimizerParamScheduler
     peak_learning_rate: float
     final_learning_rate: float
     trainable_parameters: int
 
     def step(self, batches: Sequence[PackedBatch]) -> tuple[float, float]:
-        """One optimizer step on this replica's ``batches``; returns (this process's share of the loss, gradient norm).
+        """One optimizer step on this replica's packs; returns (this process's share of the loss, gradient norm)."""
+        return self.forward_backward(batches), self.update()
+
+    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
+        """Gradients of ``batches``, reduced over all that share them; returns this process's share of the loss.
 
         The share is 0.0 on processes without the last pipeline stage.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        for buffers in self.gradient_owners():
+            buffers.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = run_schedule(self.chunks, batches, forward_only=False)
+        features = self.encoder.encode(batches) if self.encoder else None
+        losses = run_schedule(self.chunks, batches, features, forward_only=False)
+        if self.encoder:
+            self.encoder.backward()
+        return float(torch.stack(losses).double().sum()) if losses else 0.0
+
+    def update(self) -> float:
+        """Clip the gradients and step; returns their norm before clipping."""
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
-        return float(torch.stack(losses).double().sum()) if losses else 0.0, float(grad_norm or 0.0)
+        return float(grad_norm or 0.0)
+
+    def gradient_owners(self) -> list[DistributedDataParallel]:
+        """All that holds gradient buffers."""
+        return [*self.chunks, *([self.encoder.buffers] if self.encoder and self.encoder.buffers else [])]
+
+    def weight_owners(self) -> list[tuple[EagleModel | TileEncoder, dist.ProcessGroup]]:
+        """Every module that holds weights of this process, with the group that its tensors are split over."""
+        modules: list[EagleModel | TileEncoder] = [*self.models, *([self.encoder.copy] if self.encoder else [])]
+        return [(module, module.tp_group) for module in modules]
+
+    def reload_optimizer(self) -> None:
+        """Take over weights that were changed from outside; call this after loading them."""
+        self.optimizer.reload_model_params()
 
     @property
     def learning_rate(self) -> float:
@@ -69,7 +94,7 @@ class Engine:
         return float(self.scheduler.get_lr({"max_lr": self.peak_learning_rate, "min_lr": self.final_learning_rate}))
 
 
-def build_engine(recipe: Recipe, stage: Stage, platform: Platform) -> Engine:
+def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Groups) -> Engine:
     """Model with random weights of the recipe's seed, ready to load a checkpoint and to train ``stage``."""
     layout = recipe.stage_layout(stage)
     models = build_chunks(recipe, layout, platform)
@@ -77,19 +102,17 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform) -> Engine:
     config = models[0].config
     wrapped = [Float16Module(config, model) for model in models] if recipe.precision == "bf16" else models
     settings = recipe.optimizer
-    buckets = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=settings.distributed,
-        overlap_grad_reduce=settings.overlap,
-        overlap_param_gather=settings.overlap and settings.distributed,
-    )
+    buckets = gradient_buckets(settings, overlap=settings.overlap)
     chunks = [
         DistributedDataParallel(config, buckets, model, disable_bucketing=number > 0)
         for number, model in enumerate(wrapped)
     ]
-    for chunk in chunks:
-        _count_padding_as_content(chunk)
-    optimizer = _build_optimizer(settings, stage, recipe.precision, chunks)
+    encoder = None
+    if layout.encoder == "spread":
+        copy = _build_copy(recipe, platform, groups)
+        freeze_all_but([copy], stage.trainable)
+        encoder = SpreadEncoder.of(copy, config, gradient_buckets(settings, overlap=False), groups, layout)
+    optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _finalize_without_division
     if settings.overlap:
@@ -99,15 +122,30 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform) -> Engine:
         chunks=chunks,
         models=models,
         optimizer=optimizer,
-        scheduler=_build_scheduler(optimizer, settings, stage),
+        encoder=encoder,
+        scheduler=build_scheduler(optimizer, settings, stage),
         peak_learning_rate=stage.learning_rate,
         final_learning_rate=stage.learning_rate * stage.final_fraction,
-        trainable_parameters=count_trainable(models),
+        trainable_parameters=count_trainable(models) + (encoder.trainable_parameters if encoder else 0),
+    )
+
+
+def gradient_buckets(settings: OptimizerSettings, *, overlap: bool) -> DistributedDataParallelConfig:
+    """How gradients are kept and reduced. overlap: while the backward pass is still running."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and settings.distributed,
     )
 
 
 def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[EagleModel]:
-    """This process's part of the recipe's model, on the platform's device, without data-parallel wrapping."""
+    """This process's part of the recipe's model, on the platform's device, without data-parallel wrapping.
+
+    Also seeds the process: Megatron's random states must exist before its layers run, even without dropout.
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
     chunks = []
     for vp_stage in range(layout.vpp or 1):
         chunk = vp_stage if layout.vpp else None
@@ -127,7 +165,20 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
     return chunks
 
 
-def freeze_all_but(models: Sequence[EagleModel], trainable: Sequence[str]) -> None:
+def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncoder:
+    return build_tile_encoder(
+        recipe.model.eagle(),
+        alone=groups.alone,
+        copies=groups.everyone,
+        transformer_impl=recipe.model.transformer_impl,
+        precision=recipe.precision,
+        recompute=recipe.model.recompute,
+        device=platform.device,
+        seed=recipe.seed,
+    )
+
+
+def freeze_all_but(models: Sequence[torch.nn.Module], trainable: Sequence[str]) -> None:
     """Leave gradients on for the parts named (``vision``, ``connector``, ``language``) and off for all else."""
     for model in models:
         for name, parameter in model.named_parameters():
@@ -152,12 +203,20 @@ def count_trainable(models: Sequence[EagleModel]) -> int:
 
 
 def run_schedule(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[PackedBatch], *, forward_only: bool
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    features: Sequence[Tensor] | None = None,
+    *,
+    forward_only: bool,
 ) -> list[Tensor]:
-    """Run Megatron's pipeline schedule over ``batches``; the detached loss of each, on the last stage only."""
+    """Run Megatron's pipeline schedule over ``batches``; the detached loss of each, on the last stage only.
+
+    features: of each batch's tiles, if they are known already (``EagleModel.forward``).
+    """
+    inputs = list(zip(batches, features or [None] * len(batches), strict=True))
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        data_iterator=[iter(inputs) for _ in chunks] if len(chunks) > 1 else iter(inputs),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
         seq_length=batches[0].length,
@@ -167,9 +226,11 @@ def run_schedule(
     return [result["loss"] for result in results]
 
 
-def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    return model(batch), partial(_loss_of_pack, batch)
+def _forward_step(
+    inputs: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    batch, features = next(inputs)
+    return model(batch, features=features), partial(_loss_of_pack, batch)
 
 
 def _loss_of_pack(batch: PackedBatch, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -182,60 +243,3 @@ def _finalize_without_division(
     model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any
 ) -> None:
     finalize_model_grads(model, None, **arguments)
-
-
-def _count_padding_as_content(chunk: DistributedDataParallel) -> None:
-    """Make the distributed optimizer save what belongs to each parameter.
-
-    megatron-core 0.16.1 joins the buckets of a gradient buffer without the padding at their ends and then cuts out each
-    parameter at its place *with* padding: after the first bucket whose length is no multiple of 128, every parameter is
-    saved with its neighbour's optimizer state, and the last elements with zeros (a warning calls it issue 504). Buckets
-    that count their padding as content have both in the same place.
-    """
-    for buffer in chunk.buffers:
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
-
-
-def _build_optimizer(
-    settings: OptimizerSettings, stage: Stage, precision: str, chunks: Sequence[DistributedDataParallel]
-) -> MegatronOptimizer:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=stage.learning_rate,
-        min_lr=stage.learning_rate * stage.final_fraction,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        clip_grad=settings.clip_grad,
-        bf16=precision == "bf16",
-        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        use_distributed_optimizer=settings.distributed,
-        overlap_param_gather=settings.overlap and settings.distributed,
-    )
-    overrides = dict(get_standard_config_overrides(config))  # no weight decay on biases and norms
-    for part, rate in stage.part_learning_rates.items():
-        key = ParamKey(name=(f"{part}.*", f"*.{part}.*"))
-        overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction}
-    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
-
-
-def _build_scheduler(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, stage: Stage
-) -> OptimizerParamScheduler:
-    warmup = round(stage.warmup_fraction * stage.steps)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=stage.learning_rate,
-        min_lr=stage.learning_rate * stage.final_fraction,
-        lr_warmup_steps=min(warmup, stage.steps - 1),
-        lr_decay_steps=stage.steps,
-        lr_decay_style=stage.decay,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=stage.steps,
-        wd_incr_style="constant",
-    )

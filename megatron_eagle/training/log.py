@@ -32,6 +32,7 @@ class StepRecord:
     loss: the objective of the step. learning_rate: that of the stage's schedule. grad_norm: before clipping.
     useful_tokens, tokens: without and with padding.
     tiles: image tiles encoded, thumbnails included.
+    tile_balance: mean / max tiles over the processes that encode, with spread encoders; None otherwise.
     seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream.
     sample_digest: ``sample_digest`` of the step's sample ids; equal digests mean equal data.
     rejected_total: samples skipped in this stage so far, those of this step included.
@@ -52,6 +53,7 @@ class StepRecord:
     sample_digest: str
     rejected_total: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    tile_balance: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -84,6 +86,7 @@ class StepRecord:
             "seconds": self.seconds,
             "data_wait_fraction": self.data_wait / self.seconds,
             "rejected_total": self.rejected_total,
+            **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
         }
 
 
@@ -217,11 +220,15 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"grad norm {record.grad_norm:8.3f}",
             f"{record.useful_tokens_per_second:9,.0f} useful tokens/s",
             f"padding {100 * record.padding_fraction:4.1f} %",
-            f"{record.tiles:4d} tiles",
+            f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
             f"ETA {format_duration(seconds_left)}",
         )
     )
+
+
+def _balance(tile_balance: float | None) -> str:
+    return "" if tile_balance is None else f" balance {100 * tile_balance:3.0f} %"
 
 
 def format_duration(seconds: float) -> str:

@@ -6,7 +6,6 @@ the stage is complete does nothing.
 """
 
 import math
-import random
 import resource
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.stream import PackStream
@@ -25,6 +23,7 @@ from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.parallel.hand_round import hand_round
+from megatron_eagle.parallel.spread import Shares, tile_balance
 from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
 from megatron_eagle.training.checkpoint import (
@@ -94,14 +93,13 @@ class StageRun:
                     f"{resume_from} is at step {self.step}, stage '{self.stage.name}' has only {self.stage.steps} steps"
                 )
         first_weights = None if resume_from else self._first_weights()
-        _seed(self.recipe.seed, self.groups)
-        engine = build_engine(self.recipe, self.stage, self.platform)
+        engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
         if resume_from and description:
             position = load_training_state(resume_from, description, engine, self.groups)
         elif first_weights:
-            load_weights(first_weights, engine.models)
-            engine.optimizer.reload_model_params()
+            load_weights(first_weights, [module for module, _ in engine.weight_owners()])
+            engine.reload_optimizer()
         stream = self._open_stream(position)
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
@@ -215,12 +213,20 @@ class StageRun:
             useful_tokens=sum(part.useful_tokens for part in counts),
             tokens=self.stage.batch * self.stage.pack_length,
             tiles=sum(part.tiles for part in counts),
+            tile_balance=self._tile_balance([part.tiles for part in counts]),
             seconds=time.perf_counter() - started,
             data_wait=waited,
             sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
             rejected_total=self.rejected_total,
             rejected=rejected,
         )
+
+    def _tile_balance(self, tiles_per_replica: Sequence[int]) -> float | None:
+        """How evenly the tiles of the step were spread over all processes; None where they are not spread."""
+        if not self.groups.spread_encoders:
+            return None
+        shares = [Shares.of(tiles, self.groups.replica_size) for tiles in tiles_per_replica]
+        return tile_balance([count for share in shares for count in share.per_rank])
 
     def _save(self, engine: Engine, stream: PackStream | None, stage_folder: Path) -> None:
         description = Description(
@@ -266,7 +272,8 @@ class StageRun:
         return (
             f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {', '.join(stage.trainable)} "
             f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
-            f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} on {self.platform.device.type}"
+            f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} encoder={layout.encoder} "
+            f"on {self.platform.device.type}"
         )
 
     def _say(self, line: str) -> None:
@@ -288,7 +295,7 @@ class _Counts:
         return _Counts(
             sample_ids=[identity for batch in batches for identity in batch.sample_ids],
             useful_tokens=sum(batch.useful_tokens for batch in batches),
-            tiles=sum(len(batch.tiles) for batch in batches),
+            tiles=sum(len(batch.tile_slots) for batch in batches),
             rejected=[item for batch in batches for item in batch.rejected],
         )
 
@@ -300,11 +307,3 @@ def _gather(own: list[Any], groups: Groups) -> list[Any]:
     parts: list[Any] = [None] * groups.dp_size
     dist.all_gather_object(parts, own[0], group=groups.dp)
     return parts
-
-
-def _seed(seed: int, groups: Groups) -> None:
-    """Pipeline stages draw different weights; Megatron derives what must differ between tensor-parallel ranks."""
-    own = seed + 100 * groups.pp_rank
-    random.seed(own)
-    torch.manual_seed(own)
-    tensor_parallel.model_parallel_cuda_manual_seed(own)

@@ -25,7 +25,6 @@ from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.encoders import convnext, encoder_config, siglip
 from megatron_eagle.recipe import OptimizerSettings
 
-
 # Written here a second time on purpose: a wrong constant in the model must not be wrong in its oracle, too.
 SIGLIP_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

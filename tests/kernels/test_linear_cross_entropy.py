@@ -204,7 +204,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize(("name", "case"), [("split", SPLIT), ("all padding", ALL_PADDING)], ids=["split", "all padding"])
+@pytest.mark.parametrize(
+    ("name", "case"), [("split", SPLIT), ("all padding", ALL_PADDING)], ids=["split", "all padding"]
+)
 def test_a_split_vocabulary_gives_what_the_whole_gives(two_ranks, name, case):
     hidden, weight, labels, token_weights = (tensor.detach().double() for tensor in inputs(case))
     hidden.requires_grad_()

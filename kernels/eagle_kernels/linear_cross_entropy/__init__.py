@@ -24,9 +24,7 @@ __all__ = ["Losses", "linear_cross_entropy"]
 
 
 class Losses(NamedTuple):
-    """``loss``: float32 scalar, sum of token weight * token loss. ``tokens``: float32 [L], without gradient; 0 if
-    ignored.
-    """
+    """``loss``: float32 scalar, sum of weight * loss over tokens. ``tokens``: float32 [L], their losses, no gradient."""
 
     loss: Tensor
     tokens: Tensor

@@ -21,7 +21,8 @@ def row_statistics(logits, labels, statistics, columns, known, vocabulary_start,
     rows = tl.num_programs(0)
     logits += row.to(tl.int64) * columns
     offsets = tl.arange(0, BLOCK)
-    maximum = tl.full([BLOCK], NO_LOGIT, tl.float32)  # one softmax per lane, joined at the end: no barrier inside the loop
+    # one softmax per lane, joined at the end: no barrier inside the loop
+    maximum = tl.full([BLOCK], NO_LOGIT, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, known, BLOCK):
         logit = tl.load(logits + start + offsets, mask=start + offsets < known, other=float("-inf")).to(tl.float32)

@@ -49,7 +49,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        rows = torch.nonzero(labels != settings.ignore_label).flatten()  # waits for the GPU: see the package's docstring
+        rows = torch.nonzero(labels != settings.ignore_label).flatten()  # waits for the GPU, see the package
         _check_labels(labels, rows, settings)
         token_losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -63,7 +63,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 token_losses.index_copy_(0, chunk, log_sum_exp - target)
                 if hidden_gradient is None and weight_gradient is None:
                     continue
-                gradient = _to_gradient(logits, chunk_labels, log_sum_exp, token_weights.index_select(0, chunk), settings)
+                chunk_weights = token_weights.index_select(0, chunk)
+                gradient = _to_gradient(logits, chunk_labels, log_sum_exp, chunk_weights, settings)
                 if hidden_gradient is not None:
                     part = torch.mm(gradient, weight)
                     reduction = _start_reduction(part, settings)
@@ -121,12 +122,14 @@ def _joined(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor
     return highest + torch.log((total * torch.exp(maximum - highest)).sum(0)), target.sum(0)
 
 
-def _to_gradient(logits: Tensor, labels: Tensor, log_sum_exp: Tensor, token_weights: Tensor, settings: Settings) -> Tensor:
+def _to_gradient(
+    logits: Tensor, labels: Tensor, log_sum_exp: Tensor, token_weights: Tensor, settings: Settings
+) -> Tensor:
     """The gradient with respect to the logits, in their place."""
     grid = (len(logits), triton.cdiv(logits.shape[1], kernels.BLOCK))
     kernels.logit_gradient[grid](
-        logits, labels, log_sum_exp, token_weights, logits.shape[1], _known(logits, settings), settings.vocabulary_start,
-        BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,
+        logits, labels, log_sum_exp, token_weights, logits.shape[1], _known(logits, settings),
+        settings.vocabulary_start, BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,
     )  # fmt: skip
     return logits
 
@@ -160,14 +163,18 @@ def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, token_weight
         raise ValueError(f"hidden must be [L, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"hidden and weight must both be bfloat16 or float32, got {hidden.dtype} and {weight.dtype} (float16 is left out: "
-            "its loss scale is known in the backward pass only, too late for gradients made in the forward pass)"
+            f"hidden and weight must both be bfloat16 or float32, got {hidden.dtype} and {weight.dtype} "
+            "(float16 is left out: its loss scale is known in the backward pass only, and gradients are made earlier)"
         )
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [{len(hidden)}], got {labels.dtype} {list(labels.shape)}")
     if token_weights.shape != labels.shape or token_weights.dtype != torch.float32:
-        raise ValueError(f"token_weights must be float32 [{len(hidden)}], got {token_weights.dtype} {list(token_weights.shape)}")
+        raise ValueError(
+            f"token_weights must be float32 [{len(hidden)}], got {token_weights.dtype} {list(token_weights.shape)}"
+        )
     if settings.rows_per_chunk < 1:
         raise ValueError(f"rows_per_chunk must be at least 1, got {settings.rows_per_chunk}")
     if settings.vocabulary_start < 0 or settings.vocabulary_size < 1:
-        raise ValueError(f"vocabulary starts at {settings.vocabulary_start} here and has {settings.vocabulary_size} entries")
+        raise ValueError(
+            f"the vocabulary starts at {settings.vocabulary_start} here and has {settings.vocabulary_size} entries"
+        )

@@ -87,8 +87,8 @@ def tile_attention(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: 
     """
     tiles, tokens = query.shape[:2]
     cu_seqlens = torch.arange(tiles + 1, dtype=torch.int32, device=query.device) * tokens
-    flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
-    return packed_attention(*flat, cu_seqlens, causal=False, softmax_scale=softmax_scale).view(query.shape)
+    q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    return packed_attention(q, k, v, cu_seqlens, causal=False, softmax_scale=softmax_scale).view(query.shape)
 
 
 class PackedAttention(nn.Module):

@@ -52,7 +52,7 @@ def choose_blocks(head_dim: int, element_bytes: int, capability: tuple[int, int]
     return table["wide"] if head_dim == padded else table["padded"]
 
 
-# Blocks of forward, dQ, dK and dV: query rows, keys, warps, stages. On Hopper 8 warps are two warpgroups of 64 rows each.
+# Forward, dQ, dK and dV: query rows, keys, warps, stages. On Hopper 8 warps are two warpgroups of 64 rows each.
 HOPPER = {
     "wide": AttentionBlocks(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
     "positions": AttentionBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),

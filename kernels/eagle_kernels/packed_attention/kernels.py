@@ -1,9 +1,8 @@
 """The Triton kernels of packed attention: one forward, and two backward kernels that share nothing.
 
-The mask is one interval per row and is made inside the kernels from ``cu_seqlens``: a query at position p of segment
-[a, b) sees the keys [a, p + 1), or [a, b) without causality; seen from the other side, a key at position j is seen by
-the queries at positions [j, b), or [a, b). Intervals of the rows of a block give the loop bounds, so blocks of other
-segments are never visited, and they tell which blocks every row sees whole: those run first, in a loop without a mask.
+Each loops twice over the blocks that its rows' intervals (``masks``) leave: first those that all rows see whole,
+without a mask, then those at the edges. Loops count from 0: a lower bound known at run time only would make Triton lose
+sight of alignment, and with it of wide asynchronous loads.
 
 No kernel adds to memory that another program writes: dQ is made by a program per query block, dK and dV by a program
 per key block. Results are therefore the same bits at every run; there is no faster, non-deterministic variant to switch
@@ -16,69 +15,17 @@ are kept in units of log 2, because exp2 is the exponential that the hardware ha
 import triton
 import triton.language as tl
 
+from eagle_kernels.packed_attention.masks import (
+    part_of_keys,
+    rows_that_see,
+    segment_bounds,
+    split_blocks,
+    visible_keys,
+)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_SCORE = tl.constexpr(-1.0e30)  # the running maximum before any key was seen; finite, so that differences are no NaN
-SCAN = tl.constexpr(1024)  # query positions looked at per step when searching for those that see a key block
-
-
-@triton.jit
-def segment_bounds(cu_seqlens, segments, positions, keys):
-    """(start, end) of the segment of each position, by binary search; (keys, 0), an empty interval, outside all
-    segments.
-    """
-    segment = tl.zeros_like(positions)
-    candidates = segments + 1
-    while candidates > 1:  # the last border <= position is one of ``candidates`` from ``segment`` on
-        half = candidates // 2
-        border = tl.load(cu_seqlens + segment + half)
-        segment = tl.where(border <= positions, segment + half, segment)
-        candidates -= half
-    start = tl.load(cu_seqlens + segment)
-    inside = (segment < segments) & (positions >= start) & (positions >= 0) & (positions < keys)
-    end = tl.minimum(tl.load(cu_seqlens + tl.minimum(segment + 1, segments)), keys)
-    return tl.where(inside, tl.maximum(start, 0), keys), tl.where(inside, end, 0)
-
-
-@triton.jit
-def visible_keys(cu_seqlens, query_positions, segments, rows, keys, CAUSAL: tl.constexpr, HAS_POSITIONS: tl.constexpr):
-    """[first, last) key that each query row sees."""
-    positions = tl.load(query_positions + rows) if HAS_POSITIONS else rows
-    first, last = segment_bounds(cu_seqlens, segments, positions, keys)
-    if CAUSAL:
-        last = tl.minimum(last, positions + 1)
-    return first, last
-
-
-@triton.jit
-def part_of_keys(first, last, part, keys, HAS_POSITIONS: tl.constexpr):
-    """[low, high) of the keys that any row sees; with explicit positions, of part 0 or 1 of them.
-
-    Rows of a context-parallel rank can jump, in the middle of a block, from one end of the pack to the other. Keys are
-    parted at half of their span: rows that start before it, and the rest. If the two leave a gap, it is not visited.
-    """
-    low, high = tl.min(first, 0), tl.max(last, 0)
-    if HAS_POSITIONS:
-        middle = low + (high - low) // 2
-        gap_start = tl.max(tl.where(first < middle, last, 0), 0)
-        gap_end = tl.min(tl.where(first < middle, keys, first), 0)
-        parted = (gap_end > gap_start) & (gap_end < high)
-        if part == 0:
-            high = tl.where(parted, gap_start, high)
-        else:
-            low = tl.where(parted, gap_end, high)
-    return low, high
-
-
-@triton.jit
-def split_blocks(low, high, latest_start, earliest_end, BLOCK: tl.constexpr):
-    """Of the blocks from ``low`` to ``high``: how many there are, the first that all rows see whole, and how many
-    such.
-    """
-    total = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
-    first_whole = tl.cdiv(tl.maximum(latest_start - low, 0), BLOCK)
-    whole = tl.maximum((earliest_end - low) // BLOCK - first_whole, 0)
-    return total, first_whole, whole
 
 
 @triton.jit
@@ -93,6 +40,7 @@ def load_rows(pointer, rows, row_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def store_rows(pointer, rows, row_stride, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The way back of ``load_rows``, for rows that are ``inside``, in the dtype of the memory."""
     columns = tl.arange(0, BLOCK_D)
     pointers = pointer + rows[:, None] * row_stride + columns[None, :]
     mask = inside[:, None]
@@ -154,14 +102,14 @@ def attention_forward(
         for step in range(0, whole):
             block = first_whole + step
             total, maximum, weight = read_keys(
-                total, maximum, weight, q, key, value, key_row, value_row, low + block * BLOCK_K, keys, first, end, scale,
-                False, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
+                total, maximum, weight, q, key, value, key_row, value_row, low + block * BLOCK_K, keys, first, end,
+                scale, False, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
         for other in range(0, blocks - whole):
             block = tl.where(other < first_whole, other, other + whole)
             total, maximum, weight = read_keys(
-                total, maximum, weight, q, key, value, key_row, value_row, low + block * BLOCK_K, keys, first, end, scale,
-                True, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
+                total, maximum, weight, q, key, value, key_row, value_row, low + block * BLOCK_K, keys, first, end,
+                scale, True, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
 
     seen = weight > 0.0  # a row outside all segments sees no key: output 0, log-sum-exp -inf
@@ -174,8 +122,8 @@ def attention_forward(
 
 @triton.jit
 def add_query_gradient(
-    gradient, query, output_gradient, log2_sum_exp, delta, key, value, key_stride, value_stride, start, keys, first, last,
-    scale, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gradient, query, output_gradient, log2_sum_exp, delta, key, value, key_stride, value_stride, start, keys,
+    first, last, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dQ (still without the softmax scale)."""
@@ -236,14 +184,14 @@ def attention_query_gradient(
         for step in range(0, whole):
             block = first_whole + step
             gradient = add_query_gradient(
-                gradient, q, d_out, log2_sum_exp, row_delta, key, value, key_row, value_row, low + block * BLOCK_K, keys,
-                first, end, scale, False, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
+                gradient, q, d_out, log2_sum_exp, row_delta, key, value, key_row, value_row, low + block * BLOCK_K,
+                keys, first, end, scale, False, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
         for other in range(0, blocks - whole):
             block = tl.where(other < first_whole, other, other + whole)
             gradient = add_query_gradient(
-                gradient, q, d_out, log2_sum_exp, row_delta, key, value, key_row, value_row, low + block * BLOCK_K, keys,
-                first, end, scale, True, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
+                gradient, q, d_out, log2_sum_exp, row_delta, key, value, key_row, value_row, low + block * BLOCK_K,
+                keys, first, end, scale, True, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
     gradient *= softmax_scale
     store_rows(query_gradient + head * output_head, wide, output_row, gradient, inside, HEAD_DIM, BLOCK_D)
@@ -273,29 +221,12 @@ def add_key_gradients(
         seen = (positions[None, :] >= seen_from[:, None]) & (positions[None, :] < seen_until[:, None])
         probability = tl.where(seen, probability, 0.0)
     d_out = load_rows(output_gradient + head * output_head + wide * output_row, offsets, output_row, HEAD_DIM, BLOCK_D)
-    rounded = probability.to(d_out.dtype)  # kept in place of ``probability``: half the registers while ``wanted`` is made
+    rounded = probability.to(d_out.dtype)  # kept instead of ``probability``: half the registers
     value_gradient = tl.dot(rounded, d_out, value_gradient, input_precision=PRECISION)
     wanted = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
     score_gradient = rounded.to(tl.float32) * (wanted - tl.load(delta + statistics + offsets)[None, :])
     key_gradient = tl.dot(score_gradient.to(q.dtype), q, key_gradient, input_precision=PRECISION)
     return key_gradient, value_gradient
-
-
-@triton.jit
-def rows_that_see(query_positions, queries, low, high, HAS_POSITIONS: tl.constexpr):
-    """[first, last) query row at a position in [low, high). Positions may be in any order: then rows between are
-    masked.
-    """
-    if HAS_POSITIONS:
-        first, last = queries, 0
-        for start in range(0, queries, SCAN):
-            rows = start + tl.arange(0, SCAN)
-            positions = tl.load(query_positions + rows, mask=rows < queries, other=-1)
-            hit = (positions >= low) & (positions < high)
-            first = tl.minimum(first, tl.min(tl.where(hit, rows, queries), 0))
-            last = tl.maximum(last, tl.max(tl.where(hit, rows + 1, 0), 0))
-        return first, last
-    return low, tl.minimum(high, queries)
 
 
 @triton.jit(do_not_specialize=["segments", "queries", "keys"])

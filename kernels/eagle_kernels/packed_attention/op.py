@@ -166,18 +166,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, query_
     require_device("packed_attention", *tensors)
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape or query.shape[2] != key.shape[2]:
-        raise ValueError(f"packed_attention wants [queries, heads, d], [keys, groups, d] and the like of it, got {shapes}")
+        raise ValueError(f"wanted query [queries, heads, d], key and value [keys, groups, d], got {shapes}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value must be all bfloat16, float16 or float32: {query.dtype, key.dtype, value.dtype}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens must be contiguous int32 [segments + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    if query_positions is None:
-        if len(query) != len(key):
-            raise ValueError(f"{len(query)} queries, {len(key)} keys: without query_positions, query i is at position i")
-    elif query_positions.dtype != torch.int32 or query_positions.shape != query.shape[:1] or not query_positions.is_contiguous():
-        raise ValueError(
-            f"query_positions must be contiguous int32 [{len(query)}], "
-            f"got {query_positions.dtype} {list(query_positions.shape)}"
-        )
+    dtypes = (query.dtype, key.dtype, value.dtype)
+    if query.dtype not in DTYPES or len(set(dtypes)) > 1:
+        raise ValueError(f"query, key and value must be all bfloat16, float16 or float32, got {dtypes}")
+    _check_integers("cu_seqlens", "[segments + 1]", cu_seqlens, cu_seqlens.ndim == 1 and len(cu_seqlens) > 0)
+    if query_positions is not None:
+        _check_integers("query_positions", f"[{len(query)}]", query_positions, query_positions.shape == query.shape[:1])
+    elif len(query) != len(key):
+        raise ValueError(f"{len(query)} queries, {len(key)} keys: without query_positions, query i is at position i")
+
+
+def _check_integers(name: str, shape: str, tensor: Tensor, fits: bool) -> None:
+    if not fits or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")

@@ -1,0 +1,59 @@
+"""``megatron-eagle VERB``: the command line, one function a verb, each with --help and a worked example.
+
+It only reads arguments, calls the room that does the work, and turns errors that are the user's to mend into one line.
+Imports of the heavy rooms stay inside the verbs, so that --help answers at once.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_eagle import __version__
+from megatron_eagle.cli import data, demo, evaluate, recipe, train, verify
+from megatron_eagle.cli.common import print_once
+from megatron_eagle.errors import UserError
+
+USER_ERROR = 2
+VERBS = (data.add, recipe.add, train.add, evaluate.add, verify.add, demo.add)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb; exits 0, 2 after a UserError (one line on stderr), 130 after Ctrl-C."""
+    options = _parse(arguments)
+    for noisy in (r"megatron\.core", r"torch\.distributed", r"torch\.utils\.data"):
+        warnings.filterwarnings("ignore", module=noisy)  # meant for the developers of those, not for users of this
+    try:
+        options.run(options)
+    except UserError as error:
+        print_once(f"megatron-eagle: {error}")
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if strange or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-eagle",
+        description="Trains Eagle 2 and Eagle 2.5 vision-language models on Megatron-Core.",
+        epilog="'megatron-eagle VERB --help' explains a verb and shows an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-eagle {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for add in VERBS:
+        add(verbs)
+    return parser

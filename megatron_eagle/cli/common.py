@@ -1,0 +1,89 @@
+"""What the verbs share: how one is declared, the arguments of everything that trains, starting processes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from megatron_eagle.platform import Platform
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def print_once(line: str) -> None:
+    """Print to stderr from the first process only: every process of a job meets the same bad recipe."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def verb(verbs: Verbs, name: str, summary: str, text: str, example: str) -> argparse.ArgumentParser:
+    """Declare a verb (or an action of one) with what it does and a worked example."""
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE, KEY=VALUE overrides and the folder of the runs."""
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="YAML file of the run, e.g. examples/tiny/recipe.yaml"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. layout.tp=2 stages.stage1.steps=10"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder that holds the run folders (default: runs)"
+    )
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the processes of a run are started and watched."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=None,
+        metavar="N",
+        help="start N processes on this machine; without it this is one process, or one of torchrun's or srun's",
+    )
+    parser.add_argument(
+        "--trace-platform", action="store_true", help="list what was redirected to run Megatron-Core without a GPU"
+    )
+
+
+def open_platform(options: argparse.Namespace) -> "Platform":
+    """The platform of this process; launchers say in LOCAL_RANK which of the host's GPUs is its own."""
+    from megatron_eagle.platform import install
+
+    return install(trace=options.trace_platform, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    """Whether this process is the one a person started, not one that a launcher started for them."""
+    return "RANK" not in os.environ
+
+
+def launch_and_exit(processes: int) -> None:
+    """Start this very command ``processes`` times on this machine and wait; raises SystemExit if one of them fails."""
+    from megatron_eagle.launch import launch
+
+    sys.exit(launch(processes, _without_processes(sys.argv[1:])))
+
+
+def _without_processes(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--processes":
+            skip = True
+        elif not argument.startswith("--processes="):
+            kept.append(argument)
+    return kept

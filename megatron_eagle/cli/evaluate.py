@@ -1,0 +1,63 @@
+"""``megatron-eagle evaluate``: answer the questions of a data set and score them."""
+
+import argparse
+from pathlib import Path
+
+from megatron_eagle.cli.common import (
+    Verbs,
+    add_launch_arguments,
+    add_recipe_arguments,
+    is_first,
+    launch_and_exit,
+    open_platform,
+    print_once,
+    verb,
+)
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb and its arguments."""
+    parser = verb(
+        verbs,
+        "evaluate",
+        "answer the questions of a data set and score them",
+        "Answers every question greedily, once with its images and once with them blanked, and counts exact matches\n"
+        "per task. Writes predictions.jsonl and accuracy.json.",
+        "  megatron-eagle evaluate examples/tiny/recipe.yaml --data runs/demo/data/heldout --processes 2\n",
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument("--data", type=Path, required=True, help="data set folder made by 'data build'")
+    parser.add_argument(
+        "--stage", default=None, help="stage whose newest checkpoint is used (default: the recipe's last)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for the results (default: <runs>/<name>/evaluation)"
+    )
+    parser.add_argument("--answer-tokens", type=int, default=16, help="longest answer in tokens (default: 16)")
+    add_launch_arguments(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    platform = open_platform(options)
+    from megatron_eagle.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
+    if is_first():
+        return launch_and_exit(options.processes or 1)
+    from megatron_eagle.evaluation.score import evaluate
+    from megatron_eagle.training.loop import RunFolder
+
+    run_folder = RunFolder(options.runs / recipe.name)
+    evaluate(
+        recipe,
+        stage,
+        run_folder,
+        options.data,
+        options.out or run_folder.path / "evaluation",
+        platform,
+        options.answer_tokens,
+    )
+    if options.trace_platform:
+        print_once(platform.report())

@@ -1,0 +1,29 @@
+"""``megatron-eagle verify``: every layout against one plain process."""
+
+import argparse
+from pathlib import Path
+
+from megatron_eagle.cli.common import Verbs, verb
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb and its arguments."""
+    parser = verb(
+        verbs,
+        "verify",
+        "prove on this machine that every layout computes the same",
+        "Trains three steps of a small Eagle in real processes, in many layouts, and compares losses, gradients and\n"
+        "weights with one plain float64 process made of transformers' modules. --quick runs a table in which every\n"
+        "pair of options occurs; without it, all combinations run, which takes hours.",
+        "  megatron-eagle verify --quick --out runs/verify\n",
+    )
+    parser.add_argument("--quick", action="store_true", help="cover every pair of options instead of their product")
+    parser.add_argument("--processes", type=int, default=None, help="largest world (default: 4 quick, 8 otherwise)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for verify.json and verify.md")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from megatron_eagle.verification.table import verify
+
+    verify(quick=options.quick, processes=options.processes, out=options.out)

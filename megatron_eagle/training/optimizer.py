@@ -1,0 +1,101 @@
+"""Optimizer and learning-rate schedule of a stage: Megatron's, with a rate for each part of the model.
+
+With ``encoder: spread`` there are two optimizers in one chain: the language model's, and that of the encoders' copies,
+which every process holds and whose state is therefore cut over all of them. Each sums up the squares of its own
+gradients over its own processes, so every parameter counts once in the norm that both are clipped by.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_eagle.recipe import OptimizerSettings, Stage
+from megatron_eagle.training.spread_encoder import SpreadEncoder
+
+
+def build_optimizer(
+    settings: OptimizerSettings,
+    stage: Stage,
+    precision: str,
+    chunks: Sequence[DistributedDataParallel],
+    encoder: SpreadEncoder | None,
+) -> ChainedOptimizer:
+    """One chain for all that learns, in the order language model, spread encoders; what is frozen has no optimizer."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=stage.learning_rate,
+        min_lr=stage.learning_rate * stage.final_fraction,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap and settings.distributed,
+    )
+    overrides = dict(get_standard_config_overrides(config))  # no weight decay on biases and norms
+    for part, rate in stage.part_learning_rates.items():
+        key = ParamKey(name=(f"{part}.*", f"*.{part}.*"))
+        overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction}
+    chain: list[MegatronOptimizer] = []
+    if encoder is None or "language" in stage.trainable:
+        chain += _make(list(chunks), config, overrides)
+    if encoder is not None and encoder.buffers is not None:
+        groups = {"pg_collection": encoder.megatron_groups(), "use_gloo_process_groups": False}
+        chain += _make([encoder.buffers], config, overrides, **groups)
+    return ChainedOptimizer(chain)
+
+
+def _make(
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, overrides: dict[ParamKey, Any], **groups: Any
+) -> list[MegatronOptimizer]:
+    for chunk in chunks:
+        _count_padding_as_content(chunk)
+    return list(get_megatron_optimizer(config, chunks, config_overrides=overrides, **groups).chained_optimizers)
+
+
+def _count_padding_as_content(chunk: DistributedDataParallel) -> None:
+    """Make the distributed optimizer save what belongs to each parameter.
+
+    megatron-core 0.16.1 joins the buckets of a gradient buffer without the padding at their ends and then cuts out each
+    parameter at its place *with* padding: after the first bucket whose length is no multiple of 128, every parameter is
+    saved with its neighbour's optimizer state, and the last elements with zeros (a warning calls it issue 504). Buckets
+    that count their padding as content have both in the same place.
+    """
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, stage: Stage
+) -> OptimizerParamScheduler:
+    """Learning rate and weight decay of every step of ``stage``."""
+    warmup = round(stage.warmup_fraction * stage.steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=stage.learning_rate,
+        min_lr=stage.learning_rate * stage.final_fraction,
+        lr_warmup_steps=min(warmup, stage.steps - 1),
+        lr_decay_steps=stage.steps,
+        lr_decay_style=stage.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=stage.steps,
+        wd_incr_style="constant",
+    )

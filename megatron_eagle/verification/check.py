@@ -1,0 +1,248 @@
+"""Holds layouts against the reference: trains a few steps of each row in real processes and measures the distance.
+
+Each row goes the way of a training run - packs handed round, weights normalised, Megatron's schedule, gradient buffers,
+optimizer - and is compared with ``reference.py`` tensor by tensor: the loss of every step, all gradients of the first
+step, all weights after the last.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.data.settings import Source
+from megatron_eagle.model import hf_names
+from megatron_eagle.model.weights import WeightSlice, weight_slices
+from megatron_eagle.parallel.groups import Groups, initialise
+from megatron_eagle.parallel.hand_round import hand_round
+from megatron_eagle.platform import install
+from megatron_eagle.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
+from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.verification.packs import PACK_LENGTH, Packing, make_step
+from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
+from megatron_eagle.verification.rows import CONFIG, Row
+from megatron_eagle.verification.worlds import World, WorldError
+
+STEPS = 3
+SEED = 5
+LEARNING_RATE = 1e-3
+# eps above the noise of fp32 gradients: key biases have a true gradient of zero, and Adam with 1e-8 would blow their
+# rounding noise up to steps of the size of the learning rate. Clipping is low enough to be active in every step.
+OPTIMIZER = OptimizerSettings(beta2=0.95, eps=1e-6, weight_decay=0.1, clip_grad=0.5)
+TRAINABLE: dict[str, tuple[Any, ...]] = {"all": ("vision", "connector", "language"), "connector": ("connector",)}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative differences that still count as equal; gradients and weights relative to their tensor's norm."""
+
+    loss: float
+    gradient: float
+    weight: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-6, gradient=1e-5, weight=1e-5),
+    # bf16 keeps 8 bits: one rounding is 2e-3 relative, and gradients add up some dozens of them through eight layers.
+    "bf16": Tolerance(loss=1e-2, gradient=2e-1, weight=1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one row gave. error: the reason if it could not be run to its end; then the distances are infinite."""
+
+    row: Row
+    loss_rel: float
+    grad_rel: float
+    weight_rel: float
+    seconds: float
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        limit = TOLERANCES[self.row.precision]
+        return self.loss_rel <= limit.loss and self.grad_rel <= limit.gradient and self.weight_rel <= limit.weight
+
+
+class Verifier:
+    """Runs rows; keeps one World per size, and the reference's results in a temporary folder that workers read."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, World] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="megatron-eagle-verify-")
+        self._expected: dict[str, Path] = {}
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for world in self._worlds.values():
+            world.stop()
+        self._folder.cleanup()
+
+    def check(self, row: Row, measure: Callable[..., tuple[float, float, float]] | None = None) -> Result:
+        """Run one row. measure: stands in for this module's ``measure``, for tests of the verifier itself."""
+        expected = self._expected_for(row.trainable)
+        world = self._worlds.setdefault(row.processes, World(row.processes))
+        started = time.perf_counter()
+        try:
+            distances = world.run(measure or _measure, row, str(expected))[0]
+            error = None
+        except WorldError as failure:
+            distances, error = (float("inf"),) * 3, str(failure)
+        return Result(row, *distances, seconds=time.perf_counter() - started, error=error)
+
+    def check_all(self, rows: Sequence[Row], after_each: Callable[[Result], None]) -> list[Result]:
+        """Run ``rows``; worlds that no later row needs are ended, so that at most one size is alive."""
+        results = []
+        for row in rows:
+            for size in [size for size in self._worlds if size != row.processes]:
+                self._worlds.pop(size).stop()
+            results.append(self.check(row))
+            after_each(results[-1])
+        return results
+
+    def _expected_for(self, trainable: str) -> Path:
+        if trainable not in self._expected:
+            steps = [make_step(CONFIG, "packed", seed) for seed in range(STEPS)]
+            expected = expected_steps(CONFIG, SEED, steps, TRAINABLE[trainable], OPTIMIZER, LEARNING_RATE)
+            path = Path(self._folder.name) / f"{trainable}.pt"
+            torch.save(asdict(expected), path)
+            self._expected[trainable] = path
+        return self._expected[trainable]
+
+
+@functools.cache
+def _load_expected(path: str) -> Expected:
+    return Expected(**torch.load(path, weights_only=True))
+
+
+@functools.cache
+def _initial_weights() -> tuple[dict[str, Tensor], hf_names.Sources]:
+    reference = ReferenceEagle(CONFIG, SEED)
+    return dict(reference.state_dict()), reference.sources()
+
+
+def measure(row: Row, expected_path: str) -> tuple[float, float, float]:
+    """Train the row in this world; (loss, gradient, weight) distances from the reference, equal on every process."""
+    platform = install()
+    recipe = _recipe(row)
+    stage = recipe.stages[0]
+    groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
+    expected = _load_expected(expected_path)
+    engine = build_engine(recipe, stage, platform, groups)
+    _fill(engine)
+    losses, gradient_distance = [], 0.0
+    for seed in range(STEPS):
+        share = engine.forward_backward(_batches(row.packing, seed, stage, groups))
+        if seed == 0:
+            _gather_sharded_gradients(engine)
+            gradient_distance = _distance(engine, expected.gradients, lambda parameter: parameter.main_grad)
+        engine.update()
+        losses.append(_sum_of_shares(share, groups))
+    weight_distance = _distance(engine, expected.weights, lambda parameter: parameter.data)
+    loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
+    worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return tuple(worst.tolist())
+
+
+_measure = measure
+
+
+def _recipe(row: Row) -> Recipe:
+    stage = Stage(
+        name="verify",
+        trainable=TRAINABLE[row.trainable],
+        steps=STEPS,
+        pack_length=PACK_LENGTH,
+        batch=len(make_step(CONFIG, row.packing, 0)),
+        learning_rate=LEARNING_RATE,
+        blend=(Source("synthetic"),),
+        warmup_fraction=0.0,
+        decay="constant",
+    )
+    return Recipe(
+        name="verify",
+        model=ModelSettings(
+            preset="tiny",
+            tile_size=CONFIG.tile_size,
+            encoders=CONFIG.encoders,
+            language=asdict(CONFIG.language),
+            recompute=row.recompute,
+        ),
+        tokenizer=TokenizerSettings(kind="sentencepiece", path="none"),
+        stages=(stage,),
+        layout=row.layout(),
+        optimizer=replace(OPTIMIZER, distributed=row.distributed_optimizer, overlap=row.overlap),
+        precision=row.precision,
+    )
+
+
+def _fill(engine: Engine) -> None:
+    state, sources = _initial_weights()
+    for module, group in engine.weight_owners():
+        hf_names.load(module, sources, state, group)
+    engine.reload_optimizer()
+
+
+def _batches(packing: Packing, seed: int, stage: Stage, groups: Groups) -> list[PackedBatch]:
+    """This replica's share of the global batch, the way a trainer gets it."""
+    own = make_step(CONFIG, packing, seed)[groups.dp_rank :: groups.dp_size]
+    batches = hand_round(lambda: own, groups, torch.device("cpu"))
+    return normalise_weights(batches, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
+
+
+def _sum_of_shares(share: float, groups: Groups) -> float:
+    total = torch.tensor([share if groups.is_last_stage and groups.tp_rank == 0 else 0.0], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _gather_sharded_gradients(engine: Engine) -> None:
+    """Make gradient buffers whole again where the distributed optimizer left each process its shard."""
+    for chunk in engine.gradient_owners():
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:
+                size, rank = (
+                    group.intra_distributed_optimizer_instance_size,
+                    group.intra_distributed_optimizer_instance_rank,
+                )
+                if size > 1:
+                    shard = bucket.grad_data.view(size, -1)[rank].clone()
+                    dist.all_gather_into_tensor(
+                        bucket.grad_data, shard, group=group.intra_distributed_optimizer_instance_group
+                    )
+
+
+def _distance(engine: Engine, reference: dict[str, Tensor], take: Callable[[Any], Tensor]) -> float:
+    """Largest difference of any tensor this process holds, relative to the norm of the whole tensor."""
+    named = with_tied_names(CONFIG, reference)
+    _, sources = _initial_weights()
+    worst = 0.0
+    for weight in _slices(engine):
+        names = sources[weight.name].names
+        if any(name not in named for name in names):
+            continue  # frozen: the reference has no gradient for it
+        whole = sources[weight.name].join([named[name] for name in names])
+        difference = take(weight.parameter).double() - weight.cut(whole)
+        worst = max(worst, float(difference.norm() / whole.norm().clamp_min(1e-30)))
+    return worst
+
+
+def _slices(engine: Engine) -> Iterator[WeightSlice]:
+    for module, group in engine.weight_owners():
+        yield from weight_slices(module, group)

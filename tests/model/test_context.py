@@ -1,0 +1,90 @@
+"""The cut of a pack: every position in one place, and pieces that see what a mask over the whole pack would show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_eagle.model import context
+from megatron_eagle.model.attention import _attend_by_pieces
+from megatron_eagle.model.context import Context, Pack, Share, pieces, zigzag_to_pack
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))  # ring, ulysses, positions per part
+
+
+def shares(ring: int, ulysses: int) -> list[Share]:
+    return [Share(ring, ulysses, rank) for rank in range(ring * ulysses)]
+
+
+@given(SIZES)
+def test_every_position_is_held_once_and_equally_many_by_each(sizes):
+    ring, ulysses, each = sizes
+    length = 2 * ring * ulysses * each
+    held = [share.positions(length) for share in shares(ring, ulysses)]
+    assert all(len(positions) == 2 * each for positions in held)
+    assert all(bool((positions.diff() > 0).all()) for positions in held)
+    assert torch.cat(held).sort().values.tolist() == list(range(length))
+
+
+@given(SIZES)
+def test_parts_one_process_after_another_return_to_the_packs_order(sizes):
+    ring, ulysses, each = sizes
+    length = 2 * ring * ulysses * each
+    held = torch.cat([share.positions(length) for share in shares(ring, ulysses)])
+    assert zigzag_to_pack(held, ring).tolist() == list(range(length))
+
+
+@given(SIZES)
+def test_one_long_segment_costs_every_place_the_same(sizes):
+    ring, _, each = sizes
+    length = 2 * ring * each
+    pairs = {int((share.positions(length) + 1).sum()) for share in shares(ring, 1)}
+    assert len(pairs) == 1
+
+
+@st.composite
+def cut_packs(draw):
+    ring = draw(st.integers(1, 4))
+    length = 2 * ring * draw(st.integers(1, 12))
+    inner = draw(st.sets(st.integers(1, length - 1), max_size=6)) if length > 1 else set()
+    return ring, [0, *sorted(inner), length]
+
+
+@given(cut_packs(), st.integers(1, 5))
+def test_pieces_show_each_query_its_segment_up_to_itself(cut, most_rows):
+    ring, borders = cut
+    length = borders[-1]
+    segment = torch.bucketize(torch.arange(length), torch.tensor(borders[1:]), right=True)
+    whole = (segment[:, None] == segment) & torch.ones(length, length, dtype=torch.bool).tril()
+    before, context.MASKED_QUERIES = context.MASKED_QUERIES, most_rows
+    try:
+        for share in shares(ring, 1):
+            runs = share.runs(length)
+            seen = torch.zeros(sum(map(len, runs)), length, dtype=torch.int)
+            for piece in pieces(borders, runs):
+                rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+                assert piece.starts_segment or rows <= most_rows
+                seen[piece.rows, piece.keys] += torch.ones(rows, keys, dtype=torch.int).tril(keys - rows)
+            assert torch.equal(seen, whole[share.positions(length)].int())
+    finally:
+        context.MASKED_QUERIES = before
+
+
+@pytest.mark.parametrize("borders", [(0, 48), (0, 1, 13, 30, 48), (0, 24, 48)], ids=str)
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_attention_of_a_place_is_the_packs_under_a_mask(ring, borders, monkeypatch):
+    monkeypatch.setattr(context, "MASKED_QUERIES", 5)
+    torch.manual_seed(0)
+    query = torch.randn(48, 4, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 48, 2, 8, dtype=torch.float64)
+    segment = torch.bucketize(torch.arange(48), torch.tensor(borders[1:]), right=True)
+    mask = (segment[:, None] == segment) & torch.ones(48, 48, dtype=torch.bool).tril()
+    want = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=mask, enable_gqa=True
+    )[0].transpose(0, 1)
+    for share in shares(ring, 1):
+        held = share.positions(48)
+        place = Pack.of(torch.tensor(borders, dtype=torch.int32), Context(share))
+        assert place.query_positions.tolist() == held.tolist() and place.query_positions.dtype == torch.int32
+        torch.testing.assert_close(_attend_by_pieces(query[held], key, value, place, None), want[held])
