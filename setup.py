@@ -35,7 +35,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
+    packages=[
+        *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
+        *(f"eagle_kernels{name}" for name in ("", *(f".{part}" for part in find_packages("kernels/eagle_kernels")))),
+    ],
+    package_dir={"eagle_kernels": "kernels/eagle_kernels"},
     package_data={"megatron_eagle": ["py.typed"], "megatron_eagle.demo": ["*.j2"]},
     install_requires=TRAINER,
     extras_require={

@@ -26,7 +26,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     speak for itself. Returns the exit code of the first to fail (128 + signal number after a signal), or 0.
     """
     port = _free_port()
-    running = [_start(rank, processes, port, arguments) for rank in range(processes)]
+    running = [_start(process_variables(rank, processes, port), arguments) for rank in range(processes)]
     try:
         while any(process.poll() is None for process in running):
             for rank, process in enumerate(running):
@@ -38,12 +38,22 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         _end(running)
 
 
-def _start(rank: int, processes: int, port: int, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+def process_variables(rank: int, processes: int, port: int | None = None) -> dict[str, str]:
+    """The variables by which torch.distributed finds the other processes of this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port or _free_port()),
+    }
+
+
+def _start(variables: dict[str, str], arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
     # Processes that share cores must not each start a thread per core (torchrun does the same); a set value is kept.
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads} | os.environ
-    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = str(max(1, (os.cpu_count() or 1) // int(variables["WORLD_SIZE"])))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ | variables
     command = [sys.executable, "-m", "megatron_eagle", *arguments]
     return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
 

@@ -64,16 +64,19 @@ def open_platform(options: argparse.Namespace) -> "Platform":
     return install(trace=options.trace_platform, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def is_first() -> bool:
-    """Whether this process is the one a person started, not one that a launcher started for them."""
-    return "RANK" not in os.environ
+def become_part_of_a_run(processes: int | None) -> None:
+    """Return in a process that trains: one that a launcher started, or this one alone if ``processes`` is 1 or None.
 
+    Otherwise start this very command ``processes`` times on this machine, wait, and exit with its code.
+    """
+    if "RANK" in os.environ:
+        return
+    from megatron_eagle.launch import launch, process_variables
 
-def launch_and_exit(processes: int) -> None:
-    """Start this very command ``processes`` times on this machine and wait; raises SystemExit if one of them fails."""
-    from megatron_eagle.launch import launch
-
-    sys.exit(launch(processes, _without_processes(sys.argv[1:])))
+    if processes is None or processes == 1:
+        os.environ |= process_variables(rank=0, processes=1)
+    else:
+        sys.exit(launch(processes, _without_processes(sys.argv[1:])))
 
 
 def _without_processes(arguments: Sequence[str]) -> list[str]:

@@ -7,8 +7,7 @@ from megatron_eagle.cli.common import (
     Verbs,
     add_launch_arguments,
     add_recipe_arguments,
-    is_first,
-    launch_and_exit,
+    become_part_of_a_run,
     open_platform,
     print_once,
     verb,
@@ -44,8 +43,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
-    if is_first():
-        return launch_and_exit(options.processes or 1)
+    become_part_of_a_run(options.processes)
     from megatron_eagle.evaluation.score import evaluate
     from megatron_eagle.training.loop import RunFolder
 

@@ -6,8 +6,7 @@ from megatron_eagle.cli.common import (
     Verbs,
     add_launch_arguments,
     add_recipe_arguments,
-    is_first,
-    launch_and_exit,
+    become_part_of_a_run,
     open_platform,
     print_once,
     verb,
@@ -37,8 +36,7 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.stage(options.stage)
-    if is_first():
-        return launch_and_exit(options.processes or 1)
+    become_part_of_a_run(options.processes)
     from megatron_eagle.training.loop import RunFolder, train_stage
 
     train_stage(recipe, options.stage, RunFolder(options.runs / recipe.name), platform)

@@ -97,11 +97,12 @@ class Verifier:
         world = self._worlds.setdefault(row.processes, World(row.processes))
         started = time.perf_counter()
         try:
-            distances = world.run(measure or _measure, row, str(expected))[0]
+            loss, gradient, weight = world.run(measure or _measure, row, str(expected))[0]
             error = None
         except WorldError as failure:
-            distances, error = (float("inf"),) * 3, str(failure)
-        return Result(row, *distances, seconds=time.perf_counter() - started, error=error)
+            loss = gradient = weight = float("inf")
+            error = str(failure)
+        return Result(row, loss, gradient, weight, time.perf_counter() - started, error)
 
     def check_all(self, rows: Sequence[Row], after_each: Callable[[Result], None]) -> list[Result]:
         """Run ``rows``; worlds that no later row needs are ended, so that at most one size is alive."""
@@ -151,7 +152,8 @@ def measure(row: Row, expected_path: str) -> tuple[float, float, float]:
             gradient_distance = _distance(engine, expected.gradients, lambda parameter: parameter.main_grad)
         engine.update()
         losses.append(_sum_of_shares(share, groups))
-    weight_distance = _distance(engine, expected.weights, lambda parameter: parameter.data)
+    with engine.settled_weights():
+        weight_distance = _distance(engine, expected.weights, lambda parameter: parameter.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
     worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

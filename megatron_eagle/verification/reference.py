@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.config import EagleConfig
-from megatron_eagle.model.encoders import convnext, encoder_config, siglip
+from megatron_eagle.model.encoders import EncoderConfig, convnext, encoder_config, siglip
 from megatron_eagle.recipe import OptimizerSettings
 
 # Written here a second time on purpose: a wrong constant in the model must not be wrong in its oracle, too.
@@ -39,7 +40,7 @@ class ReferenceEagle(nn.Module):
     def __init__(self, config: EagleConfig, seed: int) -> None:
         super().__init__()
         self.config = config
-        self.encoder_configs = [encoder_config(numbers) for numbers in config.encoders]
+        self.encoder_configs = [_known(encoder_config(numbers)) for numbers in config.encoders]
         self.encoders = nn.ModuleList([_build_encoder(numbers) for numbers in self.encoder_configs])
         width, hidden = sum(numbers.output_channels for numbers in self.encoder_configs), config.language.hidden_size
         norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
@@ -50,7 +51,7 @@ class ReferenceEagle(nn.Module):
 
     def forward(self, tokens: Tensor, tiles: Tensor, slots: Tensor) -> Tensor:
         """Logits [n, vocab] of one sample: tokens [n], its tiles, and each tile's first position."""
-        embeddings = self.language.get_input_embeddings()(tokens)
+        embeddings = F.embedding(tokens, self.get_parameter("language.model.embed_tokens.weight"))
         if len(tiles):
             features = self.mlp1(self._encode(tiles))
             places = (slots[:, None] + torch.arange(features.shape[1])).flatten()
@@ -117,7 +118,9 @@ def expected_steps(
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
     )
-    losses, norms, gradients = [], [], {}
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Tensor] = {}
     for packs in steps:
         adam.zero_grad()
         loss = square_root_average(model, packs)
@@ -165,6 +168,12 @@ def with_tied_names(config: EagleConfig, tensors: Mapping[str, Tensor]) -> dict[
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def _known(numbers: EncoderConfig) -> siglip.Config | convnext.Config:
+    if not isinstance(numbers, siglip.Config | convnext.Config):
+        raise UserError(f"the reference has no transformers module for encoder {type(numbers).__module__}")
+    return numbers
 
 
 def _statistics(numbers: siglip.Config | convnext.Config) -> tuple[Sequence[float], Sequence[float]]:

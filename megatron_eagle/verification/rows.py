@@ -79,7 +79,7 @@ class Row:
             layers_per_stage=_UNEVEN[self.pp] if self.uneven else None,
             cp=self.cp,
             ulysses=self.ulysses,
-            encoder=self.encoder,  # type: ignore[arg-type]
+            encoder=self.encoder,
         )
 
     def describe(self) -> str:

@@ -51,11 +51,13 @@ def _said_tolerances() -> str:
 
 
 def _row_line(result: Result) -> str:
-    numbers = (f"{x:.1e}" for x in (result.loss_rel, result.grad_rel, result.weight_rel))
+    loss, gradients, weights = (f"{x:.1e}" for x in (result.loss_rel, result.grad_rel, result.weight_rel))
     line = _line(
         str(result.row.processes),
         result.row.describe(),
-        *numbers,
+        loss,
+        gradients,
+        weights,
         f"{result.seconds:.1f}",
         "" if result.ok else "WRONG",
     )

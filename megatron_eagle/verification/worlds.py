@@ -136,7 +136,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
             platform.backend, store=dist.PrefixStore(str(number), store), rank=rank, world_size=size, timeout=wait
         )
         try:
-            function = importlib.import_module(module)
+            function: Any = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
             answer = (True, function(*args))

@@ -50,8 +50,8 @@ def test_published_stages_of_eagle2_9b() -> None:
     ("change", "words"),
     [
         ({"layout": {"tp": 3}}, "tp=3 does not divide 4 attention heads"),
-        ({"layout": {"pp": 3}}, "pp=3 x vpp=1 does not divide 4 layers"),
-        ({"layout": {"pp": 2, "layers_per_stage": [1, 2]}}, r"adds up to 3 layers, the language model has 4"),
+        ({"layout": {"pp": 2}}, "pp=2 x vpp=1 does not divide 3 layers"),
+        ({"layout": {"pp": 2, "layers_per_stage": [1, 1]}}, r"adds up to 2 layers, the language model has 3"),
         ({"layout": {"pp": 2, "layers_per_stage": [1, 2, 1]}}, "3 entries, pp=2 x vpp=1 needs 2"),
         ({"layout": {"sequence_parallel": True}}, "sequence_parallel needs tp > 1"),
         ({"layout": {"tp": 0}}, r"layout\.tp: .*greater than or equal to 1 \(got 0\)"),

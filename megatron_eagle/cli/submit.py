@@ -1,0 +1,52 @@
+"""``megatron-eagle submit``: the stages of a recipe as a chain of Slurm jobs."""
+
+import argparse
+from pathlib import Path
+
+from megatron_eagle.cli.common import Verbs, add_recipe_arguments, verb
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb and its arguments."""
+    parser = verb(
+        verbs,
+        "submit",
+        "submit the stages of a recipe to Slurm, as a chain of jobs",
+        "Checks the recipe against the cluster, writes one batch script a stage into <runs>/<name>/jobs and submits\n"
+        "them so that each starts when the one before has reached its last step. docs/slurm.md says what happens then.",
+        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --dry-run\n"
+        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --stages stage1.5,stage2\n",
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument("--stages", default="", metavar="A,B", help="only these stages (default: all)")
+    parser.add_argument(
+        "--cluster", default="cpu", metavar="FILE", help="cluster profile, or the name of one in slurm/profiles"
+    )
+    parser.add_argument("--export", type=Path, metavar="DIR", help="last, write the model there for Hugging Face")
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts instead of submitting them")
+    parser.set_defaults(run=_submit)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from megatron_eagle.cluster import slurm
+    from megatron_eagle.cluster.profile import load_profile
+    from megatron_eagle.cluster.submit import check_chain, plan_chain, submit_chain
+    from megatron_eagle.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    profile = load_profile(options.cluster)
+    stages = [name for name in options.stages.split(",") if name]
+    chain = plan_chain(recipe, stages, profile, options.runs, options.export)
+    if options.dry_run:
+        for link in chain.links:
+            print(f"### {chain.script(link)}: {link.nodes} nodes, {link.processes} processes\n{link.text}")
+        if not slurm.is_installed():
+            print("### Slurm is not installed here: not checked against its partitions")
+            return
+    check_chain(chain, profile)
+    if options.dry_run:
+        return
+    jobs = submit_chain(chain)
+    for link, job in zip(chain.links, jobs, strict=True):
+        print(f"{link.name}: job {job}, {link.nodes} nodes, {link.processes} processes, log {chain.log(link, job)}")
+    print(f"watch it: megatron-eagle status {chain.folder} --watch")

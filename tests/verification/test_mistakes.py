@@ -1,0 +1,98 @@
+"""The verifier can fail: three mistakes that trainers really make are made on purpose, and each is found."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_eagle.verification import check
+from megatron_eagle.verification.check import TOLERANCES, Verifier
+from megatron_eagle.verification.rows import Row
+
+
+def with_dropped_gradients(row: Row, expected: str) -> tuple[float, float, float]:
+    """The features of all tiles but the first carry no gradient home (an autograd hole, as in a detached gather)."""
+    from megatron_eagle.model.connector import Connector
+
+    forward = Connector.forward
+
+    def leaky(self: Connector, features: torch.Tensor) -> torch.Tensor:
+        out = forward(self, features)
+        return torch.cat([out[:1], out[1:].detach()])
+
+    with patch.object(Connector, "forward", leaky):
+        return check.measure(row, expected)
+
+
+def with_shifted_segments(row: Row, expected: str) -> tuple[float, float, float]:
+    """The border between the first two segments of every pack lies one token too far right."""
+    batches = check._batches
+
+    def shifted(*arguments):
+        found = batches(*arguments)
+        for batch in found:
+            if len(batch.cu_seqlens) > 2:
+                batch.cu_seqlens[1] += 1
+        return found
+
+    with patch.object(check, "_batches", shifted):
+        return check.measure(row, expected)
+
+
+def with_forgotten_scale(row: Row, expected: str) -> tuple[float, float, float]:
+    """Gradients are averaged over the data-parallel processes although the weights hold the global denominator."""
+    from megatron_eagle.training.engine import Engine
+
+    forward_backward = Engine.forward_backward
+
+    def averaged(self, batches):
+        loss = forward_backward(self, batches)
+        for owner in self.gradient_owners():
+            owner.scale_gradients(1.0 / row.dp)
+        return loss
+
+    with patch.object(Engine, "forward_backward", averaged):
+        return check.measure(row, expected)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier() as verifier:
+        yield verifier
+
+
+@pytest.mark.parametrize(
+    ("mistake", "row", "distance"),
+    [
+        (with_dropped_gradients, Row(pp=2), "grad_rel"),
+        (with_shifted_segments, Row(pp=2), "loss_rel"),
+        (with_forgotten_scale, Row(dp=2), "grad_rel"),
+    ],
+    ids=["dropped gradient", "off-by-one segment", "forgotten scale"],
+)
+def test_a_mistake_makes_the_row_wrong(verifier: Verifier, mistake, row: Row, distance: str) -> None:
+    result = verifier.check(row, measure=mistake)
+    assert result.error is None, result.error
+    assert not result.ok
+    # Not by a hair: the mistake is far above what rounding could do.
+    limits = {"loss_rel": TOLERANCES["fp32"].loss, "grad_rel": TOLERANCES["fp32"].gradient}
+    assert getattr(result, distance) > 100 * limits[distance]
+
+
+def test_the_same_rows_without_a_mistake_are_right(verifier: Verifier) -> None:
+    for row in (Row(pp=2), Row(dp=2)):
+        result = verifier.check(row)
+        assert result.ok, result
+
+
+def test_a_row_that_cannot_run_is_wrong_and_says_why(verifier: Verifier) -> None:
+    result = verifier.check(Row(dp=2), measure=fail)
+    assert not result.ok and "rank 1 of 2" in result.error and "the wheels came off" in result.error
+
+
+def fail(row: Row, expected: str) -> tuple[float, float, float]:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise RuntimeError("the wheels came off")
+    return 0.0, 0.0, 0.0
