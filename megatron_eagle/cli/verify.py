@@ -19,11 +19,19 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="cover every pair of options instead of their product")
     parser.add_argument("--processes", type=int, default=None, help="largest world (default: 4 quick, 8 otherwise)")
+    parser.add_argument(
+        "--recipe", type=Path, default=None, help="check this recipe's layouts on its own data, at reduced width"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
     parser.add_argument("--out", type=Path, default=None, help="folder for verify.json and verify.md")
     parser.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from megatron_eagle.verification.table import verify
+    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.verification.table import verify, verify_recipe
 
+    if options.recipe:
+        recipe = load_recipe(options.recipe, options.overrides)
+        return verify_recipe(recipe, processes=options.processes, out=options.out)
     verify(quick=options.quick, processes=options.processes, out=options.out)

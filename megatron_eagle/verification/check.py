@@ -28,14 +28,15 @@ from megatron_eagle.platform import install
 from megatron_eagle.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.loss import normalise_weights
-from megatron_eagle.verification.packs import PACK_LENGTH, Packing, make_step
 from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
-from megatron_eagle.verification.rows import CONFIG, Row
+from megatron_eagle.verification.rows import Row
+from megatron_eagle.verification.subject import STEPS, Subject, tables_subject
 from megatron_eagle.verification.worlds import World, WorldError
 
-STEPS = 3
 SEED = 5
 LEARNING_RATE = 1e-3
+SUBJECT = "subject.pt"
+TIMEOUT = 300.0  # seconds for one row; a user's recipe at reduced width can take a while on two cores
 # eps above the noise of fp32 gradients: key biases have a true gradient of zero, and Adam with 1e-8 would blow their
 # rounding noise up to steps of the size of the learning rate. Clipping is low enough to be active in every step.
 OPTIMIZER = OptimizerSettings(beta2=0.95, eps=1e-6, weight_decay=0.1, clip_grad=0.5)
@@ -76,12 +77,16 @@ class Result:
 
 
 class Verifier:
-    """Runs rows; keeps one World per size, and the reference's results in a temporary folder that workers read."""
+    """Runs rows; keeps one World per size, and what workers need in a temporary folder: the subject and the reference.
 
-    def __init__(self) -> None:
+    subject: what is trained; the tables' own if not given.
+    """
+
+    def __init__(self, subject: Subject | None = None) -> None:
+        self._subject = subject or tables_subject()
         self._worlds: dict[int, World] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-eagle-verify-")
-        self._expected: dict[str, Path] = {}
+        self._subject.save(Path(self._folder.name) / SUBJECT)
 
     def __enter__(self) -> "Verifier":
         return self
@@ -93,11 +98,11 @@ class Verifier:
 
     def check(self, row: Row, measure: Callable[..., tuple[float, float, float]] | None = None) -> Result:
         """Run one row. measure: stands in for this module's ``measure``, for tests of the verifier itself."""
-        expected = self._expected_for(row.trainable)
+        self._expect(row.trainable)
         world = self._worlds.setdefault(row.processes, World(row.processes))
         started = time.perf_counter()
         try:
-            loss, gradient, weight = world.run(measure or _measure, row, str(expected))[0]
+            loss, gradient, weight = world.run(measure or _measure, row, self._folder.name, timeout=TIMEOUT)[0]
             error = None
         except WorldError as failure:
             loss = gradient = weight = float("inf")
@@ -114,46 +119,50 @@ class Verifier:
             after_each(results[-1])
         return results
 
-    def _expected_for(self, trainable: str) -> Path:
-        if trainable not in self._expected:
-            steps = [make_step(CONFIG, "packed", seed) for seed in range(STEPS)]
-            expected = expected_steps(CONFIG, SEED, steps, TRAINABLE[trainable], OPTIMIZER, LEARNING_RATE)
-            path = Path(self._folder.name) / f"{trainable}.pt"
+    def _expect(self, trainable: str) -> None:
+        """Run the reference, once for each choice of what trains."""
+        path = Path(self._folder.name) / f"{trainable}.pt"
+        if not path.exists():
+            steps, config = self._subject.steps["packed"], self._subject.config
+            expected = expected_steps(config, SEED, steps, TRAINABLE[trainable], OPTIMIZER, LEARNING_RATE)
             torch.save(asdict(expected), path)
-            self._expected[trainable] = path
-        return self._expected[trainable]
 
 
 @functools.cache
-def _load_expected(path: str) -> Expected:
-    return Expected(**torch.load(path, weights_only=True))
+def _load_subject(folder: str) -> Subject:
+    return Subject.load(Path(folder) / SUBJECT)
 
 
 @functools.cache
-def _initial_weights() -> tuple[dict[str, Tensor], hf_names.Sources]:
-    reference = ReferenceEagle(CONFIG, SEED)
+def _load_expected(folder: str, trainable: str) -> Expected:
+    return Expected(**torch.load(Path(folder) / f"{trainable}.pt", weights_only=True))
+
+
+@functools.cache
+def _initial_weights(folder: str) -> tuple[dict[str, Tensor], hf_names.Sources]:
+    reference = ReferenceEagle(_load_subject(folder).config, SEED)
     return dict(reference.state_dict()), reference.sources()
 
 
-def measure(row: Row, expected_path: str) -> tuple[float, float, float]:
+def measure(row: Row, folder: str) -> tuple[float, float, float]:
     """Train the row in this world; (loss, gradient, weight) distances from the reference, equal on every process."""
     platform = install()
-    recipe = _recipe(row)
+    subject, expected = _load_subject(folder), _load_expected(folder, row.trainable)
+    recipe = _recipe(row, subject)
     stage = recipe.stages[0]
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
-    expected = _load_expected(expected_path)
     engine = build_engine(recipe, stage, platform, groups)
-    _fill(engine)
+    _fill(engine, folder)
     losses, gradient_distance = [], 0.0
-    for seed in range(STEPS):
-        share = engine.forward_backward(_batches(row.packing, seed, stage, groups))
-        if seed == 0:
+    for number, packs in enumerate(subject.steps[row.packing]):
+        share = engine.forward_backward(_batches(packs, stage, groups))
+        if number == 0:
             _gather_sharded_gradients(engine)
-            gradient_distance = _distance(engine, expected.gradients, lambda parameter: parameter.main_grad)
+            gradient_distance = _distance(engine, folder, expected.gradients, lambda p: p.main_grad)
         engine.update()
         losses.append(_sum_of_shares(share, groups))
     with engine.settled_weights():
-        weight_distance = _distance(engine, expected.weights, lambda parameter: parameter.data)
+        weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
     worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -163,13 +172,13 @@ def measure(row: Row, expected_path: str) -> tuple[float, float, float]:
 _measure = measure
 
 
-def _recipe(row: Row) -> Recipe:
+def _recipe(row: Row, subject: Subject) -> Recipe:
     stage = Stage(
         name="verify",
         trainable=TRAINABLE[row.trainable],
         steps=STEPS,
-        pack_length=PACK_LENGTH,
-        batch=len(make_step(CONFIG, row.packing, 0)),
+        pack_length=subject.pack_length,
+        batch=len(subject.steps[row.packing][0]),
         learning_rate=LEARNING_RATE,
         blend=(Source("synthetic"),),
         warmup_fraction=0.0,
@@ -179,9 +188,9 @@ def _recipe(row: Row) -> Recipe:
         name="verify",
         model=ModelSettings(
             preset="tiny",
-            tile_size=CONFIG.tile_size,
-            encoders=CONFIG.encoders,
-            language=asdict(CONFIG.language),
+            tile_size=subject.config.tile_size,
+            encoders=subject.config.encoders,
+            language=asdict(subject.config.language),
             recompute=row.recompute,
         ),
         tokenizer=TokenizerSettings(kind="sentencepiece", path="none"),
@@ -192,16 +201,16 @@ def _recipe(row: Row) -> Recipe:
     )
 
 
-def _fill(engine: Engine) -> None:
-    state, sources = _initial_weights()
+def _fill(engine: Engine, folder: str) -> None:
+    state, sources = _initial_weights(folder)
     for module, group in engine.weight_owners():
         hf_names.load(module, sources, state, group)
     engine.reload_optimizer()
 
 
-def _batches(packing: Packing, seed: int, stage: Stage, groups: Groups) -> list[PackedBatch]:
+def _batches(packs: Sequence[PackedBatch], stage: Stage, groups: Groups) -> list[PackedBatch]:
     """This replica's share of the global batch, the way a trainer gets it."""
-    own = make_step(CONFIG, packing, seed)[groups.dp_rank :: groups.dp_size]
+    own = list(packs[groups.dp_rank :: groups.dp_size])
     batches = hand_round(lambda: own, groups, torch.device("cpu"))
     return normalise_weights(batches, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
 
@@ -230,10 +239,10 @@ def _gather_sharded_gradients(engine: Engine) -> None:
                     )
 
 
-def _distance(engine: Engine, reference: dict[str, Tensor], take: Callable[[Any], Tensor]) -> float:
+def _distance(engine: Engine, folder: str, reference: dict[str, Tensor], take: Callable[[Any], Tensor]) -> float:
     """Largest difference of any tensor this process holds, relative to the norm of the whole tensor."""
-    named = with_tied_names(CONFIG, reference)
-    _, sources = _initial_weights()
+    named = with_tied_names(_load_subject(folder).config, reference)
+    _, sources = _initial_weights(folder)
     worst = 0.0
     for weight in _slices(engine):
         names = sources[weight.name].names

@@ -59,7 +59,7 @@ class Row:
     dp: int = 1
     encoder: Literal["tensor", "spread"] = "tensor"
     packing: Packing = "packed"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
     distributed_optimizer: bool = True
     overlap: bool = False
     trainable: Literal["all", "connector"] = "all"
@@ -108,7 +108,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "dp": (1, 2, 4),
     "encoder": ("tensor", "spread"),
     "packing": ("packed", "single"),
-    "recompute": ("none", "selective", "full"),
+    "recompute": ("none", "selective", "full", "offload"),
     "distributed_optimizer": (True, False),
     "overlap": (False, True),
     "trainable": ("all", "connector"),

@@ -12,8 +12,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.recipe import Recipe
 from megatron_eagle.verification.check import TOLERANCES, Result, Verifier
 from megatron_eagle.verification.rows import Row, quick_table, whole_table
+from megatron_eagle.verification.subject import Subject, recipe_rows, recipe_subject
 
 QUICK_PROCESSES = 4
 ALL_PROCESSES = 8
@@ -22,10 +24,25 @@ ALL_PROCESSES = 8
 def verify(*, quick: bool, processes: int | None, out: Path | None) -> None:
     """Run the table on this machine, print it, write it to ``out``; UserError if any row is off."""
     most = processes or (QUICK_PROCESSES if quick else ALL_PROCESSES)
-    rows = quick_table(most) if quick else whole_table(most)
+    _run(quick_table(most) if quick else whole_table(most), None, out)
+
+
+def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None) -> None:
+    """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``)."""
+    most = processes or ALL_PROCESSES
+    rows = recipe_rows(recipe)
+    fitting = [row for row in rows if row.processes <= most]
+    if not fitting:
+        smallest = min(row.processes for row in rows)
+        raise UserError(f"the recipe's layouts need {smallest} processes, at most {most} are allowed; see --processes")
+    _run(fitting, recipe_subject(recipe, recipe.stages[0]), out)
+
+
+def _run(rows: Sequence[Row], subject: Subject | None, out: Path | None) -> None:
+    most = max(row.processes for row in rows)
     print(f"{len(rows)} rows of up to {most} processes against one plain float64 process; distances are relative")
     print(_line("processes", "layout and options", "loss", "gradients", "weights", "seconds", ""))
-    with Verifier() as verifier, tqdm(total=len(rows), unit="row") as bar:
+    with Verifier(subject) as verifier, tqdm(total=len(rows), unit="row") as bar:
 
         def show(result: Result) -> None:
             bar.write(_row_line(result))

@@ -10,7 +10,7 @@ from megatron_eagle.verification.check import TOLERANCES, Verifier
 from megatron_eagle.verification.rows import Row
 
 
-def with_dropped_gradients(row: Row, expected: str) -> tuple[float, float, float]:
+def with_dropped_gradients(row: Row, folder: str) -> tuple[float, float, float]:
     """The features of all tiles but the first carry no gradient home (an autograd hole, as in a detached gather)."""
     from megatron_eagle.model.connector import Connector
 
@@ -21,10 +21,10 @@ def with_dropped_gradients(row: Row, expected: str) -> tuple[float, float, float
         return torch.cat([out[:1], out[1:].detach()])
 
     with patch.object(Connector, "forward", leaky):
-        return check.measure(row, expected)
+        return check.measure(row, folder)
 
 
-def with_shifted_segments(row: Row, expected: str) -> tuple[float, float, float]:
+def with_shifted_segments(row: Row, folder: str) -> tuple[float, float, float]:
     """The border between the first two segments of every pack lies one token too far right."""
     batches = check._batches
 
@@ -36,10 +36,10 @@ def with_shifted_segments(row: Row, expected: str) -> tuple[float, float, float]
         return found
 
     with patch.object(check, "_batches", shifted):
-        return check.measure(row, expected)
+        return check.measure(row, folder)
 
 
-def with_forgotten_scale(row: Row, expected: str) -> tuple[float, float, float]:
+def with_forgotten_scale(row: Row, folder: str) -> tuple[float, float, float]:
     """Gradients are averaged over the data-parallel processes although the weights hold the global denominator."""
     from megatron_eagle.training.engine import Engine
 
@@ -52,7 +52,7 @@ def with_forgotten_scale(row: Row, expected: str) -> tuple[float, float, float]:
         return loss
 
     with patch.object(Engine, "forward_backward", averaged):
-        return check.measure(row, expected)
+        return check.measure(row, folder)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_row_that_cannot_run_is_wrong_and_says_why(verifier: Verifier) -> None
     assert not result.ok and "rank 1 of 2" in result.error and "the wheels came off" in result.error
 
 
-def fail(row: Row, expected: str) -> tuple[float, float, float]:
+def fail(row: Row, folder: str) -> tuple[float, float, float]:
     import torch.distributed as dist
 
     if dist.get_rank() == 1:
