@@ -40,7 +40,11 @@ setup(
         *(f"eagle_kernels{name}" for name in ("", *(f".{part}" for part in find_packages("kernels/eagle_kernels")))),
     ],
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
-    package_data={"megatron_eagle": ["py.typed"], "megatron_eagle.demo": ["*.j2"]},
+    package_data={
+        "megatron_eagle": ["py.typed"],
+        "megatron_eagle.demo": ["*.j2"],
+        "megatron_eagle.planning": ["profiles/*.yaml"],
+    },
     install_requires=TRAINER,
     extras_require={
         # Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.

@@ -22,8 +22,8 @@ class Layout:
         ``ring``, cuts the pack in zigzag (docs/context_parallelism.md).
     vpp: virtual pipeline stages per process (interleaved schedule), or None.
     sequence_parallel: keep the activations between tensor-parallel blocks split along the sequence.
-    encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks; ``spread``
-        copies them to every process of a replica and shares out the tiles of each step (docs/encoder_placement.md).
+    encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks;
+        ``spread`` copies them to every process and shares out the tiles of each step (docs/encoder_placement.md).
     encoder_chunk: for ``spread``, how many tiles a process encodes at a time. Of each chunk only the features are kept,
         and the backward pass encodes it again; None encodes all at once and keeps the activations.
     layers_per_stage: decoder layers of each pipeline stage, or None for an even split. The first stage also
@@ -51,7 +51,9 @@ class Layout:
                 f"pp={self.pp} x vpp={self.vpp or 1} needs {self.pp * (self.vpp or 1)}"
             )
         if self.encoder_chunk is not None and self.encoder != "spread":
-            raise ValueError(f"encoder_chunk={self.encoder_chunk} needs encoder: spread, this layout has {self.encoder}")
+            raise ValueError(
+                f"encoder_chunk={self.encoder_chunk} needs encoder: spread, this layout has {self.encoder}"
+            )
         if self.vpp is not None and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1, this layout has pp=1")
 

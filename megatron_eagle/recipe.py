@@ -35,7 +35,8 @@ class ModelSettings:
     preset: a name of ``megatron_eagle.model.presets``; ``tile_size``, ``encoders`` and ``language`` replace parts of it
         (``language`` may hold single values of QwenConfig, ``encoders`` is the whole list).
     transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
-    recompute: activations computed again in the backward pass instead of being kept.
+    recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
+        (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
     initial_weights: checkpoint folder that the first stage starts from; without it weights are drawn from the seed.
     """
 
@@ -44,7 +45,7 @@ class ModelSettings:
     encoders: tuple[dict[str, Any], ...] | None = None
     language: dict[str, Any] = field(default_factory=dict)
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
     initial_weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +77,9 @@ class ReadingSettings:
     """How samples become packs, for all stages; ``data.settings.DataSettings`` explains each.
 
     tiling_rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
+    order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
     packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
+    degrade: show samples that are too long for a pack with fewer tiles instead of rejecting them.
     workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
     """
 
@@ -84,7 +87,9 @@ class ReadingSettings:
     min_tiles: Positive = 1
     max_tiles: Positive = 12
     max_tiles_per_pack: Positive | None = None
+    order: Literal["planned", "buffer"] = "planned"
     packing: Literal["balanced", "best_fit"] = "balanced"
+    degrade: bool = False
     packing_buffer: Positive = 512
     shuffle_buffer: Positive = 1000
     system: str = DEFAULT_SYSTEM
@@ -183,7 +188,12 @@ class Recipe:
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
         config = self.model.eagle()
         for stage in self.stages:
-            check_layout(config, self.stage_layout(stage))
+            layout = self.stage_layout(stage)
+            check_layout(config, layout)
+            try:
+                layout.check_pack_length(stage.pack_length)
+            except ValueError as error:
+                raise ValueError(f"stage '{stage.name}': {error}") from None
             cost = tokens_per_tile(config)
             if cost > stage.pack_length:
                 raise ValueError(

@@ -11,12 +11,40 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_eagle import __version__
-from megatron_eagle.cli import data, demo, evaluate, recipe, train, verify
+from megatron_eagle.cli import (
+    bench,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    job,
+    plan,
+    recipe,
+    status,
+    submit,
+    train,
+    verify,
+)
 from megatron_eagle.cli.common import print_once
 from megatron_eagle.errors import UserError
 
 USER_ERROR = 2
-VERBS = (data.add, recipe.add, train.add, evaluate.add, verify.add, demo.add)
+VERBS = (
+    data.add,
+    recipe.add,
+    plan.add,
+    bench.add,
+    train.add,
+    evaluate.add,
+    verify.add,
+    convert.add,
+    demo.add,
+    submit.add,
+    status.add,
+    doctor.add,
+    job.add,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

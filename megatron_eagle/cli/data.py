@@ -1,9 +1,13 @@
-"""``megatron-eagle data``: build and check data sets."""
+"""``megatron-eagle data``: build and check data sets, and look at the stream that comes of them."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import Verbs, verb
+
+if TYPE_CHECKING:
+    from megatron_eagle.recipe import Recipe, Stage
 
 
 def add(verbs: Verbs) -> None:
@@ -11,9 +15,10 @@ def add(verbs: Verbs) -> None:
     parser = verb(
         verbs,
         "data",
-        "build and check data sets",
-        "Turns conversation JSONL into Energon shards, and checks shards.",
-        "  megatron-eagle data build samples.jsonl data/train\n  megatron-eagle data check data/train\n",
+        "build and check data sets, look at their packs",
+        "Turns conversation JSONL into Energon shards, checks shards, and shows the stream of packs made of them.",
+        "  megatron-eagle data build samples.jsonl data/train\n  megatron-eagle data check data/train\n"
+        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     build = verb(
@@ -33,6 +38,7 @@ def add(verbs: Verbs) -> None:
         "--max-rejected", type=int, default=0, help="fail when more samples than this are bad (default: 0)"
     )
     build.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (default: 1000)")
+    build.add_argument("--workers", type=int, default=1, help="processes that read images (default: 1)")
     build.set_defaults(run=_data_build)
     check = verb(
         actions,
@@ -43,6 +49,202 @@ def add(verbs: Verbs) -> None:
     )
     check.add_argument("folder", type=Path, metavar="FOLDER")
     check.set_defaults(run=_data_check)
+    _add_measure(actions)
+    _add_inspect(actions)
+    _add_digest(actions)
+    _add_pack_report(actions)
+
+
+def _add_measure(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "measure",
+        "count the tokens of a recipe's data sets",
+        "Counts tokens and image sizes of every data set of a recipe and keeps them beside the shards, so that no\n"
+        "training process has to. Does nothing for what was counted before.",
+        "  megatron-eagle data measure examples/tiny/recipe.yaml\n",
+    )
+    _add_recipe(parser)
+    parser.set_defaults(run=_data_measure)
+
+
+def _add_inspect(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "inspect",
+        "a page that shows what the model will see",
+        "Writes OUT/index.html and OUT/lengths.png: tokens, tiles, aspect ratios and padding by data set, what is\n"
+        "rejected and why, and samples as tiles and text, decoded from the tokens that are trained on.",
+        "  megatron-eagle data inspect examples/tiny/recipe.yaml --out runs/demo/inspect\n",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--shown", type=int, default=12, metavar="N", help="samples to show (default: 12)")
+    parser.set_defaults(run=_data_inspect)
+
+
+def _add_digest(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "digest",
+        "a fingerprint of the first packs",
+        "Reads the first packs of a stage as N data-parallel ranks would and prints a sha256 over their sample ids.\n"
+        "It is the same for every number of ranks and of reader processes.",
+        "  megatron-eagle data digest examples/tiny/recipe.yaml --dp 2 --packs 100\n",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
+    parser.add_argument("--packs", type=int, default=100, metavar="K", help="packs to read (default: 100)")
+    parser.add_argument("--workers", type=int, default=0, help="reader processes of a rank (default: 0)")
+    parser.set_defaults(run=_data_digest)
+
+
+def _add_pack_report(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "pack-report",
+        "padding and balance of every packing algorithm",
+        "Packs the same samples by every algorithm: padding, packs an epoch, CPU seconds, and how much longer the\n"
+        "slowest rank of a step computes than the mean one, for packs in order and packs dealt by cost.",
+        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n"
+        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --samples 1000000 --pack-length 16384\n"
+        "  megatron-eagle data pack-report --lognormal 700 1.0 --pack-length 16384\n",
+    )
+    _add_recipe(parser, nargs="?")
+    parser.add_argument(
+        "--lognormal", type=float, nargs=2, metavar=("MEDIAN", "SIGMA"), help="lengths drawn from this, not a recipe's"
+    )
+    parser.add_argument(
+        "--samples", type=int, help="draw so many, with replacement (default: an epoch; lognormal: 10^6)"
+    )
+    parser.add_argument("--pack-length", type=int, help="tokens of a pack (default: the stage's; lognormal: 16384)")
+    parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks (default: 64)")
+    parser.add_argument("--attention-parity", type=int, help="see DataSettings (default: the recipe's, or 65000)")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw it")
+    parser.set_defaults(run=_data_pack_report)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", nargs=nargs)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
+    parser.add_argument("--stage", help="name of the stage (default: the first)")
+
+
+def _load(options: argparse.Namespace) -> "tuple[Recipe, Stage]":
+    from megatron_eagle.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    return recipe, recipe.stage(options.stage) if options.stage else recipe.stages[0]
+
+
+def _data_measure(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.catalogue import open_catalogue
+    from megatron_eagle.data.lengths import dataset_lengths
+    from megatron_eagle.data.tokenizer import load_tokenizer
+
+    recipe, chosen = _load(options)
+    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+    for stage in [chosen] if options.stage else recipe.stages:
+        settings = recipe.data_settings(stage)
+        for source in settings.sources:
+            lengths = dataset_lengths(open_catalogue(source.path), tokenizer, settings)
+            used = len(lengths.tokens) - len(lengths.rejected)
+            print(
+                f"{stage.name}: {source.path}: {len(lengths.tokens)} samples = {used} used + {len(lengths.rejected)} "
+                f"rejected, {int(lengths.tokens.sum())} tokens, {int(lengths.tiles.sum())} tiles"
+            )
+            for reason in list(lengths.rejected.values())[:5]:
+                print(f"  {reason}")
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.inspection import HEADS, write_page
+    from megatron_eagle.data.tokenizer import load_tokenizer
+
+    recipe, stage = _load(options)
+    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+    seed = recipe.seed + recipe.stages.index(stage)
+    views = write_page(recipe.data_settings(stage), tokenizer, seed, options.out, options.shown)
+    print(" | ".join(HEADS))
+    for view in views:
+        print(" | ".join(view.row()))
+    print(options.out / "index.html")
+
+
+def _data_digest(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.digest import read_digest
+    from megatron_eagle.data.planned import PlannedStream
+    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.errors import UserError
+
+    recipe, stage = _load(options)
+    settings = recipe.data_settings(stage)
+    if settings.order != "planned":
+        raise UserError(f"only reading.order=planned has one order for every number of ranks, this is {settings.order}")
+    if stage.batch % options.dp:
+        raise UserError(
+            f"batch={stage.batch} packs cannot be shared out evenly to {options.dp} data-parallel ranks; the digest "
+            f"does not depend on it: add stages.{stage.name}.batch={options.dp}"
+        )
+    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+
+    def open_rank(rank: int) -> PlannedStream:
+        return PlannedStream(
+            settings,
+            tokenizer,
+            rank=rank,
+            world_size=options.dp,
+            seed=recipe.seed + recipe.stages.index(stage),
+            workers=options.workers,
+            batch=stage.batch,
+        )
+
+    digest = read_digest(open_rank, options.dp, options.packs, stage.batch)
+    print(f"{digest.sha256}  {digest.packs} packs, {digest.samples} samples used, {digest.rejected} rejected")
+
+
+def _data_pack_report(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from megatron_eagle.data.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
+    from megatron_eagle.data.plan import epoch_lengths
+    from megatron_eagle.data.settings import DataSettings, Source
+    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.errors import UserError
+
+    if (options.recipe is None) == (options.lognormal is None):
+        raise UserError("pack-report needs a RECIPE or --lognormal MEDIAN SIGMA, one of them")
+    if options.lognormal:
+        median, sigma = options.lognormal
+        length = options.pack_length or 16384
+        settings = DataSettings(sources=(Source("lognormal"),), pack_length=length)
+        tokens = lognormal_lengths(options.samples or 1_000_000, median, sigma, length)
+        tiles = np.zeros_like(tokens)
+        title = f"lognormal lengths, median {median:g}, sigma {sigma:g}"
+    else:
+        recipe, stage = _load(options)
+        settings = recipe.data_settings(stage)
+        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+        tokens, tiles = epoch_lengths(settings, tokenizer, recipe.seed + recipe.stages.index(stage))
+        if options.samples:
+            drawn = np.random.default_rng(0).integers(len(tokens), size=options.samples)
+            tokens, tiles = tokens[drawn], tiles[drawn]
+        title = f"{options.recipe}, {stage.name}"
+    length = options.pack_length or settings.pack_length
+    bounds = Bounds(
+        length=length,
+        max_tiles=settings.max_tiles_per_pack,
+        delta=settings.spare_packs(int(tokens.sum()) // length),
+        attention_parity=options.attention_parity or settings.attention_parity,
+        tile_cost=settings.tile_cost,
+    )
+    title += f": {len(tokens)} samples, {tokens.mean():.0f} tokens on average, packs of {length}"
+    print(f"{title}, attention parity {bounds.attention_parity}")
+    results = compare_packings(tokens, tiles, bounds, options.ranks)
+    print(table(results, options.ranks))
+    if options.plot:
+        plot(results, tokens, title, options.plot)
+        print(options.plot)
 
 
 def _data_build(options: argparse.Namespace) -> None:
@@ -54,6 +256,7 @@ def _data_build(options: argparse.Namespace) -> None:
         media_root=options.media_root,
         max_rejected=options.max_rejected,
         samples_per_shard=options.samples_per_shard,
+        workers=options.workers,
     )
     print(f"{options.out}: {report.read} samples read, {report.written} written, {report.rejected} rejected")
 

@@ -1,6 +1,11 @@
 """``megatron-eagle train``: one stage of a recipe."""
 
 import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import (
     Verbs,
@@ -11,6 +16,9 @@ from megatron_eagle.cli.common import (
     print_once,
     verb,
 )
+
+if TYPE_CHECKING:
+    from megatron_eagle.training.stopping import Watch
 
 
 def add(verbs: Verbs) -> None:
@@ -27,6 +35,20 @@ def add(verbs: Verbs) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")
     add_launch_arguments(parser)
+    parser.add_argument(
+        "--stacks", type=Path, metavar="FOLDER", help="under a scheduler: end when hanging, and write all stacks there"
+    )
+    parser.add_argument(
+        "--hang",
+        default="20,300,1800,10",
+        metavar="F,A,O,G",
+        help="a hang is no step for F times the median step, at least A seconds; O seconds for all else; G of grace",
+    )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="if the newest checkpoint is damaged, continue from the newest that is not; without it that is an error",
+    )
     parser.set_defaults(run=_train)
 
 
@@ -37,8 +59,36 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.stage(options.stage)
     become_part_of_a_run(options.processes)
+    watch = _open_watch(options.stacks, options.hang)
     from megatron_eagle.training.loop import RunFolder, train_stage
+    from megatron_eagle.training.stopping import STOPPED_EXIT_CODE, StoppedEarly
 
-    train_stage(recipe, options.stage, RunFolder(options.runs / recipe.name), platform)
+    try:
+        train_stage(
+            recipe, options.stage, RunFolder(options.runs / recipe.name), platform, watch, fallback=options.fallback
+        )
+    except StoppedEarly as stopped:
+        print_once(f"megatron-eagle: {stopped}")
+        sys.exit(STOPPED_EXIT_CODE)
+    finally:
+        watch.close()
     if options.trace_platform:
         print_once(platform.report())
+
+
+def _open_watch(stacks: Path | None, hang: str) -> "Watch":
+    """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs."""
+    from megatron_eagle.errors import UserError
+    from megatron_eagle.training.stopping import HangLimits, Watch
+
+    if stacks is None:
+        watch = Watch()
+        watch.stop_on(signal.SIGUSR1)
+        return watch
+    try:
+        limits = HangLimits(*(float(part) for part in hang.split(",")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--hang {hang}: four numbers above 0 are wanted ({error})") from None
+    watch = Watch(limits, stacks, rank=int(os.environ["RANK"]))
+    watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
+    return watch

@@ -8,19 +8,25 @@ made beside its destination and appears there whole or not at all.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.catalogue import open_catalogue
 from megatron_eagle.data.conversation import Conversation, parse_record
 from megatron_eagle.data.images import MAX_PIXELS, decode_image, read_extension
 from megatron_eagle.data.shards import IDENTITY_FILE, META_FOLDER, sample_key, shard_counts
@@ -28,6 +34,7 @@ from megatron_eagle.errors import UserError
 
 REJECTED_FILE = "rejected.jsonl"
 SECONDS_BEFORE_PROGRESS = 3.0
+LINES_AT_A_TIME = 64  # of each worker; their images are in memory together
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,15 @@ class _Line:
 
 
 @dataclass(frozen=True)
+class _Parsed:
+    """A line's conversation, or the reason why it is rejected."""
+
+    number: int
+    claimed_id: str | int | None
+    content: Conversation | str
+
+
+@dataclass(frozen=True)
 class _Image:
     """An image file's bytes and the name ending its format asks for, whatever it was called."""
 
@@ -62,6 +78,7 @@ def build_dataset(
     max_rejected: int = 0,
     samples_per_shard: int = 1000,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
     progress: bool = True,
 ) -> BuildReport:
     """Builds ``out_dir`` from ``samples_jsonl``.
@@ -70,6 +87,7 @@ def build_dataset(
         by "..", are rejected, so that a downloaded file cannot pull in private pictures; links inside it are followed.
     max_rejected: rejected samples that are put up with. With more, nothing is built but ``out_dir/rejected.jsonl``.
     max_pixels: larger images are rejected as decompression bombs.
+    workers: processes that read and decode images; the shards are the same bytes for any number.
 
     Raises UserError if too many samples are rejected, none is left, the output cannot be written, or ``out_dir``
     already holds something: a finished data set is never overwritten.
@@ -77,19 +95,20 @@ def build_dataset(
     source, out = Path(samples_jsonl), Path(out_dir)
     _check_output(out)
     root = source.parent if media_root is None else Path(media_root)
-    partial = out.parent / f".{out.name}.partial"
+    unfinished = out.parent / f".{out.name}.partial"
     with _explained(source, out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         try:
-            report = _Builder(source, root, partial, samples_per_shard, max_pixels).run(progress)
-            _check_report(report, max_rejected, source, partial, out)
-            _prepare(partial)
-            check_dataset(partial, report.written)
-            _appear(partial, out)
+            report = _Builder(source, root, unfinished, samples_per_shard, max_pixels).run(progress, workers)
+            _check_report(report, max_rejected, source, unfinished, out)
+            _prepare(unfinished)
+            check_dataset(unfinished, report.written)
+            open_catalogue(unfinished)
+            _appear(unfinished, out)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 
@@ -144,27 +163,34 @@ class _Builder:
         self._max_pixels = max_pixels
         self._lines_of: dict[str, int] = {}
 
-    def run(self, progress: bool) -> BuildReport:
+    def run(self, progress: bool, workers: int) -> BuildReport:
         read = written = rejected = 0
         with (
             open(self._out / REJECTED_FILE, "w", encoding="utf-8") as bad,
             _ShardWriter(self._out, self._samples_per_shard) as shards,
+            _Loaders(workers) as loaders,
         ):
-            for line in self._lines(progress):
-                read += 1
-                record: Any = None
-                try:
-                    record = _parse_json(line)
-                    conversation = self._parse(record, line.number)
-                    images = [self._load_image(name) for name in conversation.images]
-                except BrokenSample as error:
-                    rejected += 1
-                    entry = {"line": line.number, "id": _claimed_id(record), "reason": str(error)}
-                    bad.write(json.dumps({"file": str(self._source), **entry}) + "\n")
-                else:
-                    shards.add(conversation, images)
-                    written += 1
+            parsed = map(self._parse_line, self._lines(progress))
+            while batch := list(itertools.islice(parsed, LINES_AT_A_TIME * workers)):
+                for line, loaded in zip(batch, loaders.load(batch, self._root, self._max_pixels), strict=True):
+                    read += 1
+                    if isinstance(loaded, str):
+                        rejected += 1
+                        entry = {"line": line.number, "id": line.claimed_id, "reason": loaded}
+                        bad.write(json.dumps({"file": str(self._source), **entry}) + "\n")
+                    else:
+                        assert isinstance(line.content, Conversation)
+                        shards.add(line.content, loaded)
+                        written += 1
         return BuildReport(read, written, rejected, shards.finished)
+
+    def _parse_line(self, line: _Line) -> _Parsed:
+        record: Any = None
+        try:
+            record = _parse_json(line)
+            return _Parsed(line.number, _claimed_id(record), self._parse(record, line.number))
+        except BrokenSample as error:
+            return _Parsed(line.number, _claimed_id(record), str(error))
 
     def _lines(self, progress: bool) -> Iterator[_Line]:
         with (
@@ -186,30 +212,75 @@ class _Builder:
 
     def _parse(self, record: Any, number: int) -> Conversation:
         conversation = parse_record(record, default_id=f"line-{number}")
+        try:
+            json.dumps(conversation.extra, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BrokenSample(f"a field holds text that is not Unicode: {error.reason}") from None
         first = self._lines_of.setdefault(conversation.id, number)
         if first != number:
             raise BrokenSample(f"duplicate id {conversation.id!r}, first seen in line {first}")
         return conversation
 
-    def _load_image(self, name: str) -> _Image:
-        """An image file that has been decoded once, to be sure."""
-        if "\0" in name:
-            raise BrokenSample(f"image path {name!r} holds a NUL character")
-        root = os.path.abspath(self._root)
-        path = os.path.abspath(os.path.join(root, name))
-        if os.path.commonpath([root, path]) != root:
-            raise BrokenSample(f"image {name} lies outside of the media root {root}")
+
+class _Loaders:
+    """Processes that read images, or none for one worker; what they give is in the order of the lines."""
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise UserError(f"workers={workers} must be at least 1")
+        # Fresh processes: this one may hold threads, which do not survive a fork.
+        fresh = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=fresh) if workers > 1 else None
+
+    def __enter__(self) -> "_Loaders":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def load(self, batch: list[_Parsed], root: Path, max_pixels: int) -> list[list[_Image] | str]:
+        """The images of each line, or why it is rejected."""
+        task = partial(_load_images, root=root, max_pixels=max_pixels)
+        if self._pool is None:
+            return [*map(task, batch)]
         try:
-            data = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise BrokenSample(f"image {name} is missing") from None
-        except OSError as error:
-            raise BrokenSample(f"image {name} cannot be read: {error.strerror}") from error
-        try:
-            decode_image(data, max_pixels=self._max_pixels)
-            return _Image(read_extension(data, max_pixels=self._max_pixels), data)
-        except BrokenSample as error:
-            raise BrokenSample(f"image {name}: {error}") from error
+            return [*self._pool.map(task, batch, chunksize=4)]
+        except BrokenProcessPool:
+            first, last = batch[0].number, batch[-1].number
+            raise UserError(
+                f"a process that reads images was killed between lines {first} and {last}; out of memory?"
+            ) from None
+
+
+def _load_images(line: _Parsed, root: Path, max_pixels: int) -> list[_Image] | str:
+    if isinstance(line.content, str):
+        return line.content
+    try:
+        return [_load_image(name, root, max_pixels) for name in line.content.images]
+    except BrokenSample as error:
+        return str(error)
+
+
+def _load_image(name: str, media_root: Path, max_pixels: int) -> _Image:
+    """An image file that has been decoded once, to be sure."""
+    if "\0" in name:
+        raise BrokenSample(f"image path {name!r} holds a NUL character")
+    root = os.path.abspath(media_root)
+    path = os.path.abspath(os.path.join(root, name))
+    if os.path.commonpath([root, path]) != root:
+        raise BrokenSample(f"image {name} lies outside of the media root {root}")
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BrokenSample(f"image {name} is missing") from None
+    except OSError as error:
+        raise BrokenSample(f"image {name} cannot be read: {error.strerror}") from error
+    try:
+        decode_image(data, max_pixels=max_pixels)
+        return _Image(read_extension(data, max_pixels=max_pixels), data)
+    except BrokenSample as error:
+        raise BrokenSample(f"image {name}: {error}") from error
 
 
 def _parse_json(line: _Line) -> Any:

@@ -15,7 +15,6 @@ import math
 import random
 from typing import Any
 
-import torch
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
@@ -27,16 +26,15 @@ from megatron.energon import (
     edataclass,
     stateless,
 )
-from torch import Tensor
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.conversation import encode_conversation
-from megatron_eagle.data.images import decode_image, read_size
-from megatron_eagle.data.packing import PackPlan, Segment, assemble_pack, pack_balanced, pack_best_fit
+from megatron_eagle.data.encode import add_tiles, tokenise
+from megatron_eagle.data.knapsack import PackPlan, pack_balanced, pack_best_fit
+from megatron_eagle.data.lengths import Cut
+from megatron_eagle.data.packing import Segment, assemble_pack
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.shards import StoredSample, parse_entry
-from megatron_eagle.data.tiling import count_tiles, cut_tiles
 from megatron_eagle.data.tokenizer import Tokenizer
 
 CONVERSATION_FORMAT = {"format": "conversation"}
@@ -55,14 +53,14 @@ class CookedSample(Sample):
 class EncodedSample(Sample):
     """A tokenised sample whose images are still files, or the reason why it is broken.
 
-    images: one file per image; tile_counts: its tiles, thumbnail included.
+    images: one file per image; cut: the rule by which they become tiles.
     segment: tokens with an empty ``tiles`` until ``postencode_sample`` has run.
     """
 
     sample_id: str
     segment: Segment | None
     images: tuple[bytes, ...]
-    tile_counts: tuple[int, ...]
+    cut: Cut | None
     reason: str | None
 
 
@@ -105,7 +103,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         try:
             if sample.stored is None:
                 raise BrokenSample(sample.reason)
-            segment, tile_counts = self._tokenise(sample.stored)
+            segment, cut = self._tokenise(sample.stored)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
@@ -113,26 +111,12 @@ class EagleTaskEncoder(CookingTaskEncoder):
             sample_id=sample.sample_id,
             segment=segment,
             images=sample.stored.images,
-            tile_counts=tile_counts,
+            cut=cut,
             reason=None,
         )
 
-    def _tokenise(self, stored: StoredSample) -> tuple[Segment, tuple[int, ...]]:
-        s = self._settings
-        sizes = [read_size(image, max_pixels=s.max_pixels) for image in stored.images]
-        tile_counts = tuple(count_tiles(width, height, s.tiling) for width, height in sizes)
-        tiles = sum(tile_counts)
-        # Checked first: a text turns into millions of tokens before it could be found too long.
-        if tiles * s.tokens_per_tile > s.pack_length:
-            raise BrokenSample(f"sample of {tiles} tiles x {s.tokens_per_tile} tokens, a pack holds {s.pack_length}")
-        if s.max_tiles_per_pack is not None and tiles > s.max_tiles_per_pack:
-            raise BrokenSample(f"sample of {tiles} tiles, a pack holds {s.max_tiles_per_pack}")
-        encoded = encode_conversation(stored.conversation, self._tokenizer, tile_counts, s.tokens_per_tile, s.system)
-        if len(encoded.tokens) > s.pack_length:
-            raise BrokenSample(f"sample of {len(encoded.tokens)} tokens ({tiles} tiles), a pack holds {s.pack_length}")
-        no_tiles = torch.empty((0, 3, s.tile_size, s.tile_size), dtype=torch.uint8)
-        segment = Segment(stored.conversation.id, encoded.tokens, encoded.labels, encoded.tile_slots, no_tiles)
-        return segment, tile_counts
+    def _tokenise(self, stored: StoredSample) -> tuple[Segment, Cut]:
+        return tokenise(stored, self._settings, self._tokenizer)
 
     def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
         """Packs from a buffer, in an order that depends on its samples only; broken ones leave with the first pack."""
@@ -147,7 +131,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
     def _plan(self, samples: list[EncodedSample]) -> PackPlan:
         s = self._settings
         lengths = [len(sample.segment.tokens) for sample in samples if sample.segment is not None]
-        tiles = [sum(sample.tile_counts) for sample in samples]
+        tiles = [sum(sample.cut.tiles) for sample in samples if sample.cut is not None]
         if s.packing == "best_fit":
             return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=s.max_tiles_per_pack)
         delta = s.spare_packs(math.ceil(sum(lengths) / s.pack_length))
@@ -155,23 +139,18 @@ class EagleTaskEncoder(CookingTaskEncoder):
 
     @stateless
     def postencode_sample(self, sample: EncodedSample) -> EncodedSample:
-        if sample.segment is None:
+        if sample.segment is None or sample.cut is None:
             return sample
         try:
-            tiles = [self._cut(image, count) for image, count in zip(sample.images, sample.tile_counts, strict=True)]
+            segment = self._add_tiles(sample.segment, sample.images, sample.cut)
         except BrokenSample as error:
             return _broken(sample, str(error))
-        old = sample.segment
-        segment = Segment(old.sample_id, old.tokens, old.labels, old.tile_slots, torch.cat([old.tiles, *tiles]))
         return EncodedSample.derive_from(
-            sample, sample_id=sample.sample_id, segment=segment, images=(), tile_counts=sample.tile_counts, reason=None
+            sample, sample_id=sample.sample_id, segment=segment, images=(), cut=sample.cut, reason=None
         )
 
-    def _cut(self, data: bytes, expected: int) -> Tensor:
-        tiles = cut_tiles(decode_image(data, max_pixels=self._settings.max_pixels), self._settings.tiling)
-        if len(tiles) != expected:
-            raise BrokenSample(f"the image's header promises {expected} tiles, its pixels make {len(tiles)}")
-        return tiles
+    def _add_tiles(self, segment: Segment, images: tuple[bytes, ...], cut: Cut) -> Segment:
+        return add_tiles(segment, images, cut, self._settings)
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
@@ -217,5 +196,5 @@ class _QuietPackingDataset(PackingDataset[EncodedSample, EncodedSample, Pack]):
 
 def _broken(sample: CookedSample | EncodedSample, reason: str) -> EncodedSample:
     return EncodedSample.derive_from(
-        sample, sample_id=sample.sample_id, segment=None, images=(), tile_counts=(), reason=reason
+        sample, sample_id=sample.sample_id, segment=None, images=(), cut=None, reason=reason
     )

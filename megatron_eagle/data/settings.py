@@ -21,10 +21,17 @@ class Source:
     """One data set made by ``megatron-eagle data build``.
 
     weight: share of the samples drawn from it, relative to the other sources' weights.
+    repeat: instead of a weight, how often an epoch holds each of its samples (Eagle's ``repeat_time``); with 0.5 two
+        epochs hold each once. ``order=planned`` only.
     """
 
     path: str
     weight: Annotated[float, Gt(0)] = 1.0
+    repeat: Annotated[float, Gt(0)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeat is not None and self.weight != 1.0:
+            raise ValueError(f"{self.path} has weight={self.weight} and repeat={self.repeat}; give one of them")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,10 +43,19 @@ class DataSettings:
     tokens_per_tile: tokens a tile becomes; follows from the encoders (Eagle: 256).
     max_tiles_per_pack: optional second bound of a pack, for the encoders' memory.
     system: system turn of conversations that bring none; empty for no such turn.
+    order: ``planned``: all lengths are known beforehand and the order of packs is a function of seed and step alone
+        (``planned.py``). ``buffer``: Energon reads on and packs what its buffers hold (``stream.py``).
     packing: ``balanced`` or ``best_fit`` (see ``packing.py``).
-    packing_buffer: samples looked at together when packs are chosen, per reader process.
-    packing_delta: packs more than a buffer needs, ``balanced`` only; None: 1 in 50, measured to cost the least
-        padding that still spreads long samples. Eagle uses 20 on buffers of thousands.
+    packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
+        least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
+    degrade: show a sample that is too long with fewer tiles instead of rejecting it (``budget.py``).
+    plan_window: ``planned`` only: samples that are packed together; a smaller epoch is packed whole.
+    attention_parity: ``planned`` only: length of a segment, in tokens, at which attention costs the language model as
+        much as all the rest of it; decides which rank gets which packs of a step. hidden, L layers and N parameters
+        without embeddings give N / (L x hidden): 65 000 for Qwen2.5-7B, 17 000 for 0.5B.
+    tile_cost: ``planned`` only: cost of encoding a tile, in tokens of the language model; 0 if encoders are spread.
+    reader_timeout: ``planned`` only: seconds that a pack may take a reader process before the run stops.
+    packing_buffer: ``buffer`` only, as the next two: samples looked at together when packs are chosen, per process.
     shuffle_buffer: samples a draw is taken from, per reader process.
     max_samples_per_sequence: samples read one after another before another place of the shards is drawn.
     max_pixels: images above it are rejected as decompression bombs.
@@ -55,9 +71,15 @@ class DataSettings:
     tiling_rule: Literal["eagle2", "area"] = "eagle2"
     max_tiles_per_pack: Positive | None = None
     system: str = DEFAULT_SYSTEM
+    order: Literal["planned", "buffer"] = "planned"
     packing: Literal["balanced", "best_fit"] = "balanced"
-    packing_buffer: Positive = 512
     packing_delta: Annotated[int, Ge(0)] | None = None
+    degrade: bool = False
+    plan_window: Positive = 1_000_000
+    attention_parity: Positive = 65_000
+    tile_cost: Annotated[float, Ge(0)] = 0.0
+    reader_timeout: Positive = 600
+    packing_buffer: Positive = 512
     shuffle_buffer: Positive = 1000
     max_samples_per_sequence: Positive = 100
     max_pixels: Positive = MAX_PIXELS
@@ -70,6 +92,10 @@ class DataSettings:
             raise ValueError(f"a tile of {self.tokens_per_tile} tokens does not fit into a pack of {self.pack_length}")
         if self.packing_delta is not None and self.packing == "best_fit":
             raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is best_fit")
+        if len({source.repeat is None for source in self.sources}) > 1:
+            raise ValueError("some sources have a repeat and others do not; give all of them one, or none")
+        if self.order == "buffer" and self.sources[0].repeat is not None:
+            raise ValueError("repeat needs order=planned; order=buffer draws by weight")
         _ = self.tiling
 
     @cached_property
@@ -78,4 +104,6 @@ class DataSettings:
 
     def spare_packs(self, needed: int) -> int:
         """Packs to offer beyond the ``needed`` ones."""
-        return math.ceil(needed / 50) if self.packing_delta is None else self.packing_delta
+        if self.packing_delta is not None:
+            return self.packing_delta
+        return needed // 500 if self.order == "planned" else math.ceil(needed / 50)

@@ -10,7 +10,7 @@ A data set is a folder of such tar files with Energon's ``.nv-meta`` beside them
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def sample_key(number: int, sample_id: str) -> str:
     return f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', sample_id)[:40]}"
 
 
-def parse_entry(entry: Mapping[str, object]) -> StoredSample:
-    """A sample from its files, name ending -> bytes; raises BrokenSample."""
+def parse_conversation(entry: Mapping[str, object]) -> Conversation:
+    """The conversation from a sample's files, name ending -> bytes; raises BrokenSample."""
     text = entry.get("json")
     if not isinstance(text, bytes):
         raise BrokenSample("no .json file in the shard for this sample")
@@ -45,7 +45,12 @@ def parse_entry(entry: Mapping[str, object]) -> StoredSample:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BrokenSample(f"not JSON: {error}") from error
-    conversation = parse_record(record)
+    return parse_record(record)
+
+
+def parse_entry(entry: Mapping[str, object]) -> StoredSample:
+    """A sample from its files, name ending -> bytes; raises BrokenSample."""
+    conversation = parse_conversation(entry)
     images = []
     for name in conversation.images:
         image = entry.get(name)
@@ -81,28 +86,32 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
     A held-out split must be whole, so a broken sample is a UserError here, not a skip.
     """
     for shard in shard_counts(path):
-        for key, entry in _iterate_entries(Path(path) / shard):
+        for key, entry in iterate_entries(Path(path) / shard):
             try:
                 yield parse_entry(entry)
             except BrokenSample as error:
                 raise UserError(f"{path}: sample {key} in {shard}: {error}") from error
 
 
-def _iterate_entries(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, files by name ending) of each sample; a sample's files lie next to each other."""
+def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, files by name ending) of each sample of a tar file, where a sample's files lie next to each other.
+
+    endings: the files that are read, all without it. Raises UserError if the tar file cannot be read.
+    """
     key = ""
     entry: dict[str, bytes] = {}
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 member_key, _, ending = member.name.partition(".")
                 if member_key != key and entry:
                     yield key, entry
                     entry = {}
                 key = member_key
-                file = tar.extractfile(member)
+                wanted = endings is None or ending in endings
+                file = tar.extractfile(member) if wanted else None
                 entry[ending] = file.read() if file is not None else b""
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{shard}: cannot be read: {error}") from error
+        raise UserError(f"{shard}: cannot be read: {' '.join(str(error).split())}") from error
     if entry:
         yield key, entry

@@ -1,14 +1,15 @@
-"""PackStream: the endless stream of packs of one data-parallel rank, which can be saved and continued exactly.
+"""The endless stream of packs of one data-parallel rank, which can be saved and continued exactly.
 
-Energon reads, shuffles, blends and packs; this class hides it behind ``__next__``, ``state`` and ``restore``, so that
-another way to order packs can stand in its place. Same settings, tokenizer, seed, ranks and workers: same packs.
+``open_stream`` gives one of two with the same face: ``__next__``, ``state`` and ``restore``. ``PlannedStream`` knows
+all lengths beforehand and depends on the seed alone. ``PackStream``, here, is for data whose lengths are not known:
+Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks and workers: same packs.
 """
 
 import gc
 import io
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, reraise_exception
@@ -18,6 +19,7 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.energon import EagleTaskEncoder, Pack
+from megatron_eagle.data.planned import PlannedStream, differences
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.shards import dataset_identity, shard_counts
 from megatron_eagle.data.tokenizer import Tokenizer
@@ -25,6 +27,27 @@ from megatron_eagle.errors import UserError
 
 # Energon prints every thread's stack when a reader is silent for a minute; filling the first buffer may take longer.
 FIRST_BUFFER_SECONDS = 600.0
+
+
+def open_stream(
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    workers: int = 0,
+    batch: int | None = None,
+) -> "Stream":
+    """The stream that ``settings.order`` asks for.
+
+    batch: packs of a step over all ranks, one a rank by default; only a planned stream deals them by cost.
+    """
+    if settings.order == "planned":
+        return PlannedStream(
+            settings, tokenizer, rank=rank, world_size=world_size, seed=seed, workers=workers, batch=batch
+        )
+    return PackStream(settings, tokenizer, rank=rank, world_size=world_size, seed=seed, workers=workers)
 
 
 class PackStream(Iterator[PackedBatch]):
@@ -137,6 +160,9 @@ class PackStream(Iterator[PackedBatch]):
         gc.collect()  # the loader is part of a reference cycle
 
 
+Stream: TypeAlias = PlannedStream | PackStream
+
+
 def _check_sources(settings: DataSettings, readers: int) -> None:
     for source in settings.sources:
         samples = sum(shard_counts(source.path).values())
@@ -145,17 +171,6 @@ def _check_sources(settings: DataSettings, readers: int) -> None:
 
 
 def _check_identity(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    changed = _differences(saved, own)
+    changed = differences(saved, own)
     if changed:
         raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
-
-
-def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    found = []
-    for name in sorted(saved.keys() | own.keys()):
-        before, now = saved.get(name), own.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now)
-        elif before != now:
-            found.append(f"{name} was {before!r}, is {now!r}")
-    return found

@@ -11,6 +11,7 @@ more than one tile, the whole image stretched to a single tile, the thumbnail, c
 Everything here is a pure function of its arguments, so lengths can be known long before pixels are decoded.
 """
 
+import warnings
 from functools import lru_cache
 from typing import Literal
 
@@ -101,13 +102,23 @@ def cut_tiles(image: Image.Image, tiling: Tiling) -> Tensor:
     if image.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB images, this one is {image.mode}")
     columns, rows = choose_grid(image.width, image.height, tiling)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    pixels = _pixels(image)
     size = tiling.tile_size
-    stretched = _resize(pixels, rows * size, columns * size)
-    tiles = stretched.reshape(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
-    if len(tiles) > 1:
-        tiles = torch.cat([tiles, _resize(pixels, size, size)])
-    return tiles.contiguous()
+    grid = columns * rows
+    tiles = torch.empty((grid + (1 if grid > 1 else 0), 3, size, size), dtype=torch.uint8)
+    stretched = _resize(pixels, rows * size, columns * size).view(3, rows, size, columns, size)
+    tiles[:grid].view(rows, columns, 3, size, size).copy_(stretched.permute(1, 3, 0, 2, 4))
+    if grid > 1:
+        tiles[grid] = _resize(pixels, size, size)[0]
+    return tiles
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 [1, 3, H, W] in channels-last order, which PyTorch's resize is fastest on."""
+    with warnings.catch_warnings():
+        # The array shares Pillow's bytes and cannot be written to; nothing here does.
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).unsqueeze(0)
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ for small runs). Both promise what a chat format needs and neither library gives
 The ids of the control tokens are read from the vocabulary; they differ between Eagle's releases.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -39,6 +40,7 @@ class Tokenizer(Protocol):
     image_context: int
     pad: int
     vocab_size: int
+    fingerprint: str  # the same for tokenizers that give the same ids to every text
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text."""
@@ -64,6 +66,7 @@ class HuggingFaceTokenizer:
         # both, and composed text, nearly all there is, gets the same ids either way.
         self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.im_start, self.im_end = self._id(IM_START, folder), self._id(IM_END, folder)
         self.image_start, self.image_end = self._id(IMAGE_START, folder), self._id(IMAGE_END, folder)
@@ -131,6 +134,7 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{file}: not a SentencePiece model: {error}") from error
+        self.fingerprint = hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
         self.vocab_size = self._model.get_piece_size()
         self.im_start, self.im_end = self._id(IM_START, file), self._id(IM_END, file)
         self.image_start, self.image_end = self._id(IMAGE_START, file), self._id(IMAGE_END, file)

@@ -1,10 +1,10 @@
 """The attention cores: one for packs, causal and context-parallel, one for SigLIP's batches of tiles.
 
 Megatron's own DotProductAttention knows neither packs nor context parallelism outside Transformer Engine, and
-Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes queries
-at any positions of a pack against all keys (``context.py``). On a GPU a kernel of this project does that in one call; on
-a CPU PyTorch's scaled dot product attention runs on each segment by itself. Neither makes anything of size L x L, and a
-pack of many short samples costs what the samples cost.
+Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes
+queries at any positions of a pack against all keys (``context.py``). On a GPU a kernel of this project does that in one
+call; on a CPU PyTorch's scaled dot product attention runs on each segment by itself. Neither makes anything of size
+L x L, and a pack of many short samples costs what the samples cost.
 """
 
 from typing import Any

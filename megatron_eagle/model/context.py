@@ -1,10 +1,11 @@
 """Context parallelism: which positions of a pack a process holds, and how it meets the others' keys and values.
 
-Eagle 2.5's two levels. Outside, the *ring*: a pack of L tokens is cut into 2 R chunks and the r-th of R places holds
-chunks r and 2R-1-r (zigzag), so that the places see about as many keys under a causal mask; keys and values are gathered
-from all places, their gradients added up and scattered back, as Llama 3 was trained ("The Llama 3 Herd of Models",
-section 3.3.2). Inside, Ulysses ("DeepSpeed Ulysses"): the processes of one place hold an equal part of its positions
-each, and for attention trade them for all positions of the place and a part of the heads.
+Eagle 2.5's two levels. Outside, the *ring*: a pack is cut into chunks, dealt out in zigzag to R places, and the place's
+queries meet the keys and values of all places, which are gathered first; their gradients are added up and scattered
+back. Llama 3 was trained so ("The Llama 3 Herd of Models", section 3.3.2), with chunks r and 2R-1-r of 2R at place r.
+Here the zigzag has as many rounds as short chunks allow, because one round is balanced for a pack of one segment only
+(docs/context_parallelism.md has the numbers). Inside, Ulysses ("DeepSpeed Ulysses"): the processes of one place hold an
+equal part of its positions each, and for attention trade them for all positions of the place and a part of the heads.
 
 The cut ignores segments: one may be longer than a chunk, and none needs padding. Who may see whom follows from each
 query's position in the pack. With one process everything here is the identity.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_eagle.layout import Layout
 
+SHORTEST_CHUNK = 256  # positions; shorter ones balance better, but attention kernels work on 64 to 128 queries at once
 MASKED_QUERIES = 512  # rows of a mask made at once; its size is at most this many by L
 
 
@@ -37,13 +39,27 @@ class Share:
         """The stretches of a pack of ``length`` that this process's place holds, ascending."""
         if self.ring == 1:
             return [range(length)]
-        chunk, first = length // (2 * self.ring), self.rank // self.ulysses
-        return [range(number * chunk, (number + 1) * chunk) for number in (first, 2 * self.ring - 1 - first)]
+        rounds, place, last = self._rounds(length), self.rank // self.ulysses, 2 * self.ring - 1
+        chunk = length // (2 * self.ring * rounds)
+        starts = [(number * 2 * self.ring + turn) * chunk for number in range(rounds) for turn in (place, last - place)]
+        return [range(start, start + chunk) for start in starts]
 
     def positions(self, length: int, device: torch.device | None = None) -> Tensor:
         """The positions this process holds, ascending: int64 [length / (ring * ulysses)]."""
         place = torch.cat([torch.arange(run.start, run.stop, device=device) for run in self.runs(length)])
         return place.chunk(self.ulysses)[self.rank % self.ulysses]
+
+    def in_pack_order(self, x: Tensor) -> Tensor:
+        """[L, ...] as the places hold it, one place after another -> in the pack's order."""
+        if self.ring == 1:
+            return x
+        chunks = x.unflatten(0, (self.ring, self._rounds(len(x)), 2, -1)).transpose(0, 1)
+        return torch.cat([chunks[:, :, 0], chunks[:, :, 1].flip(1)], dim=1).flatten(0, 2)
+
+    def _rounds(self, length: int) -> int:
+        """How often the zigzag goes through all places: the most for which chunks are long enough, and equal."""
+        half = length // (2 * self.ring)
+        return next(rounds for rounds in range(max(1, half // SHORTEST_CHUNK), 0, -1) if half % rounds == 0)
 
 
 @dataclass(frozen=True)
@@ -84,21 +100,13 @@ class Context:
         if self.share.ring == 1:
             return parts
         gathered = gather_from_sequence_parallel_region(torch.cat(parts, dim=1), group=self.outside)
-        return zigzag_to_pack(gathered, self.share.ring).split([part.shape[1] for part in parts], dim=1)
+        return self.share.in_pack_order(gathered).split([part.shape[1] for part in parts], dim=1)
 
     def gather_pack(self, x: Tensor) -> Tensor:
         """What every process has of a pack [l, ...] -> all of it in the pack's order [L, ...]."""
         if self.whole is None:
             return x
-        return zigzag_to_pack(gather_from_sequence_parallel_region(x, group=self.whole), self.share.ring)
-
-
-def zigzag_to_pack(x: Tensor, ring: int) -> Tensor:
-    """[L, ...] as the places hold it, one place after another -> in the pack's order."""
-    if ring == 1:
-        return x
-    chunks = x.unflatten(0, (ring, 2, -1))
-    return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
+        return self.share.in_pack_order(gather_from_sequence_parallel_region(x, group=self.whole))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ of the pack's positions only, from the embeddings to the loss. The model follows
 expect of it (``set_input_tensor``, ``model_type``, ``share_embeddings_and_output_weights``, ``sharded_state_dict``).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig, check_layout
+from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.context import Context, Pack
 from megatron_eagle.model.hosting import Hosting, Precision, Recompute, TransformerImpl
-from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.model.mixture import Mixture, tokens_per_tile
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
 from megatron_eagle.model.weights import initialise, weight_slices
@@ -53,7 +55,10 @@ class EagleModel(MegatronModule):
         self.context = Context.of(hosting.layout, hosting.groups)
         self.tokens_per_tile = tokens_per_tile(eagle)
         hosts_encoders = pre_process and hosting.layout.encoder == "tensor"
-        self.vision, self.connector = make_encoders(eagle, hosting) if hosts_encoders else (None, None)
+        self.vision: Mixture | None = None
+        self.connector: Connector | None = None
+        if hosts_encoders:
+            self.vision, self.connector = make_encoders(eagle, hosting)
         self.language = language
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.pg_collection = hosting.groups
@@ -191,17 +196,25 @@ def count_parameters(config: EagleConfig) -> dict[str, int]:
 
     Tied embeddings count once; the vocabulary's padding does not count. Needs no process groups.
     """
-    alone = _Alone()
-    groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
-    with torch.device("meta"):
-        model = EagleModel(config, Hosting(Layout(), groups), pre_process=True, post_process=True)
     counts = {"vision": 0, "connector": 0, "language": 0}
-    for weight in weight_slices(model, alone):
-        counts[weight.name.partition(".")[0]] += weight.parameter.numel()
+    for name, shape in parameter_shapes(config).items():
+        counts[name.partition(".")[0]] += math.prod(shape)
     language = config.language
     padding = (language.padded_vocab_size - language.vocab_size) * language.hidden_size
     counts["language"] -= padding if language.tie_word_embeddings else 2 * padding
     return counts
+
+
+def parameter_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the undivided model by global name, without allocating any of them.
+
+    The vocabulary's padding is part of the shapes. Needs no process groups.
+    """
+    alone = _Alone()
+    groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
+    with torch.device("meta"):
+        model = EagleModel(config, Hosting(Layout(), groups), pre_process=True, post_process=True)
+    return {weight.name: weight.full_shape for weight in weight_slices(model, alone)}
 
 
 class _Alone:

@@ -1,9 +1,9 @@
 """Which Hugging Face tensors make up which of our parameters: the only place that knows both names.
 
-A ``Source`` says, for one parameter of the undivided model, the names in a Hugging Face state dict and how their
-tensors become one. ``load`` fills a model from such a state dict, in any layout. Names are those of transformers'
-Qwen2ForCausalLM, SiglipVisionModel and ConvNextModel, and ``mlp1`` of the released Eagle 2 models; ``prefix`` is put
-before them for checkpoints that hold several models.
+A ``Source`` says, for one parameter of the undivided model, the names in a Hugging Face state dict, how their tensors
+become one, and how that one is taken apart again. ``load`` fills a model from such a state dict, in any layout. Names
+are those of transformers' Qwen2ForCausalLM, SiglipVisionModel and ConvNextModel, of timm's ConvNeXt, and ``mlp1`` of
+the released Eagle 2 models; ``prefix`` is put before them for checkpoints that hold several models.
 
 Megatron's own arrangements: Q, K and V are one matrix, grouped by key/value head (the group's query heads, its key
 head, its value head); gate and up projection are one matrix, gate first.
@@ -29,12 +29,18 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
     return tensor
 
 
+def _single(tensor: Tensor) -> Sequence[Tensor]:
+    return (tensor,)
+
+
 @dataclass(frozen=True)
 class Source:
-    """names: tensors of a Hugging Face state dict; join: makes the whole parameter of them, given in that order."""
+    """names: tensors of a Hugging Face state dict; join: makes the whole parameter of them, given in that order;
+    split: its inverse."""
 
     names: tuple[str, ...]
     join: Callable[[Sequence[Tensor]], Tensor] = _only
+    split: Callable[[Tensor], Sequence[Tensor]] = _single
 
 
 Sources = dict[str, Source]
@@ -61,21 +67,22 @@ def load(model: nn.Module, sources: Sources, state: Mapping[str, Tensor], tp_gro
 def qwen_sources(config: QwenConfig, prefix: str = "") -> Sources:
     """Qwen2ForCausalLM -> ``language``."""
     pad = partial(_pad_rows, rows=config.padded_vocab_size, expected=config.vocab_size)
+    trim = partial(_trim_rows, rows=config.vocab_size)
     sources = {
-        EMBEDDING: Source((f"{prefix}model.embed_tokens.weight",), pad),
+        EMBEDDING: Source((f"{prefix}model.embed_tokens.weight",), pad, trim),
         "language.decoder.final_layernorm.weight": Source((f"{prefix}model.norm.weight",)),
     }
     if not config.tie_word_embeddings:
-        sources["language.output_layer.weight"] = Source((f"{prefix}lm_head.weight",), pad)
+        sources["language.output_layer.weight"] = Source((f"{prefix}lm_head.weight",), pad, trim)
     for number in range(config.num_hidden_layers):
         ours, theirs = f"language.decoder.layers.{number}.", f"{prefix}model.layers.{number}."
-        sources |= _qkv(ours, theirs, config.num_key_value_heads)
+        sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_key_value_heads)
         sources |= {
             f"{ours}input_layernorm.weight": Source((f"{theirs}input_layernorm.weight",)),
             f"{ours}self_attention.linear_proj.weight": Source((f"{theirs}self_attn.o_proj.weight",)),
             f"{ours}pre_mlp_layernorm.weight": Source((f"{theirs}post_attention_layernorm.weight",)),
             f"{ours}mlp.linear_fc1.weight": Source(
-                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _gate_and_up
+                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _gate_and_up, _halves
             ),
             f"{ours}mlp.linear_fc2.weight": Source((f"{theirs}mlp.down_proj.weight",)),
         }
@@ -89,7 +96,7 @@ def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "sigl
     sources[f"{start}position_embedding"] = Source((f"{prefix}embeddings.position_embedding.weight",))
     for number in range(config.num_hidden_layers):
         ours, theirs = f"{start}transformer.layers.{number}.", f"{prefix}encoder.layers.{number}."
-        sources |= _qkv(ours, theirs, config.num_attention_heads)
+        sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_attention_heads)
         for our_name, their_name in {
             "input_layernorm": "layer_norm1",
             "self_attention.linear_proj": "self_attn.out_proj",
@@ -122,6 +129,33 @@ def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "
     return sources
 
 
+def timm_convnext_sources(
+    config: convnext.Config, prefix: str = "", encoder: str = "convnext", layer_scale: str = "gamma"
+) -> Sources:
+    """timm's ConvNeXt without its head -> ``vision.<encoder>``.
+
+    layer_scale: name of a block's scale; timm and open_clip have ``gamma``, the released Eagle 2 models ``weight``,
+    because transformers renames tensors called gamma when it loads them.
+    """
+    start = f"vision.{encoder}."
+    sources = _weight_and_bias(f"{start}stem", f"{prefix}stem.0")
+    sources |= _weight_and_bias(f"{start}stem_norm", f"{prefix}stem.1")
+    for stage, depth in enumerate(config.depths):
+        stage_ours, stage_theirs = f"{start}stages.{stage}.", f"{prefix}stages.{stage}."
+        before = 1 if stage else 0
+        if before:
+            sources |= _weight_and_bias(f"{stage_ours}0.norm", f"{stage_theirs}downsample.0")
+            sources |= _weight_and_bias(f"{stage_ours}0.conv", f"{stage_theirs}downsample.1")
+        for block in range(depth):
+            ours, theirs = f"{stage_ours}{before + block}.", f"{stage_theirs}blocks.{block}."
+            sources |= _weight_and_bias(f"{ours}depthwise", f"{theirs}conv_dw")
+            sources |= _weight_and_bias(f"{ours}norm", f"{theirs}norm")
+            sources |= _weight_and_bias(f"{ours}linear_fc1", f"{theirs}mlp.fc1")
+            sources |= _weight_and_bias(f"{ours}linear_fc2", f"{theirs}mlp.fc2")
+            sources[f"{ours}layer_scale"] = Source((f"{theirs}{layer_scale}",))
+    return sources
+
+
 def connector_sources(prefix: str = "mlp1.") -> Sources:
     """The Sequential(LayerNorm, Linear, GELU, Linear) of Eagle2ChatModel -> ``connector``."""
     return {
@@ -135,10 +169,12 @@ def _weight_and_bias(ours: str, theirs: str) -> Sources:
     return {f"{ours}.{kind}": Source((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
 
 
-def _qkv(ours: str, theirs: str, groups: int) -> Sources:
+def _qkv(ours: str, theirs: str, heads: int, groups: int) -> Sources:
     return {
         f"{ours}self_attention.linear_qkv.{kind}": Source(
-            tuple(f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv"), partial(_interleave, groups=groups)
+            tuple(f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv"),
+            partial(_interleave, groups=groups),
+            partial(_separate, heads=heads, groups=groups),
         )
         for kind in ("weight", "bias")
     }
@@ -151,6 +187,21 @@ def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
 def _interleave(tensors: Sequence[Tensor], groups: int) -> Tensor:
     """Q, K, V [heads * d, ...] -> one matrix ordered by group: its query heads, its key head, its value head."""
     return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+
+def _separate(tensor: Tensor, heads: int, groups: int) -> Sequence[Tensor]:
+    """The inverse of ``_interleave``."""
+    queries = heads // groups
+    grouped = tensor.unflatten(0, (groups, queries + 2, -1))
+    return grouped[:, :queries].flatten(0, 2), grouped[:, queries].flatten(0, 1), grouped[:, queries + 1].flatten(0, 1)
+
+
+def _halves(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.chunk(2)
+
+
+def _trim_rows(table: Tensor, rows: int) -> Sequence[Tensor]:
+    return (table[:rows],)
 
 
 def _pad_rows(tensors: Sequence[Tensor], rows: int, expected: int) -> Tensor:

@@ -17,12 +17,14 @@ from megatron_eagle.layout import Layout
 
 TransformerImpl = Literal["local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
 
+_WHOLE_LAYERS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": _WHOLE_LAYERS,
+    "offload": _WHOLE_LAYERS,
 }
 
 
@@ -31,7 +33,8 @@ class Hosting:
     """How a model runs.
 
     groups: Megatron's process groups tp, pp, cp, hcp and embd of this process.
-    recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers.
+    recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers;
+        ``offload`` also recomputes whole layers and keeps what they start from in host memory.
     """
 
     layout: Layout
@@ -39,6 +42,10 @@ class Hosting:
     transformer_impl: TransformerImpl = "local"
     precision: Precision = "bf16"
     recompute: Recompute = "none"
+
+    @property
+    def recomputes_layers(self) -> bool:
+        return self.recompute in ("full", "offload")
 
     @property
     def dtype(self) -> torch.dtype:

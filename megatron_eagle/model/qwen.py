@@ -1,11 +1,12 @@
 """Qwen2.5 as a Megatron GPTModel: RMSNorm, grouped-query attention with biases on Q, K and V, SwiGLU, rotary positions.
 
-Three things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in the
-softmax, so that tensor-parallel sizes share checkpoints and losses; embeddings come out whole, not yet split along the
-sequence, because image features are put among them first; and rotary angles follow the position ids, which start anew in
-every segment wherever a pack is cut.
+Three things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in
+the softmax, so that tensor-parallel sizes share checkpoints and losses; embeddings come out whole, not yet split along
+the sequence, because image features are put among them first; and rotary angles follow the position ids, which start
+anew in every segment wherever a pack is cut.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from megatron_eagle.data.batch import IGNORE_LABEL
 from megatron_eagle.model.config import QwenConfig
 from megatron_eagle.model.hosting import Hosting, transformer_config
+from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
 
 
@@ -63,6 +65,11 @@ class QwenModel(GPTModel):
         )
         self.real_vocab_size = qwen.vocab_size
         self.rope_theta = qwen.rope_theta
+        self._on_host = HiddenStatesOnHost(qwen.hidden_size, hosting.dtype) if hosting.recompute == "offload" else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._on_host.keep() if self._on_host else contextlib.nullcontext():
+            return super().forward(*args, **kwargs)
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         """Megatron's own, with the second of its results, the rotary angles, made from ``position_ids``."""

@@ -112,8 +112,8 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         _make_context_levels(layout, places, timeout)
     replicas = [[rank for rank, place in enumerate(places) if place.dp == number] for number in range(dp_size)]
     hosts = [[rank for rank in ranks if places[rank].pp == 0] for ranks in replicas]
-    replica = _one_group_of(replicas, timeout)
-    assert replica is not None
+    replica, everyone = _one_group_of(replicas, timeout), dist.group.WORLD
+    assert replica is not None and everyone is not None
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -130,7 +130,7 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         replica_places=tuple(places[rank] for rank in replicas[dp_rank]),
         reader_rank=min(hosts[dp_rank]),  # Megatron numbers tp and cp fastest
         encoder_hosts=_one_group_of(hosts, timeout),
-        everyone=dist.group.WORLD,
+        everyone=everyone,
         # Eagle has no experts, so Megatron's group of processes that share them is each process by itself.
         alone=parallel_state.get_expert_model_parallel_group(),
         spread_encoders=layout.encoder == "spread",

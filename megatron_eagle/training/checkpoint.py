@@ -3,10 +3,12 @@
     runs/<name>/checkpoints/<stage>/
         step_00000250/            weights, optimizer, schedule (torch_dist), position in the data and RNG per process
             checkpoint.json       what it is: stage, step, model, layout; read before any tensor
+            checksums.json        size and CRC-32 of every file; held against the files before they are loaded
         latest                    name of the newest whole checkpoint; moved last
 
 A save is written into ``step_N.partial`` and renamed when every process is done, so a ``kill -9`` at any moment leaves
-the checkpoint before it untouched. Weights can be loaded in another layout; exact continuation needs the same number of
+the checkpoint before it untouched. Weights and the optimizer's moments are stored under the names of an undivided
+model, so any layout and either placement of the encoders loads them; exact continuation needs the same number of
 data-parallel ranks, because the position in the data is kept per rank.
 """
 
@@ -24,23 +26,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle import __version__
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.config import EagleConfig
-from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.training import checksums
 from megatron_eagle.training.engine import Engine
 
 LATEST = "latest"
 DESCRIPTION = "checkpoint.json"
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
-_CONTENT = {
+CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
 }
 
 
@@ -76,6 +80,23 @@ def find_latest(stage_folder: Path) -> Path | None:
     except FileNotFoundError:
         return None
     return stage_folder / name
+
+
+def find_good(stage_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and what is wrong with each newer one.
+
+    Reads whole checkpoints; one process does it for all, because all must continue from the same.
+    """
+    answer: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        for candidate in sorted(stage_folder.glob("step_*[0-9]"), reverse=True):
+            found = checksums.damage(candidate)
+            if not found:
+                answer[0] = candidate
+                break
+            answer[1].append(f"{candidate} is damaged: {'; '.join(found)}")
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0], answer[1]
 
 
 def read_description(checkpoint: Path) -> Description:
@@ -124,15 +145,16 @@ def save_checkpoint(
     # save is not handed to another process, so an ordinary queue does.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
-        _sharded_state(engine, is_loading=False),
+        _sharded_state(engine, _optimizer_parts(engine, is_loading=False)),
         str(partial),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        preprocess_common_before_consistancy_check=_without_optimizer,
-        content_metadata=_CONTENT,
+        content_metadata=CONTENT,
     )
     torch.save(_process_state(data_position), _process_file(partial, groups))
     dist.barrier()
-    _on_rank_zero(lambda: _publish(partial, final, description, keep))
+    _on_rank_zero(lambda: _describe(partial, description))
+    measured = checksums.measure(partial)
+    _on_rank_zero(lambda: _publish(partial, final, measured, keep))
     return final
 
 
@@ -144,46 +166,71 @@ def load_training_state(checkpoint: Path, description: Description, engine: Engi
             f"{groups.dp_size}: its position in the data is kept per rank; continue with as many, or start the stage "
             "again in a fresh folder"
         )
-    state = _load(_sharded_state(engine, is_loading=True), checkpoint)
-    _load_weights(engine.models, state)
-    engine.optimizer.load_state_dict(state["optimizer"])
+    parts = _optimizer_parts(engine, is_loading=True)
+    state = _load(_sharded_state(engine, parts), checkpoint)
+    _load_weights(_modules(engine), state)
+    _load_optimizer(engine, parts, state.get("optimizer", {}), description.step)
     engine.scheduler.load_state_dict(state["scheduler"])
     return _restore_process_state(torch.load(_process_file(checkpoint, groups), weights_only=True))
 
 
-def load_weights(checkpoint: Path, models: Sequence[EagleModel]) -> None:
-    """Load the weights alone, in whatever layout ``models`` are built."""
-    _load_weights(models, _load(_sharded_weights(models), checkpoint))
+def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
+    """Load the weights alone, in whatever layout ``modules`` (parts of an Eagle) are built."""
+    _load_weights(modules, _load(_sharded_weights(modules), checkpoint))
 
 
 def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    checksums.verify(checkpoint)
     try:
         return dist_checkpointing.load(template, str(checkpoint))
     except (CheckpointingException, OSError, KeyError) as error:
         raise UserError(f"{checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
-def _sharded_weights(models: Sequence[EagleModel]) -> dict[str, Any]:
-    metadata = {**_CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(models)}
+def _modules(engine: Engine) -> list[MegatronModule]:
+    return [module for module, _ in engine.weight_owners()]
 
 
-def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    state = _sharded_weights(engine.models)
-    weights = state if len(engine.models) > 1 else state["model0"]
-    state["optimizer"] = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_CONTENT)
-    state["scheduler"] = engine.scheduler.state_dict()
+def _sharded_weights(modules: Sequence[MegatronModule]) -> dict[str, Any]:
+    metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {f"model{number}": module.sharded_state_dict(metadata=metadata) for number, module in enumerate(modules)}
+
+
+def _load_weights(modules: Sequence[MegatronModule], state: dict[str, Any]) -> None:
+    for number, module in enumerate(modules):
+        module.load_state_dict(state[f"model{number}"], strict=True)
+
+
+def _optimizer_parts(engine: Engine, *, is_loading: bool) -> list[dict[str, Any]]:
+    """What each optimizer of the chain would save, in Megatron's own structure; its tensors know their global names."""
+    weights = _sharded_weights(_modules(engine))
+    chain = engine.optimizer.chained_optimizers
+    return [part.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT) for part in chain]
+
+
+def _sharded_state(engine: Engine, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is stored: of the optimizer its tensors only, because the rest follows from the recipe and the step."""
+    tensors = [leaf for leaf in nested_values(parts) if isinstance(leaf, ShardedBase)]
+    state = {**_sharded_weights(_modules(engine)), "scheduler": engine.scheduler.state_dict()}
+    if tensors:  # a process may have nothing to train
+        state["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
     return state
 
 
-def _without_optimizer(common: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal on all processes; the optimizer's part is not where a process has nothing to train."""
-    return {name: value for name, value in common.items() if name != "optimizer"}
+def _load_optimizer(engine: Engine, parts: list[dict[str, Any]], tensors: dict[str, Any], step: int) -> None:
+    """Hand the loaded ``tensors`` to the optimizers that ``parts`` came from."""
+    loaded = iter(range(len(tensors)))
 
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedBase):
+            return tensors[str(next(loaded))]
+        return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
-def _load_weights(models: Sequence[EagleModel], state: dict[str, Any]) -> None:
-    for number, model in enumerate(models):
-        model.load_state_dict(state[f"model{number}"], strict=True)
+    dict_list_map_inplace(fill, parts)
+    for optimizer, part in zip(engine.optimizer.chained_optimizers, parts, strict=True):
+        optimizer.load_state_dict(part)
+        for group in optimizer.param_groups:
+            group["step"] = step
 
 
 def _process_file(checkpoint: Path, groups: Groups) -> Path:
@@ -230,8 +277,12 @@ def _start_partial(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _publish(partial: Path, final: Path, description: Description, keep: int) -> None:
+def _describe(partial: Path, description: Description) -> None:
     (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1), encoding="utf-8")
+
+
+def _publish(partial: Path, final: Path, measured: dict[str, dict[str, int]], keep: int) -> None:
+    checksums.write(partial, measured)
     for file in partial.iterdir():
         _flush(file)
     if final.exists():

@@ -131,12 +131,15 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
 
 
 def gradient_buckets(settings: OptimizerSettings, *, overlap: bool) -> DistributedDataParallelConfig:
-    """How gradients are kept and reduced. overlap: while the backward pass is still running."""
+    """How gradients are kept and reduced. overlap: while the backward pass is still running.
+
+    New weights are never gathered while the next forward pass runs: Megatron starts such a gather from the modules
+    that use the weights, and a process whose packs hold no tile does not run the encoders: the others wait for ever.
+    """
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=settings.distributed,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and settings.distributed,
     )
 
 
@@ -213,7 +216,8 @@ def run_schedule(
 
     features: of each batch's tiles, if they are known already (``EagleModel.forward``).
     """
-    inputs = list(zip(batches, features or [None] * len(batches), strict=True))
+    known: Sequence[Tensor | None] = [None] * len(batches) if features is None else features
+    inputs = list(zip(batches, known, strict=True))
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(inputs) for _ in chunks] if len(chunks) > 1 else iter(inputs),
@@ -226,9 +230,7 @@ def run_schedule(
     return [result["loss"] for result in results]
 
 
-def _forward_step(
-    inputs: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module
-) -> tuple[Tensor, Any]:
+def _forward_step(inputs: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch, features = next(inputs)
     return model(batch, features=features), partial(_loss_of_pack, batch)
 

@@ -33,6 +33,7 @@ class StepRecord:
     useful_tokens, tokens: without and with padding.
     tiles: image tiles encoded, thumbnails included.
     tile_balance: mean / max tiles over the processes that encode, with spread encoders; None otherwise.
+    tflops: useful operations, 1e12 a second and process; mfu: their share of the stated peak, None where there is none.
     seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream.
     sample_digest: ``sample_digest`` of the step's sample ids; equal digests mean equal data.
     rejected_total: samples skipped in this stage so far, those of this step included.
@@ -54,6 +55,8 @@ class StepRecord:
     rejected_total: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     tile_balance: float | None = None
+    tflops: float | None = None
+    mfu: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -87,6 +90,7 @@ class StepRecord:
             "data_wait_fraction": self.data_wait / self.seconds,
             "rejected_total": self.rejected_total,
             **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
+            **{name: value for name in ("tflops", "mfu") if (value := getattr(self, name)) is not None},
         }
 
 

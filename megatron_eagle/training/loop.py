@@ -28,6 +28,7 @@ from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
 from megatron_eagle.training.checkpoint import (
     Description,
+    find_good,
     find_latest,
     load_training_state,
     load_weights,
@@ -38,6 +39,8 @@ from megatron_eagle.training.checkpoint import (
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.stopping import StoppedEarly, Watch
+from megatron_eagle.training.throughput import useful_flops, utilisation
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,26 @@ class RunFolder:
         return self.path / "checkpoints" / stage_name
 
 
-def train_stage(recipe: Recipe, stage_name: str, run_folder: RunFolder, platform: Platform) -> None:
-    """Train ``stage_name`` to its last step, or on from its newest checkpoint; every process of the run calls this."""
+def train_stage(
+    recipe: Recipe,
+    stage_name: str,
+    run_folder: RunFolder,
+    platform: Platform,
+    watch: Watch | None = None,
+    *,
+    fallback: bool = False,
+) -> None:
+    """Train ``stage_name`` to its last step, or on from its newest checkpoint; every process of the run calls this.
+
+    fallback: pass over checkpoints whose files are damaged; without it a damaged newest one is an error.
+
+    Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step.
+    """
     stage = recipe.stage(stage_name)
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
     try:
-        StageRun(recipe, stage, run_folder, platform, groups).train()
+        StageRun(recipe, stage, run_folder, platform, groups, watch or Watch(), fallback=fallback).train()
     finally:
         destroy()
 
@@ -64,13 +80,25 @@ def train_stage(recipe: Recipe, stage_name: str, run_folder: RunFolder, platform
 class StageRun:
     """One process's view of a stage while it trains."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, run_folder: RunFolder, platform: Platform, groups: Groups) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        run_folder: RunFolder,
+        platform: Platform,
+        groups: Groups,
+        watch: Watch | None = None,
+        *,
+        fallback: bool = False,
+    ) -> None:
         if stage.batch % groups.dp_size:
             raise UserError(
                 f"batch={stage.batch} packs cannot be shared out evenly to {groups.dp_size} data-parallel ranks"
             )
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
+        self.watch = watch or Watch()
+        self.fallback = fallback
         self.packs_per_replica = stage.batch // groups.dp_size
         self.rejected_total = 0
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
@@ -79,7 +107,7 @@ class StageRun:
     def train(self) -> None:
         """Everything between joining the run and leaving it."""
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
-        resume_from = find_latest(stage_folder)
+        resume_from = self._newest_good(stage_folder) if self.fallback else find_latest(stage_folder)
         description = read_description(resume_from) if resume_from else None
         if resume_from and description:
             require_same_model(resume_from, description, self.recipe.model.eagle())
@@ -103,6 +131,12 @@ class StageRun:
         stream = self._open_stream(position)
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
+
+    def _newest_good(self, stage_folder: Path) -> Path | None:
+        found, damaged = find_good(stage_folder)
+        for line in damaged:
+            self._say(f"passed over: {line}")
+        return found
 
     def _first_weights(self) -> Path | None:
         """The checkpoint this stage starts from: the stage before, or the recipe's initial weights."""
@@ -157,8 +191,12 @@ class StageRun:
                 record = self._one_step(engine, stream)
                 if log and record:
                     log.step(record)
-                if self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
-                    self._save(engine, stream, stage_folder)
+                stop = self.watch.after_step(self.platform.device)
+                if stop or self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
+                    with self.watch.saving():
+                        self._save(engine, stream, stage_folder)
+                if stop and self.step < self.stage.steps:
+                    raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
         finally:
             if log:
                 log.close()
@@ -198,11 +236,13 @@ class StageRun:
             )
         if not self.groups.is_reader:
             return None
-        counts = _gather([_Counts.of(batches)], self.groups)
+        flops = useful_flops(self.recipe.model.eagle(), self.stage.trainable, batches)
+        counts = _gather([_Counts.of(batches, flops)], self.groups)
         if self.groups.rank != 0:
             return None
         rejected = [item for part in counts for item in part.rejected]
         self.rejected_total += len(rejected)
+        seconds = time.perf_counter() - started
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
@@ -214,7 +254,10 @@ class StageRun:
             tokens=self.stage.batch * self.stage.pack_length,
             tiles=sum(part.tiles for part in counts),
             tile_balance=self._tile_balance([part.tiles for part in counts]),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            **utilisation(
+                sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device
+            ),
             data_wait=waited,
             sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
             rejected_total=self.rejected_total,
@@ -288,14 +331,16 @@ class _Counts:
     sample_ids: list[str]
     useful_tokens: int
     tiles: int
+    flops: float
     rejected: list[tuple[str, str]]
 
     @staticmethod
-    def of(batches: Sequence[PackedBatch]) -> "_Counts":
+    def of(batches: Sequence[PackedBatch], flops: float) -> "_Counts":
         return _Counts(
             sample_ids=[identity for batch in batches for identity in batch.sample_ids],
             useful_tokens=sum(batch.useful_tokens for batch in batches),
             tiles=sum(len(batch.tile_slots) for batch in batches),
+            flops=flops,
             rejected=[item for batch in batches for item in batch.rejected],
         )
 

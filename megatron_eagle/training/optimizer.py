@@ -44,12 +44,14 @@ def build_optimizer(
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_distributed_optimizer=settings.distributed,
-        overlap_param_gather=settings.overlap and settings.distributed,
     )
     overrides = dict(get_standard_config_overrides(config))  # no weight decay on biases and norms
     for part, rate in stage.part_learning_rates.items():
-        key = ParamKey(name=(f"{part}.*", f"*.{part}.*"))
-        overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction}
+        if rate != stage.learning_rate:
+            # lr_mult has no effect: by it, Megatron tells groups apart when it loads them.
+            multiple = rate / stage.learning_rate
+            key = ParamKey(name=(f"{part}.*", f"*.{part}.*"))
+            overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction, "lr_mult": multiple}
     chain: list[MegatronOptimizer] = []
     if encoder is None or "language" in stage.trainable:
         chain += _make(list(chunks), config, overrides)
@@ -81,9 +83,7 @@ def _count_padding_as_content(chunk: DistributedDataParallel) -> None:
         buffer.numel_unpadded = buffer.numel
 
 
-def build_scheduler(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, stage: Stage
-) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, stage: Stage) -> OptimizerParamScheduler:
     """Learning rate and weight decay of every step of ``stage``."""
     warmup = round(stage.warmup_fraction * stage.steps)
     return OptimizerParamScheduler(

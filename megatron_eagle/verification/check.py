@@ -161,8 +161,7 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
             gradient_distance = _distance(engine, folder, expected.gradients, lambda p: p.main_grad)
         engine.update()
         losses.append(_sum_of_shares(share, groups))
-    with engine.settled_weights():
-        weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
+    weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
     worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

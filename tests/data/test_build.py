@@ -49,6 +49,17 @@ def tar_digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
 
 
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
+    records = make_records(tmp_path, 40)
+    (tmp_path / records[5]["image"][0]).write_bytes(b"no image")
+    jsonl = write_jsonl(tmp_path, [*records, b"no json"])
+    for workers in (1, 2):
+        report = build_dataset(jsonl, tmp_path / f"w{workers}", max_rejected=2, samples_per_shard=10, workers=workers)
+        assert (report.read, report.written, report.rejected) == (41, 39, 2)
+    assert tar_digest(tmp_path / "w1") == tar_digest(tmp_path / "w2")
+    assert rejected(tmp_path / "w1") == rejected(tmp_path / "w2")
+
+
 def test_same_input_same_bytes(tmp_path):
     jsonl = write_jsonl(tmp_path, make_records(tmp_path, 8))
     for name in ("a", "b"):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.data.batch import IGNORE_LABEL
-from megatron_eagle.data.packing import Segment, assemble_pack, pack_balanced, pack_best_fit
+from megatron_eagle.data.knapsack import pack_balanced, pack_best_fit, pack_greedy
+from megatron_eagle.data.packing import Segment, assemble_pack
 
 PAD = 7
 
@@ -28,6 +29,7 @@ def test_every_sample_is_in_one_pack_that_holds_it(room):
     for plan in (
         pack_balanced(lengths, 100, delta=delta, tiles=tiles, max_tiles=max_tiles),
         pack_best_fit(lengths, 100, tiles=tiles, max_tiles=max_tiles),
+        pack_greedy(lengths, 100, tiles=tiles, max_tiles=max_tiles),
     ):
         assert sorted([*sum(plan.packs, []), *plan.too_long]) == list(range(len(lengths)))
         assert plan.too_long == [i for i, n in enumerate(lengths) if n > 100 or tiles[i] > limit]

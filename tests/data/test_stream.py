@@ -37,6 +37,7 @@ def data_settings(*paths, **changes):
         "pack_length": LENGTH,
         "tile_size": 64,
         "tokens_per_tile": TOKENS_PER_TILE,
+        "order": "buffer",
         "packing_buffer": 16,
         "shuffle_buffer": 10,
         "max_samples_per_sequence": 5,
@@ -253,7 +254,7 @@ def test_a_stream_of_broken_samples_ends(world, sick):
         next(stream)
 
 
-@pytest.mark.parametrize("hook", ["_tokenise", "_plan", "_cut"])
+@pytest.mark.parametrize("hook", ["_tokenise", "_plan", "_add_tiles"])
 @pytest.mark.parametrize("error", [ValueError, AssertionError, KeyError, NameError])
 def test_our_own_bugs_are_not_taken_for_broken_samples(world, monkeypatch, hook, error):
     def bug(*_):

@@ -10,10 +10,14 @@ from eagle_cases import EAGLE, pack
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.layout import Layout
+from megatron_eagle.model import context
 from megatron_eagle.model.config import EagleConfig, check_layout
 
 FOUR_GROUPS = EagleConfig(
     EAGLE.tile_size, EAGLE.encoders, cases.QwenConfig(**{**vars(EAGLE.language), "num_key_value_heads": 4})
+)
+TIED = EagleConfig(
+    EAGLE.tile_size, EAGLE.encoders, cases.QwenConfig(**{**vars(EAGLE.language), "tie_word_embeddings": True})
 )
 
 
@@ -22,7 +26,9 @@ def without_padding(batch: PackedBatch) -> PackedBatch:
     return replace(batch, cu_seqlens=batch.cu_seqlens[:-1], useful_tokens=batch.length)
 
 
-# Chunks are 32 positions in two places and 16 in four; tiles take 16 positions each, across the cuts too.
+# With one round of zigzag, chunks are 32 positions in two places and 16 in four; ROUNDS makes them 8. Tiles take 16
+# positions each, across the cuts too.
+ROUNDS = {"shortest_chunk": 8}
 PACKS = {
     "several segments and padding": pack(seed=1),
     "one segment": without_padding(pack(tile_slots=(9, 56), borders=(0, 128, 128), seed=2)),
@@ -46,6 +52,7 @@ def difference(
 ) -> tuple[list[float], dict[str, float]]:
     """This process's share of the losses (none if another holds a copy), and by how much each of its gradients differs
     from the full ones ``expected``, relative to their norm."""
+    context.SHORTEST_CHUNK = options.pop("shortest_chunk", 256)
     losses, gradients = cases.losses_and_gradients(config, layout, BATCHES, **options)
     apart = {}
     for model in cases.build(config, layout, seed=None, **options):
@@ -61,15 +68,19 @@ def difference(
     [
         (Layout(cp=2), EAGLE, {}),
         (Layout(cp=2, ulysses=2), EAGLE, {}),
-        (Layout(cp=2), EAGLE, {"recompute": "full"}),
+        (Layout(cp=2), EAGLE, ROUNDS),
+        (Layout(cp=2), EAGLE, ROUNDS | {"recompute": "full"}),
+        (Layout(cp=2), EAGLE, {"recompute": "offload"}),
         (Layout(cp=2, ulysses=2), EAGLE, {"recompute": "selective"}),
         (Layout(cp=4), EAGLE, {}),
+        (Layout(cp=4), EAGLE, ROUNDS),
         (Layout(cp=4, ulysses=2), EAGLE, {}),
+        (Layout(cp=4, ulysses=2), EAGLE, ROUNDS),
         (Layout(cp=4, ulysses=4), FOUR_GROUPS, {}),
         (Layout(tp=2, cp=2), EAGLE, {}),
         (Layout(tp=2, cp=2, sequence_parallel=True), EAGLE, {}),
         (Layout(tp=2, cp=2, ulysses=2, sequence_parallel=True), FOUR_GROUPS, {}),
-        (Layout(pp=2, cp=2), EAGLE, {}),
+        (Layout(pp=2, cp=2), TIED, ROUNDS),
         (Layout(pp=2, vpp=2, cp=2, ulysses=2), EAGLE, {}),
     ],
     ids=lambda value: _name(value),
@@ -92,8 +103,11 @@ def test_layout_changes_nothing(worlds, layout, config, options):
 def _name(value: Any) -> str | None:
     if isinstance(value, Layout):
         sizes = {axis: getattr(value, axis) for axis in ("tp", "pp", "vpp", "cp", "ulysses")}
-        return "-".join(f"{axis}{size}" for axis, size in sizes.items() if (size or 1) > 1) + "-sp" * value.sequence_parallel
-    return "-".join(value.values()) if isinstance(value, dict) else ""
+        return (
+            "-".join(f"{axis}{size}" for axis, size in sizes.items() if (size or 1) > 1)
+            + "-sp" * value.sequence_parallel
+        )
+    return "-".join(str(option) for option in value.values()) if isinstance(value, dict) else ""
 
 
 def token_losses_and_logits(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

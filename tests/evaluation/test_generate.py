@@ -84,12 +84,14 @@ def plainly_in_world(recipe_path: str) -> dict[str, str]:
     return answers
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=lambda x: f"tp{x.tp}pp{x.pp}")
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(pp=2), Layout(tp=2), Layout(cp=2)], ids=lambda x: f"tp{x.tp}pp{x.pp}cp{x.cp}"
+)
 def test_packed_generation_equals_one_at_a_time(small_run, worlds, tmp_path: Path, layout: Layout) -> None:
     recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
     expected = worlds(1).run(plainly_in_world, recipe)[0]
     assert len(set(expected.values())) > 1, "a model that says the same to everything would prove nothing"
-    for answers in worlds(layout.tp * layout.pp).run(generate_in_world, recipe, layout):
+    for answers in worlds(layout.model_parallel_size).run(generate_in_world, recipe, layout):
         assert answers == expected
 
 

@@ -100,7 +100,6 @@ def _with_options(config, layout, batches, options):
         (Layout(tp=3), "tp=3 does not divide 4 attention heads"),
         (Layout(pp=3), "pp=3 x vpp=1 does not divide 4 layers"),
         (Layout(pp=2, layers_per_stage=(1, 2)), "adds up to 3 layers, the language model has 4"),
-        (Layout(cp=2), "cp=2"),
         (Layout(tp=8), "tp=8 does not divide 4 attention heads"),
         (Layout(pp=4, vpp=2), "needs at least 8 layers"),
     ],

@@ -54,6 +54,7 @@ def test_published_stages_of_eagle2_9b() -> None:
         ({"layout": {"pp": 2, "layers_per_stage": [1, 1]}}, r"adds up to 2 layers, the language model has 3"),
         ({"layout": {"pp": 2, "layers_per_stage": [1, 2, 1]}}, "3 entries, pp=2 x vpp=1 needs 2"),
         ({"layout": {"sequence_parallel": True}}, "sequence_parallel needs tp > 1"),
+        ({"layout": {"cp": 3}}, "stage 'stage1': a pack of 512 tokens cannot be cut into 6 chunks"),
         ({"layout": {"tp": 0}}, r"layout\.tp: .*greater than or equal to 1 \(got 0\)"),
         ({"layout": {"tpp": 2}}, r"layout\.tpp: no such key"),
         ({"modle": {}}, "modle: no such key"),

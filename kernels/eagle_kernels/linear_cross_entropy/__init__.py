@@ -24,7 +24,7 @@ __all__ = ["Losses", "linear_cross_entropy"]
 
 
 class Losses(NamedTuple):
-    """``loss``: float32 scalar, sum of weight * loss over tokens. ``tokens``: float32 [L], their losses, no gradient."""
+    """``loss``: float32 scalar, sum of weight * loss over tokens. ``tokens``: float32 [L], their losses, detached."""
 
     loss: Tensor
     tokens: Tensor

@@ -151,7 +151,8 @@ GPU_CHECKS = (
 )
 
 _INTEGERS = ("segments", "queries", "keys", "heads", "group", "key_heads", "splits")
-_STRIDES = tuple(f"{name}_{axis}" for name in ("query", "key", "value", "output") for axis in ("row", "head"))
+_ROW_STRIDES = tuple(f"{name}_row" for name in ("query", "key", "value", "output"))
+_HEAD_STRIDES = tuple(f"{name}_head" for name in ("query", "key", "value", "output"))
 _FLOATS = ("log_sum_exp", "log_sum_exp_gradient", "delta")
 
 
@@ -201,15 +202,16 @@ def _compilation(
         "BLOCK_Q": blocks.queries,
         "BLOCK_K": blocks.keys,
     }
+    constexprs |= dict.fromkeys(_HEAD_STRIDES, head_dim)
     if not positions:
         constexprs["query_positions"] = None
     names = kernel.arg_names  # type: ignore[attr-defined]
     if "HAS_LSE_GRADIENT" in names:
         constexprs |= {"HAS_LSE_GRADIENT": False, "log_sum_exp_gradient": None}
-    kinds = dict.fromkeys(_INTEGERS + _STRIDES, "i32") | dict.fromkeys(_FLOATS, "*fp32") | {"softmax_scale": "fp32"}
+    kinds = dict.fromkeys(_INTEGERS + _ROW_STRIDES, "i32") | dict.fromkeys(_FLOATS, "*fp32") | {"softmax_scale": "fp32"}
     kinds |= dict.fromkeys(("cu_seqlens", "query_positions"), "*i32")
     signature = {name: kinds.get(name, f"*{dtype}") for name in names if name not in constexprs}
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name in _STRIDES)
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name in _ROW_STRIDES)
     mode = ("causal" if causal else "full") + (", positions" if positions else "")
     shape = f"{blocks.queries}x{blocks.keys}, {blocks.warps} warps, {blocks.stages} stages"
     return Compilation(

@@ -8,6 +8,9 @@ No kernel adds to memory that another program writes: dQ is made by a program pe
 per key block. Results are therefore the same bits at every run; there is no faster, non-deterministic variant to switch
 to.
 
+Strides between heads are compile-time constants: a head dimension of 72 is no multiple of 16, and of a number known at
+run time only Triton would not see that it is one of 8, which is what loads of 16 bytes need.
+
 Row indices past the end are clamped to the last row instead of masked: what such a row computes is never stored. Scores
 are kept in units of log 2, because exp2 is the exponential that the hardware has.
 """
@@ -76,7 +79,8 @@ def read_keys(
 def attention_forward(
     query, key, value, output, log_sum_exp, cu_seqlens, query_positions,
     segments, queries, keys, heads, group, softmax_scale,
-    query_row, query_head, key_row, key_head, value_row, value_head, output_row, output_head,
+    query_row, key_row, value_row, output_row,
+    query_head: tl.constexpr, key_head: tl.constexpr, value_head: tl.constexpr, output_head: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +151,8 @@ def add_query_gradient(
 def attention_query_gradient(
     query, key, value, output, output_gradient, log_sum_exp, log_sum_exp_gradient, delta, query_gradient,
     cu_seqlens, query_positions, segments, queries, keys, heads, group, softmax_scale,
-    query_row, query_head, key_row, key_head, value_row, value_head, output_row, output_head,
+    query_row, key_row, value_row, output_row,
+    query_head: tl.constexpr, key_head: tl.constexpr, value_head: tl.constexpr, output_head: tl.constexpr,
     HAS_LSE_GRADIENT: tl.constexpr, CAUSAL: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +238,8 @@ def add_key_gradients(
 def attention_key_gradients(
     query, key, value, output_gradient, log_sum_exp, delta, key_gradient, value_gradient,
     cu_seqlens, query_positions, segments, queries, keys, key_heads, group, splits, softmax_scale,
-    query_row, query_head, key_row, key_head, value_row, value_head, output_row, output_head,
+    query_row, key_row, value_row, output_row,
+    query_head: tl.constexpr, key_head: tl.constexpr, value_head: tl.constexpr, output_head: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

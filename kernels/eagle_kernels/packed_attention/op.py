@@ -145,7 +145,8 @@ def _joined(partial: Tensor, like: Tensor) -> Tensor:
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in (query, key, value, output) for stride in tensor.stride()[:2])
+    """Between rows, then between heads."""
+    return tuple(tensor.stride(axis) for axis in (0, 1) for tensor in (query, key, value, output))
 
 
 def _constants(query: Tensor, query_positions: Tensor | None, causal: bool) -> dict[str, Any]:

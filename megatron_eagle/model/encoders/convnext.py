@@ -71,7 +71,7 @@ class Encoder(MegatronModule):
         super().__init__(config=config)
         self.tp_group = hosting.groups.tp
         self.image_size = convnext.image_size
-        self.recompute = hosting.recompute == "full"
+        self.recompute = hosting.recomputes_layers
         sizes, eps = convnext.hidden_sizes, convnext.layer_norm_eps
         self.stem = nn.Conv2d(3, sizes[0], 4, stride=4, dtype=hosting.dtype)
         self.stem_norm = LayerNorm(config, sizes[0], eps)

@@ -1,0 +1,344 @@
+"""The two directions of conversion, and comparing any two checkpoints.
+
+A result is written into ``OUT.partial`` and gets its name only after its proof has passed. A conversion that was
+interrupted continues with the first shard that is not whole, provided that the source and the options are the same.
+"""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from megatron_eagle.checkpoint import logits
+from megatron_eagle.checkpoint.assemble import Assembled, assemble
+from megatron_eagle.checkpoint.export import write_configs
+from megatron_eagle.checkpoint.proof import Comparison, Proof, compare, digests
+from megatron_eagle.checkpoint.released import Dialect, read_config, recognise, unused_reason
+from megatron_eagle.checkpoint.safetensors_folder import SafetensorsFolder, write_safetensors
+from megatron_eagle.checkpoint.tensors import TensorInfo, TensorSource, WithDtype
+from megatron_eagle.checkpoint.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
+from megatron_eagle.checkpoint.torch_dist import METADATA, TorchDist, write_torch_dist
+from megatron_eagle.checkpoint.views import AsHuggingFace, AsMegatron
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.model.weights import EMBEDDING
+from megatron_eagle.training.checkpoint import CONTENT, DESCRIPTION, Description, find_latest, read_description
+
+TOKENIZER = "tokenizer"
+ORIGIN = "origin.json"  # how the released checkpoint that a Megatron one came from names its tensors
+_JOURNAL = "conversion.json"
+_VOCABULARY_TABLES = (EMBEDDING, "language.output_layer.weight")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both directions can be told. dtype: round all weights to it; None keeps their types."""
+
+    dtype: torch.dtype | None = None
+    logits: bool = True
+
+
+def hf_to_megatron(
+    sources: Sequence[Path],
+    out: Path,
+    options: Options,
+    *,
+    tile_size: int = 448,
+    tokens: Literal["eagle2", "eagle2.5"] = "eagle2",
+    seed: int = 1234,
+) -> Proof:
+    """One released Eagle, or the parts of a new one, as a checkpoint that ``initial_weights`` of a recipe can name.
+
+    tile_size, tokens, seed: for a new one; Eagle's tokens that the tokenizer lacks, and the connector's draw.
+    """
+    partial = _start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
+    clock = _Clock()
+    folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
+    released: TensorSource
+    if len(sources) == 1:
+        released = SafetensorsFolder(folder)
+        config, dialect = recognise(released.infos, read_config(folder), str(folder))
+        if (folder / "tokenizer.json").is_file():
+            _check_size(copy_tokenizer(folder, partial / TOKENIZER, ()), config, folder)
+    else:
+        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[tokens])
+        released, config, dialect = assemble(sources, vocabulary, tile_size=tile_size, seed=seed)
+    rounded = WithDtype(released, options.dtype) if options.dtype else released
+    theirs = AsMegatron(rounded, config, dialect)
+    if options.logits:
+        logits.check_memory(theirs.infos)
+    write_torch_dist(theirs.infos, theirs.read, partial, content=CONTENT)
+    description = Description("converted", 0, 0, asdict(config), asdict(Layout()), data_parallel_size=1)
+    (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1), encoding="utf-8")
+    (partial / ORIGIN).write_text(json.dumps(asdict(dialect), indent=1), encoding="utf-8")
+    clock.lap("conversion")
+    back = AsHuggingFace(TorchDist(partial), config, dialect)
+    trip = compare(_Only(rounded, theirs.used), back, "round trip")
+    clock.lap("round trip")
+    difference, largest = _logits(options, partial, config, rounded, dialect)
+    clock.lap("logits")
+    files = [file for source in sources for file in SafetensorsFolder(source).files]
+    proof = Proof(
+        direction="Hugging Face to Megatron",
+        source=", ".join(map(str, sources)),
+        target=str(out),
+        source_sha256=digests(files),
+        target_sha256=digests(_weight_files(partial)),
+        model=asdict(config),
+        round_trip=trip,
+        unused=_unused(released, theirs.used),
+        dtype_changes=_dtype_changes(released, rounded),
+        padding_rows=config.language.padded_vocab_size - config.language.vocab_size,
+        logits=difference,
+        logits_largest=largest,
+        logits_skipped=None if options.logits else "--no-logits was given",
+        seconds=clock.finish("digests"),
+    )
+    return _finish(proof, partial, out)
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    out: Path,
+    options: Options,
+    *,
+    kind: Literal["A", "B"] | None = None,
+    tokenizer: Path | None = None,
+) -> Proof:
+    """A checkpoint of ours, of any layout, in a released form.
+
+    checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
+    it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own.
+    """
+    checkpoint = find_latest(checkpoint) or checkpoint
+    config = TypeAdapter(EagleConfig).validate_python(read_description(checkpoint).model)
+    dialect = _dialect(checkpoint, config, kind)
+    partial = _start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
+    clock = _Clock()
+    stored = TorchDist(checkpoint)
+    view: TensorSource = AsHuggingFace(stored, config, dialect)
+    rounded = WithDtype(view, options.dtype) if options.dtype else view
+    if options.logits:
+        logits.check_memory(view.infos)
+    write_safetensors(rounded, partial)
+    vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
+    dtype = rounded.infos[dialect.embedding].dtype
+    kind = dialect.format
+    write_configs(partial, config, kind, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens_per_tile(config))
+    clock.lap("conversion")
+    target = SafetensorsFolder(partial)
+    found, found_dialect = recognise(target.infos, read_config(partial), str(partial))
+    if asdict(found) != asdict(config):
+        raise UserError(f"{partial} would be read back as another model: {found}")
+    back = AsMegatron(target, found, found_dialect)
+    ours = _Weights(stored, config, list(back.infos), options.dtype)
+    trip = compare(ours, _Weights(back, config, list(back.infos), None), "round trip")
+    clock.lap("round trip")
+    difference, largest = _logits(options, checkpoint, config, target if not options.dtype else view, dialect)
+    clock.lap("logits")
+    proof = Proof(
+        direction=f"Megatron to Hugging Face, format {kind}",
+        source=str(checkpoint),
+        target=str(out),
+        source_sha256=digests(_weight_files(checkpoint)),
+        target_sha256=digests([file for file in partial.iterdir() if file.name != _JOURNAL and file.is_file()]),
+        model=asdict(config),
+        round_trip=trip,
+        unused=_unused_of_training(stored, config, dialect),
+        dtype_changes=_dtype_changes(view, rounded),
+        padding_rows=config.language.padded_vocab_size - config.language.vocab_size,
+        logits=difference,
+        logits_largest=largest,
+        logits_skipped=None if options.logits else "--no-logits was given",
+        seconds=clock.finish("digests"),
+    )
+    return _finish(proof, partial, out)
+
+
+def check(first: Path, second: Path) -> Comparison:
+    """Compare the weights of two checkpoints of any kind under the names of a released model."""
+    sides = [_open(path) for path in (first, second)]
+    if all(isinstance(side, SafetensorsFolder) for side in sides):
+        return compare(*sides)
+    dialect_of = [_released_dialect(path) for path in (first, second)]
+    dialect = next((found for found in dialect_of if found), None)
+    views = [side if isinstance(side, SafetensorsFolder) else _view(side, dialect) for side in sides]
+    return compare(*views)
+
+
+def _open(path: Path) -> Any:
+    path = find_latest(path) or path
+    return TorchDist(path) if (path / METADATA).is_file() else SafetensorsFolder(path)
+
+
+def _released_dialect(path: Path) -> Dialect | None:
+    path = find_latest(path) or path
+    if (path / METADATA).is_file():
+        return None
+    folder = SafetensorsFolder(path)
+    return recognise(folder.infos, read_config(path), str(path))[1]
+
+
+def _view(stored: TorchDist, dialect: Dialect | None) -> AsHuggingFace:
+    config = TypeAdapter(EagleConfig).validate_python(read_description(stored.folder).model)
+    return AsHuggingFace(stored, config, dialect or _dialect(stored.folder, config, None))
+
+
+def _dialect(checkpoint: Path, config: EagleConfig, kind: Literal["A", "B"] | None) -> Dialect:
+    file = checkpoint / ORIGIN
+    if file.is_file():
+        origin = TypeAdapter(Dialect).validate_json(file.read_bytes())
+        if kind in (None, origin.format):
+            return origin
+    alone = len(config.encoders) == 1 and config.encoders[0]["kind"] == "siglip"
+    return Dialect.published(config, kind or ("B" if alone else "A"))
+
+
+def _start(out: Path, sources: Sequence[Path], options: dict[str, Any]) -> Path:
+    """The folder to write into; what an earlier attempt with the same source and options left there is kept."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another folder or remove it")
+    partial = out.with_name(f"{out.name}.partial")
+    journal = {"options": {name: str(value) for name, value in options.items()}, "sources": _fingerprint(sources)}
+    file = partial / _JOURNAL
+    if partial.exists():
+        if not file.is_file():
+            raise UserError(f"{partial} exists and was not left by a conversion; remove it")
+        if json.loads(file.read_text(encoding="utf-8")) != journal:
+            shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(journal, indent=1), encoding="utf-8")
+    return partial
+
+
+def _fingerprint(sources: Sequence[Path]) -> list[str]:
+    files = [file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))]
+    states = [(file, file.stat()) for file in files if file.is_file()]
+    return [f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states]
+
+
+def _finish(proof: Proof, partial: Path, out: Path) -> Proof:
+    proof.write(partial)
+    if proof.failures:
+        raise UserError(f"the proof failed, see {partial / 'proof.md'}: {'; '.join(proof.failures)[:500]}")
+    (partial / _JOURNAL).unlink()
+    partial.rename(out)
+    return proof
+
+
+def _logits(
+    options: Options, checkpoint: Path, config: EagleConfig, released: TensorSource, dialect: Dialect
+) -> tuple[float | None, float | None]:
+    if not options.logits:
+        return None, None
+    ours = logits.megatron_logits(checkpoint, config, Layout()).double()
+    theirs = logits.released_logits(released, config, dialect)
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+
+
+def _tokenizer_folder(sources: Sequence[Path]) -> Path:
+    for path in sources:
+        if path.is_dir() and (path / "tokenizer.json").is_file() and (path / "config.json").is_file():
+            infos = SafetensorsFolder(path).infos
+            if "model.embed_tokens.weight" in infos:
+                return path
+    raise UserError("none of the sources is a Qwen2.5 folder with config.json and tokenizer.json")
+
+
+def _check_size(vocabulary: Vocabulary, config: EagleConfig, where: Path) -> None:
+    if vocabulary.size > config.language.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {vocabulary.size} tokens, the embedding {config.language.vocab_size} rows"
+        )
+
+
+def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:
+    if source.is_file():  # a SentencePiece model, as small runs use: transformers cannot load it, but it belongs here
+        from megatron_eagle.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer("sentencepiece", source)
+        shutil.copyfile(source, partial / "tokenizer.model")
+        ids = {"<|im_end|>": tokenizer.im_end, "<IMG_CONTEXT>": tokenizer.image_context, "<|endoftext|>": tokenizer.pad}
+        return Vocabulary(tokenizer.vocab_size, (), ids)
+    if not source.is_dir():
+        raise UserError(f"{source.parent} holds no tokenizer; name one with --tokenizer")
+    vocabulary = copy_tokenizer(source, partial, TOKENS["eagle2"])
+    _check_size(vocabulary, config, source)
+    return vocabulary
+
+
+def _unused(released: TensorSource, used: set[str]) -> dict[str, str | None]:
+    found = {name: unused_reason(name) for name in released.infos if name not in used}
+    return {**found, **released.left_out} if isinstance(released, Assembled) else found
+
+
+def _unused_of_training(stored: TorchDist, config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
+    """Every tensor that is no weight: the optimizer's, in one line; anything else has no reason to be there."""
+    from megatron_eagle.checkpoint.torch_dist import Place
+
+    weights = {Place.of(name).key for name in dialect.sources(config)}
+    rest = sorted(stored.names - weights)
+    optimizer = [name for name in rest if name.startswith("optimizer.")]
+    found: dict[str, str | None] = {name: None for name in rest if name not in optimizer}
+    if optimizer:
+        found[f"optimizer.* ({len(optimizer)} tensors)"] = "the optimizer's state is not part of a released model"
+    return found
+
+
+def _dtype_changes(before: TensorSource, after: TensorSource) -> dict[str, int]:
+    changes = Counter(
+        f"{info.dtype} -> {after.infos[name].dtype}".replace("torch.", "")
+        for name, info in before.infos.items()
+        if info.dtype != after.infos[name].dtype
+    )
+    return dict(changes)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [folder / METADATA, *folder.glob("*.distcp")]
+
+
+class _Only:
+    """Those tensors of a source that went into a conversion."""
+
+    def __init__(self, source: TensorSource, names: set[str]) -> None:
+        self.infos: Mapping[str, TensorInfo] = {name: info for name, info in source.infos.items() if name in names}
+        self.read = source.read
+
+
+class _Weights:
+    """Parameters by their Megatron names, without the vocabulary's padding, whose rows mean nothing."""
+
+    def __init__(self, source: Any, config: EagleConfig, names: list[str], dtype: torch.dtype | None) -> None:
+        self._source, self._rows, self._dtype = source, config.language.vocab_size, dtype
+        infos = {name: source.info(name) if isinstance(source, TorchDist) else source.infos[name] for name in names}
+        self.infos: Mapping[str, TensorInfo] = infos
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        tensor = tensor[: self._rows] if name in _VOCABULARY_TABLES else tensor
+        return tensor.to(self._dtype) if self._dtype else tensor
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def finish(self, name: str) -> dict[str, float]:
+        self.lap(name)
+        return self._laps

@@ -1,0 +1,90 @@
+"""What a conversion reads from: names, shapes and types known at once, tensors only when they are asked for.
+
+A folder of safetensors, a Megatron checkpoint seen under Hugging Face's names and a model that is being assembled from
+parts are all a ``TensorSource``; conversion, comparison and proof know nothing else of them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from megatron_eagle.errors import UserError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and type of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class TensorSource(Protocol):
+    """Tensors by name; ``infos`` is complete and in the order in which reading is cheapest."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class WithDtype:
+    """Another source's tensors, floating point ones rounded to ``dtype``."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(info.shape, dtype if info.dtype.is_floating_point else info.dtype)
+            for name, info in source.infos.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(name).to(self.infos[name].dtype)
+
+
+def check_relative(path: str, where: str) -> None:
+    """Refuse a file name that an index could use to point out of its own folder."""
+    kinds = (PurePosixPath(path), PureWindowsPath(path))
+    if not path or any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds) or "\0" in path:
+        raise UserError(f"{where} names the file {path!r}, which is not inside its folder")
+
+
+class Progress:
+    """A bar of bytes on a terminal, silent elsewhere."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
+
+    def add(self, count: int) -> None:
+        self._bar.update(count)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def read_all(source: TensorSource, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of ``source``, one at a time, behind a progress bar."""
+    progress = Progress(what, sum(info.bytes for info in source.infos.values()))
+    try:
+        for name, info in source.infos.items():
+            yield name, source.read(name)
+            progress.add(info.bytes)
+    finally:
+        progress.close()

@@ -1,0 +1,128 @@
+"""``megatron-eagle convert``: Hugging Face checkpoints in and out, and comparing any two checkpoints."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_eagle.cli.common import Verbs, verb
+
+if TYPE_CHECKING:
+    from megatron_eagle.checkpoint.convert import Options
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb, its actions and their arguments."""
+    parser = verb(
+        verbs,
+        "convert",
+        "convert checkpoints from and to Hugging Face, with a proof",
+        "Converts tensor by tensor, without a GPU, from and to any layout. Every result holds proof.json and\n"
+        "proof.md. Given again after an interruption, the same command continues.",
+        "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my-eagle\n",
+    )
+    add_actions(parser)
+
+
+def add_actions(parser: argparse.ArgumentParser) -> None:
+    """The actions; also the whole command line of tools/convert_checkpoint.py."""
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    come = verb(
+        actions,
+        "hf-to-megatron",
+        "a released Eagle, or the parts of a new one, to a checkpoint to train from",
+        "One SOURCE is a released Eagle 2 or 2.5. Several are the parts of a new one, in any order: a Qwen2.5\n"
+        "folder, a SigLIP, SigLIP2 or PaliGemma, and optionally a ConvNeXt of timm or open_clip; each is a folder or\n"
+        "a .safetensors file.\n"
+        "A recipe names OUT as model.initial_weights and OUT/tokenizer as its tokenizer.",
+        "  megatron-eagle convert hf-to-megatron hub/Eagle2-1B checkpoints/eagle2-1b\n"
+        "  megatron-eagle convert hf-to-megatron hub/Qwen2.5-7B-Instruct hub/paligemma-3b-pt-448 \\\n"
+        "      hub/convnext_xxlarge.safetensors checkpoints/eagle2-9b-start\n",
+    )
+    come.add_argument("sources", type=Path, nargs="+", metavar="SOURCE")
+    come.add_argument("out", type=Path, metavar="OUT")
+    come.add_argument("--tile-size", type=int, default=448, help="of a new Eagle, in pixels (default: 448)")
+    come.add_argument(
+        "--tokens", choices=("eagle2", "eagle2.5"), default="eagle2", help="which tokens a new Eagle adds, in order"
+    )
+    come.add_argument("--seed", type=int, default=1234, help="draws a new Eagle's connector (default: 1234)")
+    _add_common(come)
+    come.set_defaults(run=_come)
+    go = verb(
+        actions,
+        "megatron-to-hf",
+        "a checkpoint to the form in which Eagle models are published",
+        "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken.",
+        "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my --tokenizer hub/tokenizer\n",
+    )
+    go.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    go.add_argument("out", type=Path, metavar="OUT")
+    go.add_argument(
+        "--format",
+        choices=("A", "B"),
+        default=None,
+        help="B: Eagle 2.5, one SigLIP; A: Eagle 2, mixtures too (default: as it came, else B if it fits)",
+    )
+    go.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder (default: the checkpoint's own)")
+    _add_common(go)
+    go.set_defaults(run=_go)
+    check = verb(
+        actions,
+        "check",
+        "compare the weights of two checkpoints, bit by bit",
+        "Each may be a released folder or a Megatron checkpoint of any layout. Exits 1 if they differ.",
+        "  megatron-eagle convert check hub/Eagle2-1B runs/my/checkpoints/stage1\n",
+    )
+    check.add_argument("first", type=Path, metavar="A")
+    check.add_argument("second", type=Path, metavar="B")
+    check.set_defaults(run=_check)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="round weights (default: keep types)")
+    parser.add_argument(
+        "--no-logits", action="store_true", help="do not run the model on both sides; the proof says so"
+    )
+
+
+def _come(options: argparse.Namespace) -> None:
+    from megatron_eagle.checkpoint.convert import hf_to_megatron
+
+    proof = hf_to_megatron(
+        options.sources,
+        options.out,
+        _options(options),
+        tile_size=options.tile_size,
+        tokens=options.tokens,
+        seed=options.seed,
+    )
+    print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
+
+
+def _go(options: argparse.Namespace) -> None:
+    from megatron_eagle.checkpoint.convert import megatron_to_hf
+
+    proof = megatron_to_hf(
+        options.checkpoint, options.out, _options(options), kind=options.format, tokenizer=options.tokenizer
+    )
+    print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
+
+
+def _options(options: argparse.Namespace) -> "Options":
+    import torch
+
+    from megatron_eagle.checkpoint.convert import Options
+
+    dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    return Options(dtype=dtype, logits=not options.no_logits)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from megatron_eagle.checkpoint.convert import check
+
+    comparison = check(options.first, options.second)
+    for line in comparison.lines():
+        print(line)
+    print("equal, bit by bit" if comparison.equal else "different")
+    if not comparison.equal:
+        sys.exit(1)

@@ -1,0 +1,108 @@
+"""What happened to a run on the cluster: ``events.jsonl`` in its folder, one line an event, only ever appended to.
+
+Jobs of the chain write it (submitted, started, ended), and everything else is worked out from it: how often a stage was
+started, whether it came forward, what ``status`` shows. Standard library only, because it runs beside every start.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+EVENTS_FILE = "events.jsonl"
+Outcome = Literal["complete", "stopped", "failed", "refused", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a stage's job.
+
+    step_before, step_after: step of the newest checkpoint when it started and ended.
+    log_offset: bytes the job's log held when it started; all starts of a job share one log.
+    outcome: None while it runs - or when it was ended without a word, as by a dead node.
+    """
+
+    stage: str
+    job: str
+    nodes: str
+    step_before: int
+    log_offset: int = 0
+    step_after: int = 0
+    outcome: Outcome | None = None
+    cause: str = ""
+    bad_nodes: tuple[str, ...] = ()
+
+    @property
+    def progressed(self) -> bool:
+        return self.step_after > self.step_before
+
+
+def append_event(run_folder: Path, event: str, **values: Any) -> None:
+    """Add one line; a single write, so that jobs on several nodes never tear each other's lines."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **values}) + "\n"
+    handle = os.open(run_folder / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_events(run_folder: Path) -> list[dict[str, Any]]:
+    """All events; lines that a crash or a full disk cut short are left out."""
+    events = []
+    try:
+        lines = (run_folder / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+def attempts(events: Sequence[dict[str, Any]], stage: str) -> list[Attempt]:
+    """The starts of ``stage`` since it was last submitted, oldest first."""
+    made: list[Attempt] = []
+    for event in events:
+        if event.get("stage") != stage:
+            continue
+        if event["event"] == "submitted":
+            made = []
+        elif event["event"] == "started":
+            made.append(Attempt(stage, event["job"], event["nodes"], event["step"], event["log_offset"], event["step"]))
+        elif event["event"] == "ended" and made:
+            begun = made.pop()
+            made.append(
+                Attempt(
+                    stage,
+                    begun.job,
+                    begun.nodes,
+                    begun.step_before,
+                    begun.log_offset,
+                    event["step"],
+                    event["outcome"],
+                    event["cause"],
+                    tuple(event["bad_nodes"]),
+                )
+            )
+    return made
+
+
+def newest_step(run_folder: Path, stage: str) -> int:
+    """Step of the stage's newest whole checkpoint, 0 without one. Reads what ``training.checkpoint`` publishes, without
+    importing it: that takes seconds."""
+    folder = run_folder / "checkpoints" / stage
+    try:
+        name = (folder / "latest").read_text(encoding="utf-8").strip()
+        return int(json.loads((folder / name / "checkpoint.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -1,0 +1,129 @@
+"""A cluster profile: all that is true of a site and of no recipe, in one YAML file (``slurm/profiles``)."""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from annotated_types import Ge
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import STRICT, Positive
+
+TEMPLATES = Path(__file__).parents[2] / "slurm"
+Seconds = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Container:
+    """runtime: ``pyxis`` (enroot, through srun's --container options), ``apptainer``, or ``none``.
+
+    mounts: "HOST:INSIDE" folders; the runs, the data and, without ``pip install`` in the image, this project.
+    """
+
+    runtime: Literal["none", "pyxis", "apptainer"] = "none"
+    image: str | None = None
+    mounts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.runtime == "none") != (self.image is None):
+            raise ValueError(f"runtime '{self.runtime}' with image {self.image!r}: give both, or 'none' and no image")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Restarts:
+    """How often a stage is started again (docs/slurm.md).
+
+    failures: restarts after a failure (a dead rank, a hang, a bad node), over the whole stage.
+    without_progress: starts in a row that may end, for whatever reason, without a new checkpoint.
+    exclude_bad_nodes: leave out a node that a failure was traced to, while enough others remain.
+    """
+
+    failures: Annotated[int, Ge(0)] = 10
+    without_progress: Positive = 3
+    exclude_bad_nodes: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hang:
+    """``training.stopping.HangLimits`` explains each; seconds."""
+
+    factor: Seconds = 20.0
+    at_least: Seconds = 300.0
+    otherwise: Seconds = 1800.0
+    grace: Annotated[float, Ge(0)] = 10.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Profile:
+    """One site.
+
+    gpus_per_node: 0 for nodes without GPUs; then ``tasks_per_node`` says how many processes each runs.
+    needs_account: refuse to submit while ``account`` is empty.
+    nodes: nodes of a stage by its name; without an entry the recipe's ``gpus`` of the stage decide.
+    time_limit: of each start, as Slurm writes it ("04:00:00"); a stage may need many starts.
+    stop_seconds: how long before the limit the run is told to save. Slurm may be up to a minute early.
+    setup: lines of bash before anything else (modules, a virtual environment); environment: variables of the job.
+    python: the interpreter that has megatron-eagle, inside the container if there is one.
+    sbatch, srun: further options of the site.
+    preflight: run ``megatron-eagle doctor`` on all processes before each start; min_free_gb: what it wants free.
+    """
+
+    name: str
+    tasks_per_node: Positive | None = None
+    gpus_per_node: Annotated[int, Ge(0)] = 0
+    gpu_request: bool = True
+    cpus_per_task: Positive | None = None
+    partition: str | None = None
+    account: str | None = None
+    needs_account: bool = False
+    nodes: dict[str, Positive] = field(default_factory=dict)
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = "04:00:00"
+    stop_seconds: Positive = 300
+    exclude: tuple[str, ...] = ()
+    container: Container = field(default_factory=Container)
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str = "python"
+    sbatch: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    preflight: bool = True
+    min_free_gb: Annotated[float, Ge(0)] = 1.0
+    restarts: Restarts = field(default_factory=Restarts)
+    hang: Hang = field(default_factory=Hang)
+
+    def __post_init__(self) -> None:
+        if not self.gpus_per_node and not self.tasks_per_node:
+            raise ValueError("tasks_per_node is needed where gpus_per_node is 0")
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: a GPU has one process"
+            )
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A YAML file, or the name of one in ``slurm/profiles``; UserError is one line."""
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = TEMPLATES / "profiles" / f"{name_or_path}.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(file.stem for file in (TEMPLATES / "profiles").glob("*.yaml")))
+        raise UserError(f"cannot read cluster profile {path}: {error.strerror} (there are {known})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return TypeAdapter(Profile).validate_python(raw)
+    except ValidationError as error:
+        findings = (
+            ".".join(map(str, item["loc"])) + ": " * bool(item["loc"]) + item["msg"].removeprefix("Value error, ")
+            for item in error.errors()
+        )
+        raise UserError(f"{path}: {'; '.join(findings)}") from None

@@ -1,0 +1,79 @@
+"""Slurm's own commands, each called in one place and its answer turned into a value or one clear line."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eagle.errors import UserError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """nodes: how many it has; max_nodes: how many one job may have, None without a limit."""
+
+    name: str
+    nodes: int
+    max_nodes: int | None
+
+    @property
+    def largest_job(self) -> int:
+        return self.nodes if self.max_nodes is None else min(self.nodes, self.max_nodes)
+
+
+def is_installed() -> bool:
+    """Whether Slurm's commands are here, as on a login node."""
+    return shutil.which("sbatch") is not None
+
+
+def partition(name: str | None) -> Partition:
+    """What Slurm says of the partition, or of the default one; UserError if there is none of that name."""
+    listed = _run("scontrol", "show", "partition", "--oneliner", *([name] if name else []))
+    for line in listed.splitlines():
+        facts = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if name or facts.get("Default") == "YES":
+            limit = facts.get("MaxNodes", "UNLIMITED")
+            return Partition(facts["PartitionName"], int(facts["TotalNodes"]), int(limit) if limit.isdigit() else None)
+    raise UserError("Slurm has no default partition; name one in the cluster profile")
+
+
+def check(script: Path) -> None:
+    """Ask Slurm whether it would take the script; UserError says why not."""
+    _run("sbatch", "--test-only", str(script))
+
+
+def submit(script: Path, after: str | None) -> str:
+    """Submit the script, to start once job ``after`` has ended well; returns the job's number."""
+    dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    return _run("sbatch", "--parsable", *dependency, str(script)).strip().split(";")[0]
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Take the jobs back."""
+    if jobs:
+        _run("scancel", *jobs)
+
+
+def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """job -> (state, Slurm's reason) of those that Slurm still has in its queue."""
+    if not jobs or not is_installed():
+        return {}
+    # A number that Slurm has forgotten makes squeue fail, so all of the user's jobs are listed instead.
+    listed = _run("squeue", "--noheader", "--me", "--format=%i|%T|%r")
+    rows = [line.split("|", 2) for line in listed.splitlines()]
+    return {job: (state, reason) for job, state, reason in rows if job in jobs}
+
+
+def _run(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise UserError(f"'{command[0]}' is not installed here: give this command where Slurm's are") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Slurm did not answer '{command[0]}' within 60 s") from None
+    if result.returncode:
+        words = re.sub(rf"^{command[0]}: (error: )?", "", " ".join(result.stderr.split())) or "no reason given"
+        raise UserError(f"Slurm refuses '{' '.join(command)}': {words}")
+    return result.stdout

@@ -1,0 +1,127 @@
+"""Automatic Degrade Sampling: how much of a sample's pictures fits beside its text (Eagle 2.5, section 3.2.1).
+
+Text is never cut; pictures get what is left of the pack. First time: as many frames (or pages) as fit at one tile each
+beside one tile per image, up to what the sample has; a sample that cannot keep its least number of frames is dropped.
+Then detail: the largest cap on tiles per image out of 12, 8, 6, 4, 2, 1 that still fits. The paper describes the
+method; the released Eagle code does not contain it.
+
+More budget never gives less: a grid chosen under a larger cap is the old one or one of more tiles (``tiling.py`` walks
+through the candidates from few tiles to many), and frames are only ever added.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.tiling import Tiling, count_tiles
+
+TILE_CAPS = (12, 8, 6, 4, 2, 1)
+FRAMES_PER_SECOND = 2.0  # N_max of a video is 2 x its seconds (same section)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sample would like to show.
+
+    text_tokens: everything that is not a picture. image_sizes: (width, height) of images that may be tiled.
+    frames: frames of a video or pages of a document, one tile each, at most (N_max); least_frames: N_min.
+    frame_tokens: tokens that a frame costs on top of its tile, such as "Frame 3: ".
+    """
+
+    text_tokens: int
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    frames: int = 0
+    least_frames: int = 0
+    frame_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_frames <= self.frames:
+            raise ValueError(f"least_frames={self.least_frames} must be between 0 and frames={self.frames}")
+
+
+@dataclass(frozen=True)
+class Granted:
+    """What it may show: tiles of each image (thumbnails included) under ``tile_cap``, frames, and tokens of it all."""
+
+    tiles: tuple[int, ...]
+    tile_cap: int
+    frames: int
+    tokens: int
+
+
+def frames_of(seconds: float) -> int:
+    """N_max of a video of ``seconds``."""
+    return int(FRAMES_PER_SECOND * seconds)
+
+
+def grant(wanted: Wanted, length: int, tiling: Tiling, tokens_per_tile: int) -> Granted:
+    """Divides ``length`` tokens; raises BrokenSample if text, one tile an image and the least frames do not fit."""
+    images = len(wanted.image_sizes)
+    per_frame = tokens_per_tile + wanted.frame_tokens
+    left = length - wanted.text_tokens - images * tokens_per_tile
+    if left < 0:
+        raise BrokenSample(
+            f"sample of {wanted.text_tokens} tokens of text and {images} images, each at least {tokens_per_tile} "
+            f"tokens, a pack holds {length}"
+        )
+    frames = min(wanted.frames, left // per_frame)
+    if frames < wanted.least_frames:
+        raise BrokenSample(
+            f"{frames} frames fit beside {wanted.text_tokens} tokens of text and {images} images into {length} tokens, "
+            f"at least {wanted.least_frames} are needed"
+        )
+    for_images = length - wanted.text_tokens - frames * per_frame
+    cap, tiles = max(
+        (cap, tiles)
+        for cap in tile_caps(tiling)
+        if sum(tiles := tiles_under(cap, wanted.image_sizes, tiling)) * tokens_per_tile <= for_images
+    )
+    tokens = wanted.text_tokens + frames * per_frame + sum(tiles) * tokens_per_tile
+    return Granted(tiles, cap, frames, tokens)
+
+
+def tile_caps(tiling: Tiling) -> tuple[int, ...]:
+    """The caps that are tried: the recipe's own maximum and every smaller one of the paper's."""
+    return (tiling.max_tiles, *(cap for cap in TILE_CAPS if cap < tiling.max_tiles))
+
+
+def tiles_under(cap: int, sizes: Sequence[tuple[int, int]], tiling: Tiling) -> tuple[int, ...]:
+    """Tiles of each image, thumbnail included, if none may have a larger grid than ``cap`` tiles."""
+    return tuple(count_tiles(width, height, capped(tiling, cap)) for width, height in sizes)
+
+
+@lru_cache
+def capped(tiling: Tiling, cap: int) -> Tiling:
+    """The same rule with at most ``cap`` tiles."""
+    return replace(tiling, max_tiles=cap, min_tiles=min(cap, tiling.min_tiles))
+
+
+@dataclass
+class DegradeReport:
+    """What became of the samples of each source: whole, with fewer tiles or frames, or dropped and why."""
+
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def granted(self, source: str, wanted: Wanted, granted: Granted, tiling: Tiling) -> None:
+        """Counts a sample that is used."""
+        fewer_tiles = granted.tiles != tiles_under(tiling.max_tiles, wanted.image_sizes, tiling)
+        if fewer_tiles:
+            self.outcomes[source][f"at most {granted.tile_cap} tiles an image"] += 1
+        if granted.frames < wanted.frames:
+            self.outcomes[source]["fewer frames"] += 1
+        if not fewer_tiles and granted.frames == wanted.frames:
+            self.outcomes[source]["whole"] += 1
+        self.outcomes[source]["used"] += 1
+
+    def dropped(self, source: str) -> None:
+        """Counts a sample that is not."""
+        self.outcomes[source]["dropped"] += 1
+
+    def lines(self) -> list[str]:
+        """One line a source."""
+        return [
+            f"{source}: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+            for source, counts in sorted(self.outcomes.items())
+        ]

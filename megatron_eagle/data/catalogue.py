@@ -1,0 +1,219 @@
+"""What is known of a data set without opening its shards: every sample's key, id, image sizes and tokens of text.
+
+A planned order of packs needs the lengths of all samples before the first one is read. They are found once, when a data
+set is built (or first met, if another program made the shards), and kept in ``.eagle-meta`` beside Energon's
+``.nv-meta``: image sizes are facts of the data; tokens of text depend on tokenizer and system text and are kept once
+for each pair. Tiles follow from sizes by arithmetic, so another tiling rule or longer packs need no second reading.
+Numbers are plain ``.npy`` files, mapped into memory, not loaded: readers of one machine share them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.conversation import encode_conversation
+from megatron_eagle.data.images import read_size
+from megatron_eagle.data.shards import dataset_identity, iterate_entries, parse_conversation, parse_entry, shard_counts
+from megatron_eagle.data.tokenizer import Tokenizer
+
+CATALOGUE_FOLDER = ".eagle-meta"
+SAMPLES_FOLDER = f"{CATALOGUE_FOLDER}/samples-1"
+DESCRIPTION_FILE = "samples.json"
+BROKEN_TOKENS = 0  # in the tokens of a sample that cannot be parsed
+
+Ints = NDArray[np.integer]
+
+
+class Names:
+    """Many short texts in two arrays: UTF-8 bytes uint8 [b], and where each begins int64 [n + 1]."""
+
+    def __init__(self, text: NDArray[np.uint8], starts: Ints) -> None:
+        self.text, self.starts = text, starts
+
+    @staticmethod
+    def of(names: Iterable[str]) -> "Names":
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
+        return Names(np.frombuffer(b"".join(encoded), dtype=np.uint8), starts.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self.text[self.starts[index] : self.starts[index + 1]].tobytes().decode(errors="surrogateescape")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The samples of one data set in the order of its shards.
+
+    identity: same for the same shards. keys, ids: one per sample. image_sizes: int32 [m, 2], width and height of all
+    images, upright; first_image: int64 [n + 1], where each sample's images begin. broken: reasons, by sample number.
+    """
+
+    path: Path
+    identity: str
+    keys: Names
+    ids: Names
+    image_sizes: Ints
+    first_image: Ints
+    broken: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sizes_of(self, sample: int) -> list[tuple[int, int]]:
+        """(width, height) of each image of a sample."""
+        own = self.image_sizes[self.first_image[sample] : self.first_image[sample + 1]]
+        return [(int(width), int(height)) for width, height in own]
+
+
+@dataclass(frozen=True)
+class ScannedSample:
+    """One sample as found in a shard; ``reason`` says why it is broken, if it is."""
+
+    key: str
+    id: str
+    sizes: tuple[tuple[int, int], ...]
+    reason: str | None
+
+
+def open_catalogue(path: Path | str) -> Catalogue:
+    """The catalogue of a data set; it is made (and kept, where the folder can be written) if there is none yet.
+
+    Raises UserError if ``path`` is no prepared data set or a shard cannot be read.
+    """
+    folder, identity = Path(path), dataset_identity(path)
+    found = _load(folder, identity)
+    if found is not None:
+        return found
+    scanned = [sample for shard in shard_counts(path) for sample in scan_shard(folder / shard)]
+    made = _assemble(folder, identity, scanned)
+    with contextlib.suppress(OSError):  # a read-only data set: this process keeps it in memory
+        _save(made)
+    return made
+
+
+def scan_shard(shard: Path) -> Iterator[ScannedSample]:
+    """Every sample of a tar file; only headers of images are looked at."""
+    for key, entry in iterate_entries(shard):
+        sample_id = key
+        try:
+            stored = parse_entry(entry)
+            sample_id = stored.conversation.id
+            yield ScannedSample(key, sample_id, tuple(_size(image) for image in stored.images), None)
+        except BrokenSample as error:
+            yield ScannedSample(key, sample_id, (), str(error))
+
+
+def _size(image: bytes) -> tuple[int, int]:
+    """Sizes are facts; which ones are too large is for the reader to say."""
+    return read_size(image, max_pixels=sys.maxsize)
+
+
+def _assemble(folder: Path, identity: str, scanned: Sequence[ScannedSample]) -> Catalogue:
+    sizes = [size for sample in scanned for size in sample.sizes]
+    return Catalogue(
+        path=folder,
+        identity=identity,
+        keys=Names.of(sample.key for sample in scanned),
+        ids=Names.of(sample.id for sample in scanned),
+        image_sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        first_image=np.cumsum([0, *(len(sample.sizes) for sample in scanned)], dtype=np.int64),
+        broken={number: sample.reason for number, sample in enumerate(scanned) if sample.reason is not None},
+    )
+
+
+def _arrays(catalogue: Catalogue) -> dict[str, Ints]:
+    return {
+        "keys": catalogue.keys.text,
+        "key_starts": catalogue.keys.starts,
+        "ids": catalogue.ids.text,
+        "id_starts": catalogue.ids.starts,
+        "image_sizes": catalogue.image_sizes,
+        "first_image": catalogue.first_image,
+    }
+
+
+def _save(catalogue: Catalogue) -> None:
+    """Writes the folder under another name first, so that it is there whole or not at all."""
+    final = catalogue.path / SAMPLES_FOLDER
+    final.parent.mkdir(exist_ok=True)
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        for name, array in _arrays(catalogue).items():
+            np.save(partial / f"{name}.npy", array)
+        description = {"identity": catalogue.identity, "broken": catalogue.broken}
+        (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):  # another process was faster; it wrote the same
+            os.rename(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(folder: Path, identity: str) -> Catalogue | None:
+    """The catalogue on disk, or None if there is none, or one of other shards."""
+    samples = folder / SAMPLES_FOLDER
+    try:
+        description = json.loads((samples / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        if description["identity"] != identity:
+            return None
+        array = {name: np.load(samples / f"{name}.npy", mmap_mode="r") for name in _ARRAY_NAMES}
+    except (OSError, ValueError, KeyError):
+        return None
+    return Catalogue(
+        path=folder,
+        identity=identity,
+        keys=Names(array["keys"], array["key_starts"]),
+        ids=Names(array["ids"], array["id_starts"]),
+        image_sizes=array["image_sizes"],
+        first_image=array["first_image"],
+        broken={int(number): reason for number, reason in description["broken"].items()},
+    )
+
+
+_ARRAY_NAMES = ("keys", "key_starts", "ids", "id_starts", "image_sizes", "first_image")
+
+
+def text_tokens(catalogue: Catalogue, tokenizer: Tokenizer, system: str) -> Ints:
+    """int32 [n]: tokens of each sample without its tiles, i.e. all but image tokens; BROKEN_TOKENS if it is broken.
+
+    Counted once for a tokenizer and system text, and kept beside the shards.
+    """
+    name = hashlib.sha256(json.dumps([catalogue.identity, tokenizer.fingerprint, system]).encode()).hexdigest()[:16]
+    file = catalogue.path / CATALOGUE_FOLDER / f"text-{name}.npy"
+    with contextlib.suppress(OSError, ValueError):
+        counted = np.load(file, mmap_mode="r")
+        if len(counted) == len(catalogue):
+            return counted
+    counts = np.fromiter(_count(catalogue, tokenizer, system), dtype=np.int32, count=len(catalogue))
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
+        np.save(partial, counts)
+        os.replace(partial, file)
+    return counts
+
+
+def _count(catalogue: Catalogue, tokenizer: Tokenizer, system: str) -> Iterator[int]:
+    for shard in shard_counts(catalogue.path):
+        for _, entry in iterate_entries(catalogue.path / shard, endings=("json",)):
+            try:
+                conversation = parse_conversation(entry)
+                tiles = [0] * len(conversation.images)
+                yield len(encode_conversation(conversation, tokenizer, tiles, 1, system).tokens)
+            except BrokenSample:
+                yield BROKEN_TOKENS

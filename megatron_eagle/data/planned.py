@@ -1,0 +1,255 @@
+"""PlannedStream: packs in the order of a plan, read at random through Energon's index, resumable at any size.
+
+What a rank reads follows from the plan, the step and its rank; reader processes only fetch what they are told, so their
+number changes nothing. A position is a count of packs. A broken sample leaves a gap in its own pack and moves no other.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.energon.cache.file_store import WebdatasetFileStore
+from megatron.energon.epathlib import EPath
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.dealing import deal
+from megatron_eagle.data.encode import add_tiles, tokenise
+from megatron_eagle.data.packing import Segment, assemble_pack, padding_pack
+from megatron_eagle.data.plan import Plan, PlannedPack, PlannedSample
+from megatron_eagle.data.settings import DataSettings
+from megatron_eagle.data.shards import StoredSample, parse_conversation
+from megatron_eagle.data.tokenizer import Tokenizer
+from megatron_eagle.errors import UserError
+
+PACKS_AHEAD = 2  # of each reader process
+
+# What a change of these would make another stream of; all others may change between a save and a restore.
+ORDERING = (
+    "pack_length",
+    "tile_size",
+    "tokens_per_tile",
+    "min_tiles",
+    "max_tiles",
+    "tiling_rule",
+    "max_tiles_per_pack",
+    "system",
+    "packing",
+    "packing_delta",
+    "degrade",
+    "plan_window",
+)
+
+
+class PlannedStream(Iterator[PackedBatch]):
+    """Packs for data-parallel rank ``rank`` of ``world_size``.
+
+    batch: packs of a step over all ranks; a step's packs are dealt by cost (``dealing.py``). One a rank by default.
+    seed: decides the order. workers: reader processes; 0 reads in this process.
+    Raises UserError for sources that cannot be used, and later if ``settings.max_rejected_in_a_row`` samples in a row
+    are broken or a reader process dies or hangs.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        batch: int | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not among {world_size} data-parallel ranks")
+        self._batch = world_size if batch is None else batch
+        if self._batch % world_size:
+            raise ValueError(f"batch={batch} packs cannot be shared out evenly to {world_size} ranks")
+        self._settings, self._rank, self._world_size, self._workers = settings, rank, world_size, workers
+        self._plan = Plan(settings, tokenizer, seed)
+        self._identity = {
+            "sources": [
+                [catalogue.identity, source.weight, source.repeat]
+                for catalogue, source in zip(self._plan.catalogues, settings.sources, strict=True)
+            ],
+            "settings": {name: value for name, value in asdict(settings).items() if name in ORDERING},
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+        }
+        self._reader = PackReader(settings, tokenizer)
+        self._taken = 0  # packs of this rank
+        self._in_a_row = 0
+        self._packs: Iterator[PackedBatch] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def next_number(self) -> int:
+        """Number of the pack that comes next, in the order of the plan."""
+        step, place = divmod(self._taken, self._batch // self._world_size)
+        return self._share(step)[place]
+
+    def _share(self, step: int) -> list[int]:
+        """Numbers of this rank's packs of a step, ascending."""
+        first = step * self._batch
+        if self._batch == self._world_size == 1:
+            return [first]
+        costs = [self._plan.cost(number) for number in range(first, first + self._batch)]
+        return [first + i for i in deal(costs, self._world_size)[self._rank]]
+
+    def _orders(self) -> Iterator[PlannedPack]:
+        step, place = divmod(self._taken, self._batch // self._world_size)
+        while True:
+            for number in self._share(step)[place:]:
+                yield self._plan.pack(number)
+            step, place = step + 1, 0
+
+    def _open(self) -> Iterator[PackedBatch]:
+        if not self._workers:
+            return map(self._reader.__getitem__, self._orders())
+        loader: DataLoader[PackedBatch] = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=_Orders(self._orders()),
+            num_workers=self._workers,
+            prefetch_factor=PACKS_AHEAD,
+            collate_fn=_as_it_is,
+            timeout=self._settings.reader_timeout,
+        )
+        return iter(loader)
+
+    def __next__(self) -> PackedBatch:
+        if self._packs is None:
+            self._packs = self._open()
+        try:
+            batch = next(self._packs)
+        except RuntimeError as error:
+            # torch's only words for a reader process that hangs or was killed; our own errors carry their traceback.
+            if "DataLoader" not in str(error) or "Caught " in str(error):
+                raise
+            raise UserError(f"a reader process hangs or died: {error}; {self._due()}") from error
+        self._taken += 1
+        self._in_a_row = 0 if batch.sample_ids else self._in_a_row + len(batch.rejected)
+        if self._in_a_row >= self._settings.max_rejected_in_a_row:
+            sample_id, reason = batch.rejected[-1]
+            raise UserError(f"{self._in_a_row} samples in a row are broken, the last is {sample_id!r}: {reason}")
+        return batch
+
+    def _due(self) -> str:
+        pack = self._plan.pack(self.next_number)
+        ids = ", ".join(sample.id for sample in pack.samples[:20])
+        return f"pack {pack.number} was due, of samples {ids}"
+
+    def state(self) -> bytes:
+        """The position after the pack returned last, as JSON; the same on all ranks between two steps."""
+        step, place = divmod(self._taken, self._batch // self._world_size)
+        position = {"packs": step * self._batch, "of_next_step": place, "batch": self._batch, "ranks": self._world_size}
+        return json.dumps({"identity": self._identity, **position}).encode()
+
+    def restore(self, state: bytes) -> None:
+        """Continues after ``state``, which any rank of any number of ranks may have saved.
+
+        Raises UserError if it belongs to another stream, or was saved in the middle of a step and steps are now shared
+        out otherwise.
+        """
+        saved = json.loads(state)
+        changed = differences(saved["identity"], json.loads(json.dumps(self._identity)))
+        if changed:
+            raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
+        same_steps = (saved["batch"], saved["ranks"]) == (self._batch, self._world_size)
+        if (saved["of_next_step"] and not same_steps) or saved["packs"] % self._batch:
+            raise UserError(
+                f"the data position after {saved['packs']} packs and {saved['of_next_step']} of the next step's was "
+                f"saved with {saved['batch']} packs a step on {saved['ranks']} ranks; with {self._batch} packs a step "
+                f"on {self._world_size} ranks it is in the middle of a step"
+            )
+        self._packs = None
+        self._taken = saved["packs"] // self._world_size + saved["of_next_step"]
+
+    def close(self) -> None:
+        """Ends the reader processes."""
+        self._packs = None
+
+
+class PackReader(Dataset[PackedBatch]):
+    """Reads planned packs; holds settings, tokenizer and open data sets, no position."""
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        self._stores: dict[Path, WebdatasetFileStore] = {}
+
+    def __getitem__(self, pack: PlannedPack) -> PackedBatch:
+        segments: list[Segment] = []
+        rejected = list(pack.rejected)
+        for sample in pack.samples:
+            try:
+                segments.append(self._segment(sample))
+            except BrokenSample as error:
+                rejected.append((sample.id, str(error)))
+        s = self._settings
+        if segments:
+            batch = assemble_pack(segments, s.pack_length, self._tokenizer.pad)
+        else:
+            batch = padding_pack(s.pack_length, self._tokenizer.pad, s.tile_size)
+        batch.rejected = rejected
+        return batch
+
+    def _segment(self, sample: PlannedSample) -> Segment:
+        stored = self._fetch(sample)
+        segment, cut = tokenise(stored, self._settings, self._tokenizer)
+        if (len(segment.tokens), sum(cut.tiles)) != (sample.tokens, sample.tiles):
+            raise BrokenSample(
+                f"has {len(segment.tokens)} tokens and {sum(cut.tiles)} tiles, the catalogue says {sample.tokens} and "
+                f"{sample.tiles}: the shard was changed"
+            )
+        return add_tiles(segment, stored.images, cut, self._settings)
+
+    def _fetch(self, sample: PlannedSample) -> StoredSample:
+        conversation = parse_conversation({"json": self._file(sample, "json")})
+        return StoredSample(conversation, tuple(self._file(sample, name) for name in conversation.images))
+
+    def _file(self, sample: PlannedSample, ending: str) -> bytes:
+        """One file of a sample; what the data's machine cannot deliver is a broken sample, not the end of the run."""
+        store = self._stores.get(sample.path)
+        if store is None:
+            store = self._stores[sample.path] = WebdatasetFileStore(EPath(sample.path))
+        try:
+            data, _ = store[f"{sample.key}.{ending}"]
+        except KeyError:
+            raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
+        except (OSError, tarfile.TarError) as error:
+            raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error
+        return bytes(data)
+
+
+class _Orders(Sampler[Any]):
+    """What the reader processes are asked for, in order."""
+
+    def __init__(self, orders: Iterator[PlannedPack]) -> None:
+        self._orders = orders
+
+    def __iter__(self) -> Iterator[PlannedPack]:
+        return self._orders
+
+
+def _as_it_is(pack: Any) -> Any:
+    return pack
+
+
+def differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """What differs between two descriptions of a stream, in words."""
+    found = []
+    for name in sorted(saved.keys() | own.keys()):
+        before, now = saved.get(name), own.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now)
+        elif before != now:
+            found.append(f"{name} was {before!r}, is {now!r}")
+    return found

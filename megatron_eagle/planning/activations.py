@@ -1,0 +1,254 @@
+"""What a microbatch leaves behind between its forward and its backward pass, and what each needs on top for a moment.
+
+Derived from what autograd saves in this project's modules, tensor by tensor. ``local`` is what the CPU runs, and what
+the tests measure: the norms keep their input in float32, keys and values are copied for every query head that shares
+them, and a SwiGLU keeps five tensors. ``transformer_engine`` keeps less: its norms need only
+their input and output, and the
+attention kernel reads shared heads in place. The difference is written down per module, not fitted.
+
+All sizes are bytes on one process.
+"""
+
+from dataclasses import dataclass
+
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.model.context import MASKED_QUERIES, Share, pieces
+from megatron_eagle.model.encoders import encoder_config
+from megatron_eagle.model.encoders.convnext import EXPANSION
+from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
+from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
+from megatron_eagle.model.hosting import Precision, Recompute, TransformerImpl
+from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
+from megatron_eagle.planning.flops import CONVNEXT_STEM, Parts, Work
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one piece of model: ``saved`` from forward to backward, and what each pass needs beyond that."""
+
+    saved: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def then(self, after: "Held") -> "Held":
+        """This piece and the one behind it. While this one runs, forward or backward, the other holds nothing."""
+        return Held(
+            self.saved + after.saved,
+            max(self.forward - after.saved, after.forward),
+            max(self.backward - after.saved, after.backward),
+        )
+
+    def times(self, count: float) -> "Held":
+        return Held(self.saved * count, self.forward * count, self.backward * count)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What matters of a pack: tokens of each segment, its tiles, and how long the last segment is if it is padding."""
+
+    segments: tuple[int, ...]
+    tiles: int
+    padding: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(self.segments)
+
+    def computed(self) -> Work:
+        """All that the pack makes the machine do."""
+        return Work.of_segments(self.segments, self.tiles)
+
+    def useful(self) -> Work:
+        """The same without padding."""
+        return Work.of_segments(self.segments[:-1] if self.padding else self.segments, self.tiles)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The sizes of everything that passes through a process of ``layout``."""
+
+    config: EagleConfig
+    layout: Layout
+    parts: Parts
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    impl: TransformerImpl = "local"
+
+    @property
+    def _repeats_layers(self) -> bool:
+        return self.recompute in ("full", "offload")
+
+    @property
+    def number(self) -> int:
+        """Bytes of one activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    def hidden(self, pack: Pack) -> float:
+        """Hidden states between layers, as a process holds or sends them."""
+        language = self.config.language
+        return self._tokens(pack) / self._split * language.hidden_size * self.number
+
+    def embedding(self, pack: Pack) -> float:
+        """Embeddings, whole along the sequence, beside those that have been overwritten with features."""
+        return self._tokens(pack) * self.config.language.hidden_size * self.number
+
+    def layer(self, pack: Pack) -> Held:
+        """One decoder layer."""
+        whole = self._layer_saved(pack)
+        moment = self.hidden(pack) + 2 * self._tokens(pack) * self._inner * self.number
+        if self.recompute == "offload":  # the layers' inputs are kept by the host
+            return Held(0.0, whole, whole + moment + 3 * self.hidden(pack))
+        if self.recompute == "full":
+            own = self.hidden(pack)  # its input; and while it is repeated, its output and that of the last layer
+            return Held(own, whole, whole + moment + own)
+        if self.recompute == "selective":
+            core = self._core_saved(pack)
+            return Held(whole - core + self._core_inputs(pack), core, max(core, moment))
+        return Held(whole, 0.0, moment)
+
+    def head(self, pack: Pack) -> Held:
+        """The last norm, the logits and their cross entropy."""
+        language, tokens = self.config.language, self._tokens(pack)
+        logits = tokens * language.padded_vocab_size / self.layout.tp
+        embedding = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
+        copied = self.precision == "bf16" or language.padded_vocab_size != language.vocab_size
+        weight_gradient = embedding if self.parts.language else 0.0
+        scratch = 28 * tokens  # targets, masks and maxima
+        return Held(
+            self._norm(pack) + 4 * logits + scratch,
+            logits * self.number if self.precision == "bf16" else 0.0,
+            max(copied * logits * self.number, weight_gradient + self.hidden(pack)),
+        )
+
+    def _tokens(self, pack: Pack) -> float:
+        return pack.length / self.layout.cp
+
+    @property
+    def _split(self) -> int:
+        return self.layout.tp if self.layout.sequence_parallel else 1
+
+    @property
+    def _inner(self) -> float:
+        return self.config.language.intermediate_size / self.layout.tp
+
+    def _norm(self, pack: Pack) -> float:
+        """A norm and its output, which the product behind it needs for its weights."""
+        width = self._tokens(pack) / self._split * self.config.language.hidden_size
+        if self.impl == "transformer_engine":
+            return width * self.number * (2 if self.parts.language else 1)
+        return width * (4 + 2 * self.number * self.parts.language) + 4 * self._tokens(pack) / self._split
+
+    def _layer_saved(self, pack: Pack) -> float:
+        tokens, trains = self._tokens(pack), self.parts.language
+        heads = self.config.language.hidden_size / self.layout.tp
+        project = tokens * heads * self.number * trains
+        if self.impl == "transformer_engine":
+            project, mlp = 0.0, 3 + trains  # the kernel's output is what the projection keeps
+        else:
+            mlp = 4 + trains
+        return 2 * self._norm(pack) + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
+
+    def _core_saved(self, pack: Pack) -> float:
+        """Queries, the whole pack's keys and values, the output, and the rotary table that turned them."""
+        language, tokens, length = self.config.language, self._tokens(pack), pack.length
+        heads = language.hidden_size / self.layout.tp
+        shared = self.impl == "local"  # a copy for every query head
+        keys = heads if shared else self._key_channels
+        rotary = 4 * tokens * language.head_dim * self.number
+        places = length / self.layout.ulysses if self.layout.cp > 1 else tokens
+        exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0
+        saved = (2 * tokens * heads + 2 * places * keys) * self.number + rotary + exchanged
+        saved += 4 * tokens * language.num_attention_heads / self.layout.tp
+        return saved + (self._masks(pack) if self.impl == "local" and self.layout.cp > 1 else 0.0)
+
+    def _core_inputs(self, pack: Pack) -> float:
+        """What recomputing the attention core starts from: queries, keys, and the product that values are a view of."""
+        heads = self.config.language.hidden_size / self.layout.tp
+        values = heads + 2 * self._key_channels if self.impl == "local" else self._key_channels
+        rotary = 4 * self.config.language.head_dim
+        return self._tokens(pack) * (heads + self._key_channels + values + rotary) * self.number
+
+    @property
+    def _key_channels(self) -> float:
+        language = self.config.language
+        return max(1.0, language.num_key_value_heads / self.layout.tp) * language.head_dim
+
+    def _masks(self, pack: Pack) -> float:
+        """Masks that PyTorch's attention on a CPU is given for pieces that start inside a segment (first place)."""
+        borders = [sum(pack.segments[:number]) for number in range(len(pack.segments) + 1)]
+        share = Share(self.layout.ring, self.layout.ulysses, 0)
+        masked = [p for p in pieces(borders, share.runs(pack.length)) if not p.starts_segment]
+        assert all(p.rows.stop - p.rows.start <= MASKED_QUERIES for p in masked)
+        area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in masked)
+        return area * self.number
+
+    def tile(self) -> Held:
+        """Encoders and connector on one tile."""
+        return self.vision_tile().then(self.connector_tile())
+
+    def connector_tile(self) -> Held:
+        """The connector on one tile; its output is counted as ``feature``."""
+        tokens, hidden = tokens_per_tile(self.config), self.config.language.hidden_size / self.encoder_tp
+        channels, trains = mixture_channels(self.config), self.parts.connector
+        if not (trains or self.parts.vision):
+            return Held(0.0, tokens * (2 * channels + 2 * hidden) * self.number)
+        saved = tokens * (channels + hidden + (channels + hidden) * trains) * self.number + 8 * tokens
+        return Held(saved, 0.0, tokens * channels * self.number)
+
+    def feature(self) -> float:
+        """What one tile becomes for the language model."""
+        return tokens_per_tile(self.config) * self.config.language.hidden_size * self.number
+
+    def vision_tile(self) -> Held:
+        """All encoders on one tile, one after another."""
+        total = Held()
+        for settings in self.config.encoders:
+            numbers = encoder_config(settings)
+            if isinstance(numbers, SiglipConfig):
+                one = self._siglip(numbers)
+            else:
+                assert isinstance(numbers, ConvNextConfig)  # flops.py has refused any other
+                one = self._convnext(numbers)
+            total = total.then(one)
+        return total
+
+    @property
+    def encoder_tp(self) -> int:
+        """Processes that share one encoder's weights."""
+        return 1 if self.layout.encoder == "spread" else self.layout.tp
+
+    def _siglip(self, siglip: SiglipConfig) -> Held:
+        tokens, hidden, tp = siglip.patches_per_side**2, siglip.hidden_size, self.encoder_tp
+        inner, heads = siglip.intermediate_size / tp, hidden / tp
+        pixels = 3 * siglip.image_size**2 * self.number
+        core = (3 * heads + heads) * self.number + 4 * siglip.num_attention_heads / tp
+        norm = 2 * hidden * self.number + 8
+        layer = tokens * (2 * norm + core + (heads + 2 * inner) * self.number)
+        moment = tokens * (2 * inner + hidden) * self.number
+        kept = tokens * hidden * self.number if self._repeats_layers else layer
+        if not self.parts.vision:
+            return Held(0.0, tokens * (3 * hidden + 3 * inner) * self.number)
+        again = layer - kept
+        ends = tokens * hidden * self.number + pixels
+        return Held(kept * siglip.num_hidden_layers + ends, again, again + moment)
+
+    def _convnext(self, convnext: ConvNextConfig) -> Held:
+        side, sizes, tp = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes, self.encoder_tp
+        again = self._repeats_layers
+        total = Held(3.0 * convnext.image_size**2 * self.number + side**2 * sizes[0] * self.number)
+        largest = 0.0
+        for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
+            if number:  # the norm's input and output
+                total = total.then(Held(side**2 * sizes[number - 1] * self.number * (1 if again else 2)))
+                side //= 2
+            inner = side**2 * EXPANSION * size / tp * self.number
+            block = side**2 * (4 * size * self.number + 8) + 2 * inner
+            largest = max(largest, block + inner)
+            moment = side**2 * size * self.number + 1.5 * inner  # one to two are measured, by precision
+            if again:
+                kept = side**2 * size * self.number
+                total = total.then(Held(depth * kept, block - kept, block - kept + moment))
+            else:
+                total = total.then(Held(depth * block, inner, moment))
+        return total if self.parts.vision else Held(0.0, largest)

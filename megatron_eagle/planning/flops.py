@@ -1,0 +1,223 @@
+"""Floating-point operations that a step needs, counted from its real tiles and segments and from what trains.
+
+Most reported utilisation of vision-language models is wrong: it forgets the encoders, counts padding, counts a
+segment's attention as if the pack were one long sample, or bills a weight gradient for weights that are frozen. Here
+
+- language and encoders are counted apart, and attention by the pairs of positions that really see each other;
+- a frozen part costs its forward pass, and the gradient of its inputs only if something in front of it trains;
+- recomputation is not work that the model needs; it costs time (``timing.py``), not utilisation.
+
+A multiplication and an addition are two operations. Norms, activations and softmax are left out, as everywhere; they
+are below 1 % of the whole. ``tests/planning/test_flops.py`` holds the rest against PyTorch's operator-level counter.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.config import EagleConfig, QwenConfig
+from megatron_eagle.model.encoders import encoder_config
+from megatron_eagle.model.encoders.convnext import EXPANSION
+from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
+from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
+from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
+
+CONVNEXT_KERNEL = 7  # side of the depthwise convolution
+CONVNEXT_STEM = 4
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one part: forward, gradient of its inputs, gradient of its weights."""
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.input_gradient + self.weight_gradient
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+        )
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.forward * times, self.input_gradient * times, self.weight_gradient * times)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pack asks of the model: tokens; pairs, (query, key) positions that see each other; tiles."""
+
+    tokens: float
+    pairs: float
+    tiles: float
+
+    @staticmethod
+    def of_segments(lengths: Sequence[int], tiles: int) -> "Work":
+        """``lengths``: tokens of each segment."""
+        return Work(sum(lengths), sum(n * (n + 1) / 2 for n in lengths), tiles)
+
+    @staticmethod
+    def useful(batch: PackedBatch) -> "Work":
+        """The work in a pack that is not padding, which is its last segment."""
+        borders = [border for border in batch.cu_seqlens.tolist() if border <= batch.useful_tokens]
+        return Work.of_segments([end - start for start, end in pairwise(borders)], len(batch.tile_slots))
+
+    @staticmethod
+    def computed(batch: PackedBatch) -> "Work":
+        """All that a pack makes the machine do, padding included."""
+        return Work.of_segments(
+            [end - start for start, end in pairwise(batch.cu_seqlens.tolist())], len(batch.tile_slots)
+        )
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.tiles + other.tiles)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.tokens * times, self.pairs * times, self.tiles * times)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of some work, encoders (with connector) and language model apart."""
+
+    language: Flops
+    encoder: Flops
+
+    @property
+    def total(self) -> float:
+        return self.language.total + self.encoder.total
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a model train, hence which gradients a step needs."""
+
+    vision: bool
+    connector: bool
+    language: bool
+
+    @staticmethod
+    def of(trainable: Collection[str]) -> "Parts":
+        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable)
+
+    @property
+    def features_need_gradient(self) -> bool:
+        return self.vision or self.connector
+
+    @property
+    def any(self) -> bool:
+        return self.vision or self.connector or self.language
+
+
+def step_flops(config: EagleConfig, parts: Parts, work: Work) -> StepFlops:
+    """Operations of forward and backward over ``work``."""
+    return StepFlops(
+        language=language_flops(config.language, parts, work),
+        encoder=(vision_flops(config, parts) + connector_flops(config, parts)) * work.tiles,
+    )
+
+
+def language_flops(language: QwenConfig, parts: Parts, work: Work) -> Flops:
+    """All layers and the prediction of the vocabulary."""
+    layers = layer_flops(language, parts, work.tokens) + attention_flops(language, parts, work.pairs)
+    return layers * language.num_hidden_layers + head_flops(language, parts, work.tokens)
+
+
+def layer_flops(language: QwenConfig, parts: Parts, tokens: float) -> Flops:
+    """The matrix products of one decoder layer, without the attention core."""
+    hidden, heads = language.hidden_size, language.num_attention_heads
+    projections = hidden * language.head_dim * (2 * heads + 2 * language.num_key_value_heads)  # q and out, k and v
+    return _products(2.0 * tokens * (projections + 3 * hidden * language.intermediate_size), parts)
+
+
+def attention_flops(language: QwenConfig, parts: Parts, pairs: float) -> Flops:
+    """Scores and weighted sum of one layer: two products of head_dim per pair and head, twice that backward."""
+    forward = 4.0 * pairs * language.hidden_size
+    return Flops(forward, 2 * forward if parts.any else 0.0)
+
+
+def head_flops(language: QwenConfig, parts: Parts, tokens: float) -> Flops:
+    """The product with the output embedding, over the vocabulary as it is held in memory."""
+    return _products(2.0 * tokens * language.hidden_size * language.padded_vocab_size, parts)
+
+
+def _products(forward: float, parts: Parts) -> Flops:
+    return Flops(forward, forward if parts.any else 0.0, forward if parts.language else 0.0)
+
+
+def connector_flops(config: EagleConfig, parts: Parts) -> Flops:
+    """The connector on one tile."""
+    hidden = config.language.hidden_size
+    forward = 2.0 * tokens_per_tile(config) * hidden * (mixture_channels(config) + hidden)
+    needed = forward if parts.features_need_gradient else 0.0
+    return Flops(forward, needed, forward if parts.connector else 0.0)
+
+
+def vision_flops(config: EagleConfig, parts: Parts) -> Flops:
+    """All encoders on one tile."""
+    total = Flops()
+    for name in encoder_names(config):
+        total += encoder_flops(config, name, parts)
+    return total
+
+
+def encoder_names(config: EagleConfig) -> list[int]:
+    """The encoders of a mixture, by their place in it."""
+    return list(range(len(config.encoders)))
+
+
+def encoder_flops(config: EagleConfig, place: int, parts: Parts) -> Flops:
+    """The encoder at ``place`` of the mixture on one tile; pixels need no gradient, so its first product makes none."""
+    numbers: Any = encoder_config(config.encoders[place])
+    first, rest = _encoder_forward(numbers)
+    if not parts.vision:
+        return Flops(first.forward + rest.forward)
+    return Flops(first.forward + rest.forward, rest.input_gradient, first.weight_gradient + rest.weight_gradient)
+
+
+@lru_cache
+def _encoder_forward(numbers: object) -> tuple[Flops, Flops]:
+    """(first product, all others) of one encoder on one tile, trained."""
+    if isinstance(numbers, SiglipConfig):
+        return _siglip(numbers)
+    if isinstance(numbers, ConvNextConfig):
+        return _convnext(numbers)
+    raise UserError(
+        f"the planner has no operation counts for the encoder {type(numbers).__module__}; "
+        "add them in megatron_eagle/planning/flops.py"
+    )
+
+
+def _siglip(siglip: SiglipConfig) -> tuple[Flops, Flops]:
+    tokens, hidden = siglip.patches_per_side**2, siglip.hidden_size
+    patches = 2.0 * tokens * hidden * 3 * siglip.patch_size**2
+    products = 2.0 * tokens * (4 * hidden * hidden + 2 * hidden * siglip.intermediate_size)
+    attention = 4.0 * tokens**2 * hidden
+    layer = Flops(products + attention, products + 2 * attention, products)
+    return Flops(patches, 0.0, patches), layer * siglip.num_hidden_layers
+
+
+def _convnext(convnext: ConvNextConfig) -> tuple[Flops, Flops]:
+    side, sizes = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes
+    stem = 2.0 * side**2 * sizes[0] * 3 * CONVNEXT_STEM**2
+    rest = 0.0
+    for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
+        if number:
+            side //= 2
+            rest += 2.0 * side**2 * size * sizes[number - 1] * 2**2
+        rest += depth * 2.0 * side**2 * size * (CONVNEXT_KERNEL**2 + 2 * EXPANSION * size)
+    return Flops(stem, 0.0, stem), Flops(rest, rest, rest)

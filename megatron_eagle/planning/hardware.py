@@ -1,0 +1,97 @@
+"""Machines as data: what a GPU and its links can do, each number with the public page it comes from.
+
+The profiles are YAML files in ``profiles/``. A rate that was measured on one's own machine replaces one of theirs by a
+file of the same form (``megatron-eagle plan --gpu my_cluster.yaml``). Peaks are for dense bf16 with float32 sums, the
+ones utilisation is stated against; the planner computes times with the *achievable* rates beside them.
+"""
+
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import Gt, Le
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import STRICT, Positive
+
+Rate = Annotated[float, Gt(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hardware:
+    """One kind of GPU (or CPU process) and the cluster around it.
+
+    peak_flops: dense bf16, per second. products, attention, convolutions: the shares of it that matrix products of a
+        training run, attention cores and ConvNeXt's blocks reach.
+    memory_bytes: as the vendor counts them; reserved_bytes: what is no tensor (CUDA context, NCCL, fragmentation).
+    memory_bytes_per_second: of HBM. memory_share: what element-wise passes reach of it.
+    gpus_per_node: processes that meet over ``inside_bytes_per_second``; all others over ``outside_bytes_per_second``
+        (one direction, per GPU). link_share: what collectives reach of either. latency: seconds of one exchange.
+    launch: seconds that one decoder or encoder layer takes at least, forward, however little it has to do.
+    checkpoint_bytes_per_second: writing, per node.
+    sources: for each of these, where its number comes from.
+    """
+
+    name: str
+    peak_flops: Rate
+    products: Share
+    attention: Share
+    convolutions: Share
+    memory_bytes: Rate
+    reserved_bytes: Annotated[float, Gt(-1)]
+    memory_bytes_per_second: Rate
+    memory_share: Share
+    gpus_per_node: Positive
+    inside_bytes_per_second: Rate
+    outside_bytes_per_second: Rate
+    link_share: Share
+    latency: Rate
+    launch: Rate
+    checkpoint_bytes_per_second: Rate
+    sources: dict[str, str]
+
+    def __post_init__(self) -> None:
+        numbers = {name for name, value in vars(self).items() if isinstance(value, (int, float))}
+        unexplained = sorted(numbers - set(self.sources))
+        if unexplained:
+            raise ValueError(f"profile '{self.name}' gives no source for {', '.join(unexplained)}")
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.memory_bytes - self.reserved_bytes
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the package."""
+    folder = resources.files("megatron_eagle.planning") / "profiles"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """A profile by name (``h100``) or a YAML file of one's own; UserError says what is wrong with it."""
+    if name in profile_names():
+        text = (resources.files("megatron_eagle.planning") / "profiles" / f"{name}.yaml").read_text()
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError:
+            raise UserError(
+                f"there is no hardware profile '{name}': give one of {', '.join(profile_names())}, or a YAML file"
+            ) from None
+    raw: Any = yaml.safe_load(text)
+    try:
+        return TypeAdapter(Hardware).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"hardware profile {name}: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def hardware_as_yaml(hardware: Hardware) -> str:
+    """The profile as YAML that ``load_hardware`` reads back."""
+    return yaml.safe_dump(asdict(hardware), sort_keys=False, width=120)

@@ -1,0 +1,217 @@
+"""Bytes on every process of a job: what stays, what comes and goes, and where in the schedule the peak is.
+
+Walks one step in the order of ``schedule.py``: a forward pass adds what its microbatch saves, a backward pass takes it
+off again, and both need something on top. What a process holds all the time - weights, gradients, optimizer states - is
+exact (``parameters.py``); the rest follows ``activations.py``. ``tests/planning/test_memory.py`` compares both with
+what is really allocated.
+
+Not counted, because it is not tensors: the CUDA context, NCCL's buffers and the allocator's fragmentation. The hardware
+profile states an allowance for them (``hardware.py``).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from pydantic import TypeAdapter
+
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.parallel.spread import Shares
+from megatron_eagle.planning.activations import Activations, Held, Pack
+from megatron_eagle.planning.flops import Parts
+from megatron_eagle.planning.parameters import (
+    Buffer,
+    bucket_size,
+    chunks_of_stage,
+    encoder_copy,
+    gradient_buffer,
+    layers_of_chunks,
+    stage_weights,
+)
+from megatron_eagle.planning.schedule import passes
+from megatron_eagle.recipe import Recipe, Stage
+
+BYTES = {"fp32": 4, "bf16": 2}
+GRADIENT_BYTES = 4  # gradients are summed in float32
+INPUT_BYTES_PER_TOKEN = 3 * 8 + 4  # tokens, labels, positions; loss weights
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process by its ranks, those that matter for memory. replica_rank: among the processes of its replica."""
+
+    pp: int
+    dp_cp: int = 0
+    replica: int = 0
+    everyone: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process.
+
+    weights, gradients, optimizer: held all the time. inputs: the step's packs and tiles. activations: the most that
+    the step adds, at ``peak_at``. update: the most that the optimizer's step adds.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    inputs: float
+    activations: float
+    update: float
+    peak_at: str
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.inputs + max(self.activations, self.update)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Weights of one data-parallel wrapper: all of them, and the buffer of those that train, shared by ``ranks``."""
+
+    elements: int
+    trained: int
+    buffer: Buffer
+    ranks: int
+    copy: bool = False
+
+
+def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: Place, packs: Sequence[Pack]) -> Memory:
+    """Memory of the process at ``place`` while its replica trains on ``packs``."""
+    layout, parts = recipe.stage_layout(stage), Parts.of(stage.trainable)
+    sizes = Activations(
+        config=recipe.model.eagle(),
+        layout=layout,
+        parts=parts,
+        precision=recipe.precision,
+        recompute=recipe.model.recompute,
+        impl=recipe.model.transformer_impl,
+    )
+    weights, gradients, optimizer, update = persistent(recipe, stage, world_size, place)
+    activations, where = _walk(sizes, place, packs)
+    side = sizes.config.tile_size
+    tiles = _tiles_held(sizes, place, packs)
+    inputs = sum(pack.length for pack in packs) * INPUT_BYTES_PER_TOKEN + 3 * side**2 * tiles
+    scratch = update if recipe.model.transformer_impl == "local" else 0.0
+    return Memory(weights, gradients, optimizer, inputs, activations, scratch, where)
+
+
+def persistent(recipe: Recipe, stage: Stage, world_size: int, place: Place) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
+    number, settings = BYTES[recipe.precision], recipe.optimizer
+    weights = gradients = states = largest = 0
+    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), Parts.of(stage.trainable)
+    key = json.dumps(asdict(config), sort_keys=True)
+    for owned in _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp):
+        in_buffer = settings.distributed and owned.buffer.elements
+        weights += (owned.elements - owned.trained + owned.buffer.elements if in_buffer else owned.elements) * number
+        gradients += owned.buffer.elements * GRADIENT_BYTES
+        rank = place.everyone if owned.copy else place.dp_cp
+        kept = owned.buffer.shard(rank, owned.ranks) if settings.distributed else owned.trained
+        states += kept * (12 if recipe.precision == "bf16" else 8)  # two moments, and float32 weights beside bf16 ones
+        largest = max(largest, kept)
+    return weights, gradients, states, largest * 4
+
+
+@lru_cache(maxsize=4096)
+def _owned(
+    key: str, layout: Layout, parts: Parts, distributed: bool, overlap: bool, world_size: int, pp_rank: int
+) -> tuple[_Owned, ...]:
+    """key: the model's config as JSON, which a cache can take."""
+    config = TypeAdapter(EagleConfig).validate_json(key)
+    ranks = layout.data_parallel_size(world_size) * layout.cp
+    wrappers = []
+    for chunk, weights in enumerate(stage_weights(config, layout, pp_rank)):
+        bucket = bucket_size(overlap=overlap, ranks=ranks, pp_rank=pp_rank, chunk=chunk)
+        wrappers.append((weights, ranks, bucket, False))
+    if layout.encoder == "spread":
+        wrappers.append((encoder_copy(config), world_size, None, True))
+    return tuple(
+        _Owned(
+            elements=sum(weight.elements for weight in weights),
+            trained=sum(weight.elements for weight in weights if getattr(parts, weight.part)),
+            buffer=gradient_buffer(weights, parts, count, distributed=distributed, bucket=bucket),
+            ranks=count,
+            copy=copy,
+        )
+        for weights, count, bucket, copy in wrappers
+    )
+
+
+def _tiles_held(sizes: Activations, place: Place, packs: Sequence[Pack]) -> int:
+    total = sum(pack.tiles for pack in packs)
+    if sizes.layout.encoder == "spread":
+        return Shares.of(total, sizes.layout.model_parallel_size).per_rank[place.replica]
+    return total if place.pp == 0 else 0
+
+
+def _walk(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[float, str]:
+    """The most that a step adds, and where."""
+    layout = sizes.layout
+    peak, where, live = 0.0, "forward of pack 1", 0.0
+    if layout.encoder == "spread":
+        live, peak, where = _encode(sizes, place, packs)
+    held = {
+        (number, chunk): _microbatch(sizes, place.pp, chunk, pack)
+        for number, pack in enumerate(packs)
+        for chunk in range(layout.vpp or 1)
+    }
+    in_flight = 0
+    for event in passes(layout.pp, layout.vpp, place.pp, len(packs)):
+        own = held[event.microbatch, event.chunk]
+        if event.kind == "forward":
+            in_flight += 1
+            live += own.saved
+            moment = live + own.forward
+        else:
+            moment = live + own.backward
+            live -= own.saved
+        if moment > peak:
+            peak, where = moment, f"{event.kind} of pack {event.microbatch + 1}, {in_flight} in flight"
+        in_flight -= event.kind == "backward"
+    return peak, where
+
+
+def _encode(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[float, float, str]:
+    """(kept through the pipeline, peak, where) of spread encoders' forward and backward."""
+    total = sum(pack.tiles for pack in packs)
+    own, trains = _tiles_held(sizes, place, packs), sizes.parts.features_need_gradient
+    chunk = min(own, sizes.layout.encoder_chunk or own)
+    again = sizes.layout.encoder_chunk is not None and sizes.parts.vision
+    tile = sizes.tile()
+    home = total * sizes.feature() if place.pp == 0 else 0.0
+    mine = own * sizes.feature()
+    kept = home + (0.0 if again or not trains else own * tile.saved + mine)
+    forward = kept + chunk * tile.forward + (chunk * tile.saved if again else 0.0) + mine
+    gradients = home * trains
+    backward = kept + gradients + mine + chunk * (tile.backward + (tile.saved if again else 0.0))
+    if trains and backward > forward:
+        return kept, backward, "backward of the spread encoders"
+    return kept, forward, "encoding, before the pipeline"
+
+
+def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: Pack) -> Held:
+    layout = sizes.layout
+    place, count = chunks_of_stage(layout, pp_rank)[chunk], layout.pp * (layout.vpp or 1)
+    layers = layers_of_chunks(sizes.config, layout)[place]
+    layer = sizes.layer(pack)
+    whole = Held(layers * layer.saved, layer.forward, layer.backward)
+    if place == 0:
+        whole = _first(sizes, pack).then(whole)
+    if place == count - 1:
+        return whole.then(sizes.head(pack))
+    hidden = sizes.hidden(pack)  # the output, kept until its gradient has come back
+    return Held(whole.saved + hidden, whole.forward, whole.backward + hidden)
+
+
+def _first(sizes: Activations, pack: Pack) -> Held:
+    """What the first stage does before its layers."""
+    embedding = sizes.embedding(pack)
+    if sizes.layout.encoder == "spread" or not pack.tiles:
+        return Held(0.0, embedding, embedding)
+    tiles = sizes.tile().times(pack.tiles)
+    return Held(tiles.saved, tiles.forward + embedding, tiles.backward + embedding)

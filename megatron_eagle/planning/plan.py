@@ -1,0 +1,193 @@
+"""The plan of a stage: does it fit, how long does it take, where is time lost.
+
+Puts together what the other modules of this room count: packs (``samples.py``), memory of every pipeline stage
+(``memory.py``), seconds of every pass (``timing.py``) and the simulated schedule (``simulator.py``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.parallel.spread import Shares
+from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.planning.flops import Parts, StepFlops, Work, step_flops
+from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.memory import BYTES, Memory, Place, memory_of, persistent
+from megatron_eagle.planning.parameters import layers_of_chunks
+from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.schedule import Pass
+from megatron_eagle.planning.simulator import Timeline, simulate
+from megatron_eagle.planning.timing import Timing
+from megatron_eagle.recipe import Recipe, Stage
+
+REPLICAS_SIMULATED = 4
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage of a recipe needs on a number of GPUs.
+
+    memory: of the fullest process of each pipeline stage. seconds: of a step; pipeline, encoders, reduction and update
+    are its parts. flops: useful operations of one step over all GPUs. samples: in one step.
+    """
+
+    stage: Stage
+    layout: Layout
+    recompute: str
+    gpus: int
+    hardware: Hardware
+    memory: tuple[Memory, ...]
+    timeline: Timeline
+    seconds: float
+    pipeline: float
+    encoders: float
+    reduction: float
+    update: float
+    flops: StepFlops
+    useful_tokens: float
+    tokens: int
+    tiles: float
+    samples: float
+    checkpoint_bytes: float
+
+    @property
+    def peak(self) -> float:
+        return max(memory.peak for memory in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.hardware.usable_bytes
+
+    @property
+    def mfu(self) -> float:
+        """Useful operations over the stated peak of all GPUs."""
+        return self.flops.total / (self.seconds * self.gpus * self.hardware.peak_flops)
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.useful_tokens / self.seconds / self.gpus
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        nodes = -(-self.gpus // self.hardware.gpus_per_node)
+        return self.checkpoint_bytes / nodes / self.hardware.checkpoint_bytes_per_second
+
+    def hours(self, samples: float | None = None) -> float:
+        """For ``samples`` samples, or for the steps of the recipe."""
+        steps = self.stage.steps if samples is None else samples / self.samples
+        return steps * self.seconds / 3600
+
+
+def plan_stage(
+    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix, simulated: int = REPLICAS_SIMULATED
+) -> StagePlan:
+    """Plan ``stage`` of ``recipe`` on ``gpus`` GPUs; UserError if they cannot be split as the layout says.
+
+    simulated: replicas whose packs are drawn; the slowest sets the pace.
+    """
+    layout, config = recipe.stage_layout(stage), recipe.model.eagle()
+    try:
+        replicas = layout.data_parallel_size(gpus)
+        layout.check_pack_length(stage.pack_length)
+    except ValueError as error:
+        raise UserError(f"stage '{stage.name}': {error}") from None
+    if stage.batch % replicas:
+        raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
+    sizes = Activations(
+        config,
+        layout,
+        Parts.of(stage.trainable),
+        recipe.precision,
+        recipe.model.recompute,
+        recipe.model.transformer_impl,
+    )
+    each, shown = stage.batch // replicas, min(replicas, simulated)
+    packs, samples = mix.packs(each * shown, stage.pack_length, tokens_per_tile(config))
+    if not packs:
+        raise UserError(f"stage '{stage.name}': no sample fits into a pack of {stage.pack_length} tokens")
+    packs = [packs[number % len(packs)] for number in range(each * shown)]  # the last ones may not have been filled
+    timing = Timing(sizes, hardware)
+    runs = [_replica(timing, packs[number::shown], gpus) for number in range(shown)]
+    slowest = max(runs, key=lambda run: run[0].seconds + run[1])
+    fullest = max((packs[number::shown] for number in range(shown)), key=lambda own: sum(p.tiles for p in own))
+    memory = tuple(memory_of(recipe, stage, gpus, Place(pp), fullest) for pp in range(layout.pp))
+    reduction, update = _behind(recipe, stage, gpus, timing)
+    useful = sum((pack.useful() for pack in packs), Work(0, 0, 0)) * (replicas / shown)
+    pipeline, encoders = slowest[0].seconds, slowest[1]
+    return StagePlan(
+        stage=stage,
+        layout=layout,
+        recompute=recipe.model.recompute,
+        gpus=gpus,
+        hardware=hardware,
+        memory=memory,
+        timeline=slowest[0],
+        seconds=pipeline + encoders + reduction + update,
+        pipeline=pipeline,
+        encoders=encoders,
+        reduction=reduction,
+        update=update,
+        flops=step_flops(config, sizes.parts, useful),
+        useful_tokens=useful.tokens,
+        tokens=stage.batch * stage.pack_length,
+        tiles=useful.tiles,
+        samples=samples * replicas / shown,
+        checkpoint_bytes=checkpoint_bytes(recipe, stage),
+    )
+
+
+def _replica(timing: Timing, packs: Sequence[Pack], gpus: int) -> tuple[Timeline, float]:
+    """(the pipeline, seconds of spread encoders beside it) of one replica."""
+    layout = timing.sizes.layout
+    count = layout.pp * (layout.vpp or 1)
+    tables = {stage: timing.table(stage, packs) for stage in {0, min(1, count - 1), count - 1}}
+    layers = layers_of_chunks(timing.sizes.config, layout)
+
+    def duration(stage: int, event: Pass) -> float:
+        own = tables.get(stage) or [each * (layers[stage] / layers[1]) for each in tables[1]]
+        tables[stage] = own
+        seconds = own[event.microbatch]
+        return seconds.forward if event.kind == "forward" else seconds.backward
+
+    transfer = timing.transfer(packs[0], gpus) if layout.pp > 1 else 0.0
+    timeline = simulate(layout.pp, layout.vpp, len(packs), duration, transfer)
+    if layout.encoder == "tensor":
+        return timeline, 0.0
+    total = sum(pack.tiles for pack in packs)
+    own = max(Shares.of(total, layout.model_parallel_size).per_rank)
+    return timeline, timing.spread(own, total)
+
+
+def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[float, float]:
+    """Seconds behind the last backward pass: gradient sums and new weights, then Adam; of the largest stage."""
+    layout = recipe.stage_layout(stage)
+    ranks = layout.data_parallel_size(gpus) * layout.cp
+    most = (0.0, 0.0)
+    for pp in range(layout.pp):
+        _, gradients, states, _ = persistent(recipe, stage, gpus, Place(pp))
+        weights = gradients / 4 * BYTES[recipe.precision]
+        each = 12 if recipe.precision == "bf16" else 8
+        reduction = timing.gradients(gradients, weights, ranks, overlap=recipe.optimizer.overlap)
+        most = max(most, (reduction, timing.update(states / each)))
+    return most
+
+
+def checkpoint_bytes(recipe: Recipe, stage: Stage) -> float:
+    """A whole checkpoint: every weight once, and float32 weights and moments of what trains."""
+    alone = replace(recipe, layout=Layout(), stages=(replace(stage, layout=Layout()),))
+    weights, _, states, _ = persistent(alone, alone.stages[0], 1, Place(0))
+    return float(weights + states)
+
+
+def describe_layout(layout: Layout) -> str:
+    """``tp=2 pp=4`` and whatever else is not the default."""
+    words = [f"tp={layout.tp}", f"pp={layout.pp}"]
+    words += [f"vpp={layout.vpp}"] if layout.vpp else []
+    words += [f"cp={layout.cp}"] if layout.cp > 1 else []
+    words += [f"ulysses={layout.ulysses}"] if layout.ulysses > 1 else []
+    words += ["sp"] if layout.sequence_parallel else []
+    words += [f"encoder={layout.encoder}"]
+    words += [f"chunk={layout.encoder_chunk}"] if layout.encoder_chunk else []
+    return " ".join(words)

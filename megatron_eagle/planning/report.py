@@ -1,0 +1,129 @@
+"""Plans as text: the table of a stage, of its processes, of a search, and layouts to paste into a recipe."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import yaml
+
+from megatron_eagle.layout import Layout
+from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.plan import StagePlan, describe_layout
+from megatron_eagle.planning.samples import Mix
+from megatron_eagle.training.log import format_duration
+
+GB = 1e9
+
+
+def assumptions(hardware: Hardware, mix: Mix) -> str:
+    """What the numbers rest on."""
+    return (
+        f"{hardware.name}: {hardware.peak_flops / 1e12:.0f} TFLOP/s stated peak; products at {hardware.products:.0%} "
+        f"of it, attention {hardware.attention:.0%}, convolutions {hardware.convolutions:.0%}; "
+        f"{hardware.memory_bytes / GB:.0f} GB less {hardware.reserved_bytes / GB:.1f} GB for what is no tensor. "
+        f"Samples of {mix.tokens_per_sample:.0f} tokens, {mix.visual:.0%} of them tiles. Reading keeps up."
+    )
+
+
+def stage_table(plans: Sequence[StagePlan]) -> str:
+    """One row a stage."""
+    header = [
+        "stage",
+        "layout",
+        "recompute",
+        "GB a GPU",
+        "fits",
+        "step s",
+        "balance",
+        "bubble",
+        "MFU",
+        "useful tokens/s/GPU",
+        "hours",
+        "GPU-hours",
+        "checkpoint",
+    ]
+    return markdown(header, [_stage_row(plan) for plan in plans])
+
+
+def _stage_row(plan: StagePlan) -> list[str]:
+    hours = plan.hours()
+    return [
+        plan.stage.name,
+        describe_layout(plan.layout),
+        plan.recompute,
+        f"{plan.peak / GB:.1f}",
+        "yes" if plan.fits else f"NO ({plan.hardware.usable_bytes / GB:.0f})",
+        f"{plan.seconds:.2f}",
+        f"{plan.timeline.balance:.0%}",
+        f"{plan.timeline.bubble:.0%}",
+        f"{plan.mfu:.1%}",
+        f"{plan.tokens_per_second_per_gpu:,.0f}",
+        f"{hours:.1f}",
+        f"{hours * plan.gpus:,.0f}",
+        f"{plan.checkpoint_bytes / GB:.0f} GB, {format_duration(plan.checkpoint_seconds)}",
+    ]
+
+
+def memory_table(plan: StagePlan) -> str:
+    """One row a pipeline stage: where the bytes of its fullest process are."""
+    header = ["pp rank", "weights", "gradients", "optimizer", "inputs", "activations", "peak GB", "at"]
+    rows = [
+        [
+            str(number),
+            *(f"{value / GB:.2f}" for value in (m.weights, m.gradients, m.optimizer, m.inputs, m.activations, m.peak)),
+            m.peak_at,
+        ]
+        for number, m in enumerate(plan.memory)
+    ]
+    return markdown(header, rows)
+
+
+def time_line(plan: StagePlan) -> str:
+    """Where the seconds of a step go, and how its work is made up."""
+    encoder = plan.flops.encoder.total / plan.flops.total
+    return (
+        f"step {plan.seconds:.2f} s: pipeline {plan.pipeline:.2f}, spread encoders {plan.encoders:.2f}, gradient sums "
+        f"{plan.reduction:.2f}, update {plan.update:.3f}; {plan.flops.total / 1e15:.2f} useful PFLOP, {encoder:.0%} of "
+        f"them in the encoders; padding {1 - plan.useful_tokens / plan.tokens:.1%}"
+    )
+
+
+def search_table(plans: Sequence[StagePlan]) -> str:
+    """The best layouts, fastest first, and the first of them to paste."""
+    if not plans:
+        return "no layout fits"
+    header = ["#", "layout", "layers per stage", "recompute", "GB a GPU", "step s", "balance", "bubble", "MFU", "hours"]
+    rows = [
+        [
+            str(number),
+            describe_layout(plan.layout),
+            " ".join(map(str, plan.layout.layers_per_stage or ())) or "even",
+            plan.recompute,
+            f"{plan.peak / GB:.1f}",
+            f"{plan.seconds:.2f}",
+            f"{plan.timeline.balance:.0%}",
+            f"{plan.timeline.bubble:.0%}",
+            f"{plan.mfu:.1%}",
+            f"{plan.hours():.1f}",
+        ]
+        for number, plan in enumerate(plans, start=1)
+    ]
+    best = plans[0]
+    return f"{markdown(header, rows)}\n\nmodel.recompute={best.recompute}\nlayout: {layout_as_yaml(best.layout)}"
+
+
+def layout_as_yaml(layout: Layout) -> str:
+    """A layout on one line, as a recipe takes it, without what is the default."""
+    default = Layout()
+    chosen = {f.name: getattr(layout, f.name) for f in fields(layout)}
+    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    return str(yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)).strip()
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns lined up, so that it also reads in a terminal."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

@@ -1,0 +1,111 @@
+"""The best layouts for a number of GPUs: every sensible combination is planned, the fastest that fit are kept.
+
+Varied: tensor, pipeline (also interleaved) and context parallelism, recomputation, where the encoders are, how many
+tiles they take at a time, and the layers of each pipeline stage, which are shared out so that stages take equally long.
+The number of microbatches follows from the batch, which is the recipe's: a search must not change what is learned.
+Memory is looked at first, because most combinations fail there and it is cheaper than time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.config import check_layout
+from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.planning.flops import Parts
+from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.memory import Place, memory_of
+from megatron_eagle.planning.plan import StagePlan, plan_stage
+from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.timing import Timing
+from megatron_eagle.recipe import Recipe, Stage
+
+SIZES = (1, 2, 4, 8)
+RECOMPUTE = ("none", "selective", "full", "offload")
+TILES_AT_A_TIME = (None, 8)
+SHORTEST_SHARE = 2048  # tokens of a pack that context parallelism leaves to a process; less is not worth its exchange
+
+
+def search(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix, keep: int = 10) -> list[StagePlan]:
+    """The ``keep`` fastest layouts of ``stage`` on ``gpus`` GPUs that fit, best first; empty if none does."""
+    best: list[StagePlan] = []
+    for layout, recompute in candidates(recipe, stage, gpus, hardware, mix):
+        variant = with_layout(recipe, stage, layout, recompute)
+        try:
+            plan = plan_stage(variant, variant.stage(stage.name), gpus, hardware, mix, simulated=1)
+        except UserError:
+            continue
+        if plan.fits:
+            best = sorted([*best, plan], key=lambda one: one.seconds)[:keep]
+    return best
+
+
+def with_layout(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any) -> Recipe:
+    """``recipe`` with another layout and recomputation for ``stage``."""
+    stages = tuple(replace(s, layout=layout) if s.name == stage.name else s for s in recipe.stages)
+    return replace(recipe, model=replace(recipe.model, recompute=recompute), stages=stages)
+
+
+def candidates(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix) -> Iterator[tuple[Layout, str]]:
+    """(layout, recompute) of everything worth timing: possible, and not refused by a look at its memory."""
+    config = recipe.model.eagle()
+    cost = tokens_per_tile(config)
+    for layout in _layouts(gpus, stage.pack_length):
+        replicas = gpus // layout.model_parallel_size
+        if stage.batch % replicas:
+            continue
+        packs, _ = mix.packs(min(stage.batch // replicas, 64), stage.pack_length, cost)
+        for recompute in RECOMPUTE:
+            balanced = _balance(recipe, stage, layout, recompute, hardware, packs[0])
+            try:
+                check_layout(config, balanced)
+                balanced.check_pack_length(stage.pack_length)
+            except ValueError:
+                break
+            variant = with_layout(recipe, stage, balanced, recompute)
+            first = memory_of(variant, variant.stage(stage.name), gpus, Place(0), packs)
+            if first.peak <= hardware.usable_bytes:
+                yield balanced, recompute
+
+
+def _layouts(gpus: int, pack_length: int) -> Iterator[Layout]:
+    for tp in SIZES:
+        for cp in (size for size in SIZES if size == 1 or pack_length // size >= SHORTEST_SHARE):
+            for pp in SIZES:
+                if gpus % (tp * pp * cp):
+                    continue
+                for vpp in (None, 2) if pp > 1 else (None,):
+                    shape: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sequence_parallel": tp > 1}
+                    yield Layout(**shape)
+                    for chunk in TILES_AT_A_TIME:
+                        yield Layout(**shape, encoder="spread", encoder_chunk=chunk)
+
+
+def _balance(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardware: Hardware, pack: Pack) -> Layout:
+    """``layout`` with layers shared out so that the slowest stage is as fast as it can be."""
+    count, layers = layout.pp * (layout.vpp or 1), recipe.model.eagle().language.num_hidden_layers
+    if count == 1 or layers < count:
+        return layout
+    sizes = Activations(
+        recipe.model.eagle(),
+        layout,
+        Parts.of(stage.trainable),
+        recipe.precision,
+        recompute,
+        recipe.model.transformer_impl,
+    )
+    timing = Timing(sizes, hardware)
+    layer, head, tiles = timing.layer(pack), timing.head(pack), timing.tiles(pack.tiles)
+    loads = [0.0] * count
+    loads[-1] += head.forward + head.backward
+    if layout.encoder == "tensor":
+        loads[0] += tiles.forward + tiles.backward
+    given = [1] * count
+    each = layer.forward + layer.backward
+    for _ in range(layers - count):
+        lightest = min(range(count), key=lambda number: loads[number] + given[number] * each)
+        given[lightest] += 1
+    return replace(layout, layers_per_stage=None if len(set(given)) == 1 else tuple(given))

@@ -1,0 +1,177 @@
+"""Seconds for every pass of every pipeline stage, from operation counts, bytes and the rates of a hardware profile.
+
+Products, attention and convolutions run at different shares of the peak; element-wise work (norms, activations, the
+cross entropy) runs at the speed of memory; tensor parallelism waits for its exchanges. Work that is repeated in the
+backward pass costs time here and counts nowhere else. Reading data is taken to keep up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_eagle.model.encoders import encoder_config
+from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
+from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.planning.flops import (
+    Flops,
+    attention_flops,
+    connector_flops,
+    encoder_flops,
+    encoder_names,
+    head_flops,
+    layer_flops,
+)
+from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.parameters import layers_of_chunks
+
+ADAM_BYTES = 30  # per weight of a shard: read gradient, weight and two moments, write three of them and the bf16 copy
+HIDDEN_BY_BACKWARD = 0.8  # of gradient sums with optimizer.overlap; an assumption
+ELEMENTWISE_PASSES = (2.0, 3.0)  # over what is saved: written and read forward, read and two gradients backward
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Forward and backward of a piece."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> "Seconds":
+        return Seconds(self.forward * times, self.backward * times)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of the pieces of a model on one process of a layout."""
+
+    sizes: Activations
+    hardware: Hardware
+
+    def layer(self, pack: Pack) -> Seconds:
+        """One decoder layer on a whole pack, with its exchanges and what is computed again."""
+        language, layout, parts = self.sizes.config.language, self.sizes.layout, self.sizes.parts
+        work, share = pack.computed(), layout.tp * layout.cp
+        products = self._compute(layer_flops(language, parts, work.tokens) * (1 / share), self.hardware.products)
+        core = self._compute(attention_flops(language, parts, work.pairs) * (1 / share), self.hardware.attention)
+        kept = Activations(self.sizes.config, layout, parts, self.sizes.precision, "none", "transformer_engine")
+        rest = self._elementwise(kept.layer(pack).saved)
+        exchange = self._tensor_exchange(pack) + self._context_exchange(pack)
+        once = products + core + rest + exchange
+        if self.sizes.recompute == "selective":
+            once = Seconds(once.forward, once.backward + core.forward)
+        elif self.sizes.recompute in ("full", "offload"):
+            once = Seconds(once.forward, once.backward + once.forward)
+        launch = self.hardware.launch
+        return Seconds(max(once.forward, launch), max(once.backward, 2 * launch if parts.any else 0.0))
+
+    def head(self, pack: Pack) -> Seconds:
+        """Logits and cross entropy."""
+        language, layout = self.sizes.config.language, self.sizes.layout
+        tokens = pack.length / layout.cp
+        products = self._compute(
+            head_flops(language, self.sizes.parts, tokens) * (1 / layout.tp), self.hardware.products
+        )
+        return products + self._elementwise(4.0 * tokens * language.padded_vocab_size / layout.tp * 2)
+
+    def tiles(self, count: int) -> Seconds:
+        """Encoders and connector on ``count`` tiles; every context-parallel process of a place encodes all of them."""
+        if not count:
+            return Seconds(0.0, 0.0)
+        config, parts, tp = self.sizes.config, self.sizes.parts, self.sizes.encoder_tp
+        total = self._compute(connector_flops(config, parts) * (count / tp), self.hardware.products)
+        layers = 0
+        for place in encoder_names(config):
+            numbers: Any = encoder_config(config.encoders[place])
+            convolves = isinstance(numbers, ConvNextConfig)
+            rate = self.hardware.convolutions if convolves else self.hardware.products
+            flops = encoder_flops(config, place, parts) * (count / tp)
+            one = self._compute(flops, rate)
+            repeats = self.sizes.recompute in ("full", "offload") and parts.vision
+            total += Seconds(one.forward, one.backward + one.forward * repeats)
+            layers += sum(numbers.depths) if convolves else numbers.num_hidden_layers
+        if self.sizes.layout.encoder_chunk is not None and parts.vision:
+            total = Seconds(total.forward, total.backward + total.forward)
+        if not parts.features_need_gradient:
+            return Seconds(max(total.forward, layers * self.hardware.launch), 0.0)
+        return Seconds(max(total.forward, layers * self.hardware.launch), total.backward)
+
+    def table(self, stage: int, packs: Sequence[Pack]) -> list[Seconds]:
+        """A virtual stage's passes over each of ``packs``."""
+        layout = self.sizes.layout
+        layers = layers_of_chunks(self.sizes.config, layout)
+        times = []
+        for pack in packs:
+            total = self.layer(pack) * layers[stage]
+            if stage == len(layers) - 1:
+                total += self.head(pack)
+            if stage == 0 and layout.encoder == "tensor":
+                total += self.tiles(pack.tiles)
+            times.append(total)
+        return times
+
+    def spread(self, own: int, total: int) -> float:
+        """Everything that spread encoders add outside the pipeline, for a process with ``own`` of the step's tiles."""
+        if not total:
+            return 0.0
+        size = self.sizes.layout.model_parallel_size
+        link = self._link(size)
+        side = self.sizes.config.tile_size
+        pixels = 3.0 * side**2 * total * (size - 1) / size / link
+        features = total * self.sizes.feature() / link * (2 if self.sizes.parts.features_need_gradient else 1)
+        encode = self.tiles(own)
+        return encode.forward + encode.backward + pixels + features + 3 * self.hardware.latency
+
+    def transfer(self, pack: Pack, gpus: int) -> float:
+        """Hidden states from one pipeline stage to the next; neighbours are ``world / pp`` ranks apart."""
+        link = self._link(self.sizes.layout.pp * gpus // max(1, self.sizes.layout.pp))
+        return self.sizes.hidden(pack) / link + self.hardware.latency
+
+    def gradients(self, buffer_bytes: float, weight_bytes: float, ranks: int, *, overlap: bool) -> float:
+        """Gradient sums and, behind the optimizer, the new weights: a ring over ``ranks`` processes."""
+        if ranks == 1:
+            return 0.0
+        span = self.sizes.layout.tp * ranks
+        seconds = (buffer_bytes + weight_bytes) * (ranks - 1) / ranks / self._link(span)
+        return seconds * (1 - HIDDEN_BY_BACKWARD if overlap else 1.0)
+
+    def update(self, shard: float) -> float:
+        """Adam over the ``shard`` weights a process keeps the state of."""
+        return shard * ADAM_BYTES / (self.hardware.memory_bytes_per_second * self.hardware.memory_share)
+
+    def _compute(self, flops: Flops, share: float) -> Seconds:
+        rate = self.hardware.peak_flops * share
+        return Seconds(flops.forward / rate, flops.backward / rate)
+
+    def _elementwise(self, saved: float) -> Seconds:
+        rate = self.hardware.memory_bytes_per_second * self.hardware.memory_share
+        forward, backward = (passes * saved / rate for passes in ELEMENTWISE_PASSES)
+        return Seconds(forward, backward if self.sizes.parts.any else 0.0)
+
+    def _tensor_exchange(self, pack: Pack) -> Seconds:
+        """Two sums of the hidden states forward, two backward; with sequence parallelism the same bytes in halves, and
+        the inputs gathered again for the weight gradients."""
+        layout = self.sizes.layout
+        if layout.tp == 1:
+            return Seconds(0.0, 0.0)
+        whole = self.sizes.embedding(pack)
+        once = 2 * whole * (layout.tp - 1) / layout.tp / self._link(layout.tp) + self.hardware.latency
+        again = 0.5 * (layout.sequence_parallel and self.sizes.parts.language)
+        return Seconds(2 * once, (2 + 2 * again) * once)
+
+    def _context_exchange(self, pack: Pack) -> Seconds:
+        """Keys and values to all places, and their gradients back."""
+        layout, language = self.sizes.layout, self.sizes.config.language
+        if layout.cp == 1:
+            return Seconds(0.0, 0.0)
+        keys = 2 * pack.length * language.num_key_value_heads * language.head_dim / layout.tp * self.sizes.number
+        once = keys * (layout.cp - 1) / layout.cp / self._link(layout.tp * layout.cp) + self.hardware.latency
+        return Seconds(once, once)
+
+    def _link(self, span: int) -> float:
+        """Bytes a second between processes whose ranks lie within ``span`` of each other."""
+        inside = span <= self.hardware.gpus_per_node
+        rate = self.hardware.inside_bytes_per_second if inside else self.hardware.outside_bytes_per_second
+        return rate * self.hardware.link_share

@@ -1,0 +1,167 @@
+"""Training checkpoints: damage is found and named, a killed save leaves the checkpoint before it, both whole."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_eagle.checkpoint.torch_dist import TorchDist
+from megatron_eagle.errors import UserError
+from megatron_eagle.training import checksums
+from megatron_eagle.training.checkpoint import find_latest, read_description
+
+FILES = {"one.distcp": b"a" * 5000, "two.distcp": b"b" * 70, "checkpoint.json": b"{}"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    checksums.write(tmp_path, checksums.measure(tmp_path))
+    return tmp_path
+
+
+def test_an_undamaged_checkpoint_passes(folder):
+    checksums.verify(folder)
+    assert json.loads((folder / checksums.CHECKSUMS).read_text()).keys() == FILES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_every_flipped_bit_truncation_and_loss_is_named(folder, name):
+    file, content = folder / name, FILES[name]
+    generator = random.Random(name)
+    for _ in range(20):
+        place = generator.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << generator.randrange(8)
+        file.write_bytes(changed)
+        assert checksums.damage(folder) == [f"{name} has other bytes than were written"]
+    file.write_bytes(content[:-1])
+    with pytest.raises(
+        UserError, match=f"{name} has {len(content) - 1} bytes, {len(content)} were written.*--fallback"
+    ):
+        checksums.verify(folder)
+    file.unlink()
+    assert checksums.damage(folder) == [f"{name} is missing"]
+
+
+def test_damaged_checksums_are_damage(folder):
+    (folder / checksums.CHECKSUMS).write_text('{"one.distcp": 3}')
+    assert "checksums.json cannot be read" in checksums.damage(folder)[0]
+
+
+def damage_and_train(recipe_path, runs, fallback):
+    """Runs in every process of a world: the error of continuing, or None."""
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.platform import install
+    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.training.loop import RunFolder, StageRun
+
+    recipe = load_recipe(Path(recipe_path))
+    platform = install()
+    groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
+    stage, run_folder = recipe.stage("first"), RunFolder(Path(runs) / recipe.name)
+    try:
+        StageRun(recipe, stage, run_folder, platform, groups, fallback=fallback).train()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for(small_run, worlds, tmp_path):
+    stages = small_run.settings()["stages"]
+    stages[0].update(steps=6, checkpoint_every=2)
+    recipe = str(small_run.write_recipe(tmp_path / "recipe.yaml", stages=stages))
+    assert worlds(1).run(damage_and_train, recipe, str(tmp_path), False) == [None]
+    folder = tmp_path / "small" / "checkpoints" / "first"
+    whole = {step: folder / f"step_{step:08d}" for step in (4, 6)}
+    expected = TorchDist(whole[6]).read("connector.linear_fc1.weight")
+    shutil.rmtree(whole[6])
+    (folder / "latest").write_text(whole[4].name)
+    shutil.copytree(folder / whole[4].name, folder / "kept")
+    shard = max(whole[4].glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), False)
+    assert re.search(rf"step_00000004 is damaged: {shard.name} has other bytes.*--fallback", error)
+    older = folder / "step_00000002"
+    if not older.exists():  # keep_checkpoints may have removed it
+        shutil.copytree(folder / "kept", older)
+    assert worlds(1).run(damage_and_train, recipe, str(tmp_path), True) == [None]
+    assert torch.equal(TorchDist(whole[6]).read("connector.linear_fc1.weight"), expected)
+
+
+def save_for_ever(stage_folder, recipe_path):
+    """A forked trainer without data: every save's weights are the number of its step."""
+    import torch.distributed as dist
+
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.platform import install
+    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.training.checkpoint import Description, save_checkpoint
+    from megatron_eagle.training.engine import build_engine
+
+    recipe = load_recipe(Path(recipe_path))
+    platform = install()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
+    engine = build_engine(recipe, recipe.stage("first"), platform, groups)
+    latest = find_latest(stage_folder)
+    step = read_description(latest).step if latest else 0
+    while True:
+        step += 1
+        with torch.no_grad():
+            for model in engine.models:
+                for parameter in model.parameters():
+                    parameter.fill_(step)
+        save_checkpoint(stage_folder, Description("first", step, 10**6, {}, {}, 1), engine, groups, b"x", keep=2)
+
+
+def kill_while_saving(small_run, tmp_path, kills, seed):
+    generator = random.Random(seed)
+    recipe = str(small_run.write_recipe(tmp_path / "recipe.yaml"))
+    folder = tmp_path / "first"
+    done, before = 0, 0
+    while done < kills:
+        child = os.fork()
+        if child == 0:
+            os.close(2)
+            try:
+                save_for_ever(folder, recipe)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + 100
+        while (latest := find_latest(folder)) is None or read_description(latest).step <= before:
+            assert time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0), "nothing is saved"
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.3)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        done += 1
+        latest = find_latest(folder)
+        checksums.verify(latest)
+        before = read_description(latest).step
+        stored = TorchDist(latest)
+        names = [name for name in stored.names if not name.startswith("optimizer.")]
+        assert len(names) > 50
+        for name in ("connector.linear_fc1.weight", "language.embedding.word_embeddings.weight"):
+            assert bool((stored.read(name) == before).all()), f"kill {done}: {latest} holds another step's {name}"
+    return before
+
+
+def test_kills_while_saving(small_run, tmp_path):
+    assert kill_while_saving(small_run, tmp_path, 4, seed=1) >= 4
+
+
+@pytest.mark.long
+def test_two_hundred_kills_while_saving(small_run, tmp_path):
+    assert kill_while_saving(small_run, tmp_path, 200, seed=2) >= 200

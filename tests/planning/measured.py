@@ -1,0 +1,129 @@
+"""What a training process really holds, measured inside worlds: bytes by kind, and the peak of a step."""
+
+import copy
+from datetime import timedelta
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from megatron_eagle.parallel.groups import initialise
+from megatron_eagle.parallel.hand_round import hand_round
+from megatron_eagle.planning.accounting import TensorAccounting
+from megatron_eagle.platform import install
+from megatron_eagle.recipe import Recipe
+from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.loss import normalise_weights
+
+SETTINGS: dict[str, Any] = {
+    "name": "planned",
+    "model": {"preset": "tiny"},
+    "tokenizer": {"kind": "sentencepiece", "path": "none"},
+    "precision": "fp32",
+    "log": {"tensorboard": False},
+    "stages": [
+        {
+            "name": "all",
+            "trainable": ["vision", "connector", "language"],
+            "steps": 4,
+            "pack_length": 512,
+            "batch": 4,
+            "learning_rate": 1e-3,
+            "blend": [{"path": "none"}],
+        }
+    ],
+}
+
+
+def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
+    settings = copy.deepcopy(SETTINGS) | {"layout": layout}
+    for key, value in changes.items():
+        if key in ("trainable", "batch", "pack_length"):
+            settings["stages"][0][key] = value
+        elif key in ("recompute", "language"):
+            settings["model"][key] = value
+        elif key in ("distributed", "overlap"):
+            settings.setdefault("optimizer", {})[key] = value
+        else:
+            settings[key] = value
+    return TypeAdapter(Recipe).validate_python(settings)
+
+
+def packs_of(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> list[Any]:
+    """One pack for each entry: segments of ``lengths``, the rest padding; the tiles stand one behind another."""
+    from megatron_eagle.data.packing import Segment, assemble_pack
+    from megatron_eagle.model.mixture import tokens_per_tile
+
+    config = recipe.model.eagle()
+    cost, side = tokens_per_tile(config), config.tile_size
+    packs = []
+    for sizes, count in zip(lengths, tiles, strict=True):
+        segments = []
+        for number, size in enumerate(sizes):
+            own = count if number == 0 else 0
+            assert own * cost <= size
+            tokens = torch.arange(size) % 100 + 1
+            segments.append(
+                Segment(
+                    str(number),
+                    tokens,
+                    tokens.clone(),
+                    torch.arange(own) * cost,
+                    torch.zeros(own, 3, side, side, dtype=torch.uint8),
+                )
+            )
+        packs.append(assemble_pack(segments, recipe.stages[0].pack_length, 0))
+    return packs
+
+
+def storage_bytes(tensors: Any) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def persistent(engine: Engine) -> dict[str, int]:
+    """Bytes of weights, gradient buffers and optimizer state of this process."""
+    owners = engine.gradient_owners()
+    gradients = [buffer.grad_data for owner in owners for buffer in owner.buffers]
+    weights = [p.data for module, _ in engine.weight_owners() for p in module.parameters()]
+    weights += [buffer.param_data for owner in owners for buffer in owner.buffers if buffer.param_data is not None]
+    held = {t.untyped_storage()._cdata for t in weights}
+    state: list[torch.Tensor] = []
+    for part in engine.optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner is None:
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                tensors = [parameter.data, *(v for v in inner.state[parameter].values() if torch.is_tensor(v))]
+                state += [t for t in tensors if t.untyped_storage()._cdata not in held]
+    return {
+        "weights": storage_bytes(weights),
+        "gradients": storage_bytes(gradients),
+        "optimizer": storage_bytes(state),
+    }
+
+
+def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[str, int]:
+    """Runs in every process of a world: two steps, the second one under account."""
+    platform = install()
+    stage = recipe.stages[0]
+    groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(seconds=60))
+    engine = build_engine(recipe, stage, platform, groups)
+    own = slice(groups.dp_rank, None, groups.dp_size)
+    read = (lambda: packs_of(recipe, lengths, tiles)[own]) if groups.is_reader else list
+    batches = hand_round(read, groups, platform.device)
+    batches = normalise_weights(batches, "global", packs_in_step=stage.batch, data_parallel_group=groups.dp)
+    engine.step(batches)
+    with TensorAccounting() as seen:
+        engine.forward_backward(batches)
+        train_peak = seen.peak
+        seen.restart_peak()
+        start = seen.live
+        engine.update()
+    return {
+        **persistent(engine),
+        "inputs": storage_bytes(t for batch in batches for t in vars(batch).values() if torch.is_tensor(t)),
+        "activations": train_peak,
+        "left": start,
+        "update": seen.peak,
+    }

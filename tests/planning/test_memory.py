@@ -1,0 +1,85 @@
+"""The planner's bytes against what training processes really hold, on every rank of many layouts.
+
+Weights, gradient buffers and optimizer states must be equal to the byte; the peak of all tensors within 5 %.
+"""
+
+import pytest
+from measured import measure, recipe_of
+
+from megatron_eagle.planning.activations import Pack
+from megatron_eagle.planning.memory import Place, memory_of
+
+RAGGED = ([[300, 200], [512], [100] * 5, [400]], [5, 8, 6, 0])
+EVEN = ([[512]] * 4, [8] * 4)
+UNEVEN = {"pp": 2, "layers_per_stage": [1, 2]}
+
+CASES = {
+    1: [
+        ({}, {}, EVEN),
+        ({}, {"recompute": "selective"}, EVEN),
+        ({}, {"recompute": "full"}, EVEN),
+        ({}, {"precision": "bf16"}, EVEN),
+        ({}, {"trainable": ["connector"]}, EVEN),
+        ({}, {"trainable": ["language"]}, ([[512]] * 4, [0] * 4)),
+        ({}, {"distributed": False}, RAGGED),
+    ],
+    2: [
+        (UNEVEN, {}, RAGGED),
+        ({**UNEVEN, "encoder": "spread"}, {}, RAGGED),
+        ({"encoder": "spread", "encoder_chunk": 4}, {}, RAGGED),
+        ({}, {}, RAGGED),
+        ({"tp": 2}, {}, RAGGED),
+        ({"tp": 2, "sequence_parallel": True}, {"precision": "bf16", "recompute": "full"}, RAGGED),
+        ({"cp": 2}, {}, RAGGED),
+        ({"cp": 2, "ulysses": 2}, {}, RAGGED),
+    ],
+    4: [
+        ({"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}, RAGGED),
+        ({**UNEVEN, "cp": 2, "encoder": "spread"}, {}, RAGGED),
+        ({"pp": 2, "layers_per_stage": [1, 2]}, {"recompute": "full"}, RAGGED),
+    ],
+}
+
+
+def compare(worlds, size, layout, changes, packs):
+    recipe = recipe_of(layout, **changes)
+    stage, lengths, tiles = recipe.stages[0], *packs
+    own, replicas = recipe.layout, recipe.layout.data_parallel_size(size)
+    whole = [
+        Pack(tuple(sizes) + ((stage.pack_length - sum(sizes),) if sum(sizes) < stage.pack_length else ()), count)
+        for sizes, count in zip(lengths, tiles, strict=True)
+    ]
+    for rank, got in enumerate(worlds(size).run(measure, recipe, lengths, tiles)):
+        tp, rest = rank % own.tp, rank // own.tp
+        cp, rest = rest % own.cp, rest // own.cp
+        dp, pp = rest % replicas, rest // replicas
+        place = Place(pp, dp * own.cp + cp, (pp * own.cp + cp) * own.tp + tp, rank)
+        expected = memory_of(recipe, stage, size, place, whole[dp::replicas])
+        exact = (expected.weights, expected.gradients, expected.optimizer)
+        assert exact == (got["weights"], got["gradients"], got["optimizer"]), f"rank {rank} of {layout} {changes}"
+        total = sum(exact) + got["inputs"] + max(got["activations"], got["update"])
+        assert expected.peak == pytest.approx(total, rel=0.05), f"rank {rank} of {layout} {changes}"
+
+
+QUICK = {1: (0, 2, 4), 2: (1, 5)}
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_bytes_of_every_process(worlds, size):
+    for number in QUICK[size]:
+        compare(worlds, size, *CASES[size][number])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", CASES)
+def test_bytes_of_every_process_in_all_layouts(worlds, size):
+    for case in CASES[size]:
+        compare(worlds, size, *case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"pp": 2, "encoder": "spread"}, {"tp": 2}])
+def test_a_tenth_of_a_billion_weights(worlds, layout):
+    language = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 12}
+    size = 1 if not layout else 2
+    compare(worlds, size, layout, {"language": {**language, "num_key_value_heads": 4, "vocab_size": 16000}}, RAGGED)

@@ -1,0 +1,100 @@
+"""Plans, searches, hardware profiles and the published hours."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.planning.dry_run import match_exchanges
+from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware, profile_names
+from megatron_eagle.planning.plan import plan_stage
+from megatron_eagle.planning.published import BRACKET, matching_tokens
+from megatron_eagle.planning.report import layout_as_yaml, search_table, stage_table
+from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.search import search, with_layout
+from megatron_eagle.recipe import load_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+H100 = load_hardware("h100")
+
+
+def eagle(name="eagle2-9b"):
+    return load_recipe(EXAMPLES / name / "recipe.yaml")
+
+
+def planned(layout, recompute="selective", stage="stage1.5", gpus=256, mix=None):
+    recipe = eagle()
+    variant = with_layout(recipe, recipe.stage(stage), layout, recompute)
+    return plan_stage(variant, variant.stage(stage), gpus, H100, mix or Mix())
+
+
+def test_spreading_the_encoders_balances_the_pipeline():
+    """Even layers, two encoders on the first of four stages: about 47 % (44 % with the output layer on the last)."""
+    stuck, spread = planned(Layout(pp=4)), planned(Layout(pp=4, encoder="spread"))
+    assert 0.40 < stuck.timeline.balance < 0.50
+    assert spread.timeline.balance > 0.75
+    evened = planned(Layout(pp=4, encoder="spread", layers_per_stage=(8, 8, 7, 5)))
+    assert evened.timeline.balance > 0.95
+    assert evened.mfu > 1.5 * stuck.mfu
+
+
+def test_published_hours_of_the_trained_stages_lie_within_the_bracket():
+    recipe = eagle()
+    for name in ("stage1.5", "stage2"):
+        tokens = matching_tokens(recipe, recipe.stage(name), H100)
+        assert tokens is not None and BRACKET[0] <= tokens <= BRACKET[1]
+
+
+def test_what_does_not_fit_says_so():
+    assert not planned(Layout(), "none").fits
+    assert "NO (74)" in stage_table([planned(Layout(), "none")])
+
+
+def test_utilisation_stays_below_what_the_rates_allow():
+    for layout in (Layout(), Layout(tp=4, sequence_parallel=True), Layout(pp=2, encoder="spread")):
+        assert 0.05 < planned(layout).mfu < H100.products
+
+
+def test_a_search_finds_what_fits_and_its_first_line_can_be_pasted():
+    recipe = eagle("eagle2-1b")
+    plans = search(recipe, recipe.stage("stage1.5"), 256, H100, Mix(), keep=3)
+    assert plans and all(plan.fits for plan in plans)
+    assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
+    line = search_table(plans).splitlines()[-1].removeprefix("layout: ")
+    assert Layout(**yaml.safe_load(line)) == replace(plans[0].layout)
+    assert yaml.safe_load(layout_as_yaml(Layout())) == {}
+
+
+def test_profiles_explain_every_number(tmp_path):
+    assert profile_names() == ["a100", "b200", "cpu", "h100", "h200"]
+    for name in profile_names():
+        assert load_hardware(name).usable_bytes > 0
+    own = tmp_path / "own.yaml"
+    own.write_text(hardware_as_yaml(H100).replace("  latency:", "  lateness:"))
+    with pytest.raises(UserError, match="no source for latency"):
+        load_hardware(str(own))
+    with pytest.raises(UserError, match="no hardware profile 'h900'"):
+        load_hardware("h900")
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(UserError, match="batch=1024 packs cannot be shared out to 3 replicas"):
+        planned(Layout(), gpus=3)
+    with pytest.raises(UserError, match="7 processes cannot be split"):
+        planned(Layout(tp=2, sequence_parallel=True), gpus=7)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "microbatches"), [(2, None, 5), (4, None, 8), (2, 2, 4), (4, 3, 8)])
+def test_every_send_meets_its_receive(pp, vpp, microbatches):
+    sends = (pp * (vpp or 1) - 1) * microbatches
+    assert match_exchanges(pp, vpp, microbatches) == 2 * sends
+
+
+def test_packs_are_ragged_and_within_bounds():
+    packs, samples = Mix(tokens_per_sample=1500).packs(40, 8192, 256)
+    assert all(pack.length == 8192 for pack in packs)
+    assert len({pack.segments for pack in packs}) == len(packs) and len({pack.tiles for pack in packs}) > 1
+    assert samples > len(packs)

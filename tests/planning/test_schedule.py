@@ -1,0 +1,86 @@
+"""The order of passes against a recording of what Megatron's schedules run, and what the simulator makes of it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from measured import packs_of, recipe_of
+
+from megatron_eagle.planning.schedule import Pass, passes
+from megatron_eagle.planning.simulator import in_order, simulate
+
+SMALL = {"language": {"num_hidden_layers": 8}, "batch": 8, "trainable": ["language"], "pack_length": 64}
+
+
+def record(recipe):
+    """Train one step and note each pass of each chunk of this process; runs in every process of a world."""
+    from datetime import timedelta
+
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.platform import install
+    from megatron_eagle.training.engine import build_engine, run_schedule
+
+    platform, stage = install(), recipe.stages[0]
+    groups = initialise(recipe.layout, platform, timeout=timedelta(seconds=60))
+    engine = build_engine(recipe, stage, platform, groups)
+    events, counts = [], {}
+
+    def note(kind, chunk):
+        counts[kind, chunk] = counts.get((kind, chunk), -1) + 1
+        events.append((kind, counts[kind, chunk], chunk))
+
+    for chunk, model in enumerate(engine.models):
+        model.register_forward_hook(lambda *_, chunk=chunk: note("forward", chunk))
+        model.register_full_backward_pre_hook(lambda *_, chunk=chunk: note("backward", chunk))
+    batches = packs_of(recipe, [[60]] * stage.batch, [0] * stage.batch)
+    run_schedule(engine.chunks, batches, forward_only=False)
+    return groups.pp_rank, events
+
+
+@pytest.mark.parametrize(
+    ("size", "pp", "vpp", "batch"), [(2, 2, None, 5), (2, 2, 2, 8), (4, 4, None, 8), (4, 2, 2, 4), (4, 4, 2, 8)]
+)
+def test_the_order_that_megatron_runs(worlds, size, pp, vpp, batch):
+    recipe = recipe_of({"pp": pp, "vpp": vpp}, **{**SMALL, "batch": batch})
+    for pp_rank, events in worlds(size).run(record, recipe):
+        assert events == [(p.kind, p.microbatch, p.chunk) for p in passes(pp, vpp, pp_rank, batch)]
+
+
+def steady(stage, event):
+    return 1.0 if event.kind == "forward" else 2.0
+
+
+@given(st.integers(1, 6), st.sampled_from([None, 2, 3]), st.integers(1, 5))
+def test_every_pass_once_and_simulation_keeps_the_order(pp, vpp, groups):
+    count = groups * pp
+    timeline = simulate(pp, vpp if pp > 1 else None, count, steady)
+    for rank in range(pp):
+        order = passes(pp, vpp if pp > 1 else None, rank, count)
+        assert len(set(order)) == len(order) == 2 * count * (vpp or 1 if pp > 1 else 1)
+        assert list(in_order(timeline, rank)) == order
+
+
+def test_bubble_of_equal_stages():
+    """1F1B waits for pp - 1 passes of both kinds (Narayanan et al., arXiv 2104.04473): (pp - 1) / (m + pp - 1)."""
+    timeline = simulate(4, None, 12, steady)
+    assert timeline.seconds == 3.0 * (12 + 3)
+    assert timeline.bubble == pytest.approx(3 / 15)
+    interleaved = simulate(4, 2, 12, lambda stage, event: steady(stage, event) / 2)
+    assert interleaved.seconds == pytest.approx(3.0 * (12 + 3 / 2))
+
+
+def test_a_pipeline_is_as_slow_as_its_slowest_stage():
+    """Two encoders on the first of four stages of Eagle2-9B: 54 tiles cost 416 TFLOP, a stage's layers 174."""
+
+    def on_first(stage, event):
+        return 174.0 + 416.0 * (stage == 0)
+
+    stuck, spread = simulate(4, None, 64, on_first), simulate(4, None, 64, lambda stage, event: 174.0 + 104.0)
+    assert stuck.balance == pytest.approx(0.47, abs=0.005)
+    assert spread.balance == 1.0
+    assert stuck.seconds / spread.seconds > 2.0
+
+
+def test_times_may_differ_by_pack():
+    long_one = simulate(2, None, 3, lambda stage, event: 5.0 if event.microbatch == 1 else 1.0)
+    assert long_one.ends[0][Pass("forward", 1, 0)] == 6.0
+    assert long_one.ends[1][Pass("backward", 2, 0)] == long_one.ends[1][Pass("forward", 2, 0)] + 1.0

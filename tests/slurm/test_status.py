@@ -1,0 +1,51 @@
+"""The table of a chain, from events and metrics alone (these jobs are in no queue)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_eagle.cluster.events import append_event
+from megatron_eagle.cluster.status import read_status, table
+from megatron_eagle.errors import UserError
+
+
+def step(stage: str, number: int) -> str:
+    record = {"stage": stage, "step": number, "steps": 10, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 1.0}
+    counts = {"useful_tokens": 900, "tokens": 1000, "tiles": 4, "seconds": 2.0, "data_wait": 0.1, "sample_digest": "d"}
+    return json.dumps(record | counts) + "\n"
+
+
+def test_the_table_of_a_chain(tmp_path: Path) -> None:
+    for stage, job in (("a", "7"), ("b", "8"), ("c", "9")):
+        append_event(tmp_path, "submitted", stage=stage, job=job, steps=10, processes=4)
+    start = {"job": "7", "nodes": "n1", "step": 0, "log_offset": 0}
+    append_event(tmp_path, "started", stage="a", **start)
+    append_event(tmp_path, "ended", stage="a", step=10, outcome="complete", cause="last step reached", bad_nodes=[])
+    append_event(tmp_path, "started", stage="b", **start)
+    for _ in range(2):
+        append_event(tmp_path, "ended", stage="b", step=0, outcome="failed", cause="rank 3: Killed", bad_nodes=["n2"])
+        append_event(tmp_path, "started", stage="b", **start)
+    append_event(tmp_path, "gave_up", stage="b", job="8", cause="3 starts in a row")
+    (tmp_path / "metrics.jsonl").write_text(step("a", 10) + step("b", 1) + step("b", 2))
+    rows = read_status(tmp_path)
+    assert [(row.stage, row.state, row.step, row.restarts, row.why) for row in rows] == [
+        ("a", "complete", 10, 0, ""),
+        ("b", "gave up", 2, 2, "3 starts in a row"),
+        ("c", "not in the queue", 0, 0, ""),
+    ]
+    assert rows[1].tokens_per_second == 450 and rows[1].seconds_left == 16.0
+    lines = table(rows).splitlines()
+    assert lines[0].startswith("stage  job  state") and "2/10" in lines[2] and "16s" in lines[2]
+
+
+def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing has been submitted"):
+        read_status(tmp_path)
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "sta')
+    assert [row.stage for row in read_status(tmp_path)] == ["a"]

@@ -1,0 +1,278 @@
+"""A throw-away Slurm: a controller and several slurmd on this host, own ports and folders, no systemd.
+
+    with ThrowawaySlurm.start(nodes=2) as slurm: slurm.run("srun", "-N2", "hostname")
+
+Everything it starts is ended with it: daemons by their recorded process ids, jobs before them.
+"""
+
+import contextlib
+import ctypes
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun")
+KILL_WAIT = 5  # seconds Slurm gives processes between SIGTERM and SIGKILL
+SLURMD_TIMEOUT = 10  # seconds without a word from a slurmd before its node is down
+
+CONFIG = """\
+ClusterName=throwaway
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout={slurmd_timeout}
+KillWait={kill_wait}
+MinJobAge=3600
+InactiveLimit=0
+Waittime=0
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+"""
+
+
+def missing() -> str | None:
+    """Why there cannot be a Slurm here, or None."""
+    absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    return f"slurm-wlm is not installed ({', '.join(absent)} missing)" if absent else None
+
+
+@dataclass
+class ThrowawaySlurm:
+    folder: Path
+    nodes: list[str]
+    daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    gone_since: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, nodes: int = 2, cpus: int = 4) -> Iterator["ThrowawaySlurm"]:
+        folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: a Unix socket's path has 107 bytes
+        slurm = cls(folder, [f"n{number}" for number in range(1, nodes + 1)])
+        try:
+            slurm._configure(cpus)
+            slurm._daemon("slurmctld", "slurmctld", "-D")
+            for node in slurm.nodes:
+                slurm.start_node(node)
+            slurm.until(lambda: slurm.node_states() == ["idle"] * nodes, "all nodes idle")
+            yield slurm
+        finally:
+            slurm._stop()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "WORLD_"))}
+        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Output of a command that talks to this Slurm."""
+        done = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=60, check=False)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    def node_states(self) -> list[str]:
+        return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What Slurm knows of the job; empty if it cannot be asked at the moment."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", job, check=False)
+        return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+
+    def state(self, job: str) -> str:
+        return self.job(job).get("JobState", "")
+
+    def start_requeued_jobs(self) -> None:
+        """A requeued job waits two minutes, by Slurm's word; tests wait only for its last process to be gone.
+
+        And two seconds more: slurmd takes a start in the second in which the job was killed for one of before.
+        """
+        listed = self.run("squeue", "--noheader", "--states=PENDING", "--format=%i %r", check=False).splitlines()
+        waiting = [line.split()[0] for line in listed if line.endswith(" BeginTime")]
+        self.gone_since = {job: self.gone_since.get(job, time.monotonic()) for job in waiting}
+        for job in waiting:
+            if self._belongs_to(job):
+                self.gone_since[job] = time.monotonic()
+            elif time.monotonic() > self.gone_since[job] + 2.0:
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+    def until(self, is_so: Callable[[], bool], what: str, seconds: float = 60, poll: float = 0.2) -> None:
+        """Wait until ``is_so``, starting requeued jobs meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds} s: {what}\n{self.run('squeue', check=False)}")
+            self.start_requeued_jobs()
+            time.sleep(poll)
+
+    def start_node(self, node: str) -> None:
+        (self.folder / f"spool.{node}").mkdir(exist_ok=True)
+        self._daemon(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """kill -9 of the node's slurmd and of all it runs, as when a machine loses power.
+
+        The slurmstepd of the steps before the steps, because they would report their end.
+        """
+        steps = self._step_processes(node)
+        keepers = {parent for process in steps if (parent := _slurmstepd_above(process))}
+        for process in [self.daemons[node].pid, *keepers, *steps]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.daemons.pop(node).wait()
+
+    def ranks(self, job: str) -> dict[int, int]:
+        """rank -> process id of the job's training processes that run now."""
+        found = {}
+        for process, variables in _environments():
+            if variables.get("SLURM_JOB_ID") == job and "RANK" in variables and _is_training(process):
+                found[int(variables["RANK"])] = process
+        return found
+
+    def processes(self) -> list[int]:
+        """All processes of all of this cluster's jobs, their slurmstepds left out."""
+        conf = str(self.folder / "slurm.conf")
+        return [
+            process
+            for process, variables in _environments()
+            if variables.get("SLURM_CONF") == conf and "SLURM_JOB_ID" in variables
+        ]
+
+    def _belongs_to(self, job: str) -> list[int]:
+        conf = str(self.folder / "slurm.conf")
+        return [
+            process
+            for process, variables in _environments()
+            if variables.get("SLURM_CONF") == conf and variables.get("SLURM_JOB_ID") == job
+        ]
+
+    def _step_processes(self, node: str) -> list[int]:
+        conf = str(self.folder / "slurm.conf")
+        return [
+            process
+            for process, variables in _environments()
+            if variables.get("SLURMD_NODENAME") == node and variables.get("SLURM_CONF") == conf
+        ]
+
+    def _configure(self, cpus: int) -> None:
+        (self.folder / "state").mkdir()
+        ports = _free_ports(len(self.nodes) + 1)
+        host = socket.gethostname().split(".")[0]
+        lines = [
+            CONFIG.format(
+                host=host,
+                port=ports[0],
+                user=getpass.getuser(),
+                folder=self.folder,
+                kill_wait=KILL_WAIT,
+                slurmd_timeout=SLURMD_TIMEOUT,
+            )
+        ]
+        for node, port in zip(self.nodes, ports[1:], strict=True):
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000\n"
+            )
+        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n")
+        (self.folder / "slurm.conf").write_text("".join(lines))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # read, and then not used
+
+    def _daemon(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                [*command, "-f", str(self.folder / "slurm.conf")],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # also when the tests are killed
+            )
+
+    def _stop(self) -> None:
+        with contextlib.suppress(Exception):
+            self.run("scancel", "--user", getpass.getuser(), check=False)
+            deadline = time.monotonic() + KILL_WAIT + 5
+            while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        for daemon in self.daemons.values():
+            daemon.terminate()
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def _environments() -> Iterator[tuple[int, dict[str, str]]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "environ").read_bytes().decode("utf-8", "replace")
+        except OSError:
+            continue
+        yield int(folder.name), dict(part.split("=", 1) for part in text.split("\0") if "=" in part)
+
+
+def _slurmstepd_above(process: int) -> int | None:
+    """The process's parent, if that is a slurmstepd."""
+    try:
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return parent if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd") else None
+    except OSError:
+        return None
+
+
+def _is_training(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"train" in words and (b"megatron_eagle" in words or any(word.endswith(b"stand_in.py") for word in words))
