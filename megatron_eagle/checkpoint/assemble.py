@@ -84,7 +84,8 @@ def assemble(
     made = Assembled()
     qwen = _one(sources, _is_qwen, "a Qwen2.5 (model.embed_tokens.weight without an encoder)")
     language = _add_language(made, qwen, sources[qwen], vocabulary)
-    encoders, prefixes = [], []
+    encoders: list[dict[str, Any]] = []
+    prefixes: list[str] = []
     for ending, describe, kind, tower in (
         (_PATCHES, siglip_settings, "a SigLIP", "vision_model."),
         ("stem.0.weight", convnext_settings, "a ConvNeXt", ""),

@@ -168,12 +168,13 @@ def megatron_to_hf(
 def check(first: Path, second: Path) -> Comparison:
     """Compare the weights of two checkpoints of any kind under the names of a released model."""
     sides = [_open(path) for path in (first, second)]
-    if all(isinstance(side, SafetensorsFolder) for side in sides):
-        return compare(*sides)
+    released = [side for side in sides if isinstance(side, SafetensorsFolder)]
+    if len(released) == 2:
+        return compare(released[0], released[1])
     dialect_of = [_released_dialect(path) for path in (first, second)]
     dialect = next((found for found in dialect_of if found), None)
     views = [side if isinstance(side, SafetensorsFolder) else _view(side, dialect) for side in sides]
-    return compare(*views)
+    return compare(views[0], views[1])
 
 
 def _open(path: Path) -> Any:

@@ -156,7 +156,7 @@ def siglip_settings(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dic
     if len(patch.shape) != 4:
         raise UserError(f"{prefix}{_SIGLIP} is {patch}; SigLIP of a fixed size has four dimensions (not NaFlex)")
     positions = infos[f"{prefix}embeddings.position_embedding.weight"].shape[0]
-    numbers = {
+    numbers: dict[str, Any] = {
         "hidden_size": patch.shape[0],
         "intermediate_size": infos[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": _count(infos, f"{prefix}encoder.layers."),
@@ -171,7 +171,7 @@ def siglip_settings(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dic
 def convnext_settings(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's entry for the timm ConvNeXt at ``prefix``."""
     stages = range(4)
-    numbers = {
+    numbers: dict[str, Any] = {
         "depths": tuple(_count(infos, f"{prefix}stages.{stage}.blocks.") for stage in stages),
         "hidden_sizes": tuple(infos[f"{prefix}stages.{stage}.blocks.0.conv_dw.weight"].shape[0] for stage in stages),
         "image_size": int(config.get("convnext_img_size", 512)),

@@ -158,7 +158,7 @@ def write_safetensors(source: TensorSource, folder: Path, *, shard_bytes: int = 
     shards = _plan(source.infos, shard_bytes)
     total = sum(info.bytes for info in source.infos.values())
     progress = Progress("writing", total)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -195,7 +195,7 @@ def _write_shard(source: TensorSource, names: list[str], file: Path, progress: P
             tensor = source.read(name).contiguous()
             if TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                 raise ValueError(f"{name} was announced as {info} and is {tensor.dtype} {list(tensor.shape)}")
-            handle.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            handle.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
             progress.add(info.bytes)
         handle.flush()
         os.fsync(handle.fileno())

@@ -69,12 +69,13 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary
     known = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in tokens if token not in known]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-    added = {token: int(tokenizer.token_to_id(token)) for token in missing}
+    now = tokenizer.get_vocab(with_added_tokens=True)
+    added = {token: now[token] for token in missing}
     if added:
         tokenizer.save(str(out / "tokenizer.json"))
     _update_config(out, added)
     wanted = ("<|im_end|>", "<|endoftext|>", *tokens)
-    ids = {token: tokenizer.token_to_id(token) for token in wanted if tokenizer.token_to_id(token) is not None}
+    ids = {token: now[token] for token in wanted if token in now}
     return Vocabulary(tokenizer.get_vocab_size(with_added_tokens=True), tuple(added.values()), ids)
 
 

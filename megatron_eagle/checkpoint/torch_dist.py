@@ -159,7 +159,8 @@ class TorchDist:
         file = self.folder / where.relative_path
         try:
             with file.open("rb") as handle:
-                tensor = torch.load(_Region(handle, where.offset, where.length), map_location="cpu", weights_only=True)
+                region: Any = _Region(handle, where.offset, where.length)
+                tensor = torch.load(region, map_location="cpu", weights_only=True)
         except Exception as error:  # torch reports damage as whatever the damaged bytes led it into
             raise UserError(f"{file} is damaged at {key}: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != size:
@@ -202,7 +203,7 @@ class _Region(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._length - self.tell())]
-        return self._handle.readinto(view)  # type: ignore[attr-defined,no-any-return]
+        return self._handle.readinto(view)  # type: ignore[attr-defined]
 
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._length - self.tell())

@@ -255,9 +255,7 @@ class StageRun:
             tiles=sum(part.tiles for part in counts),
             tile_balance=self._tile_balance([part.tiles for part in counts]),
             seconds=seconds,
-            **utilisation(
-                sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device
-            ),
+            **utilisation(sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device),
             data_wait=waited,
             sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
             rejected_total=self.rejected_total,
