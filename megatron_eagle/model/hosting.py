@@ -18,6 +18,7 @@ from megatron_eagle.layout import Layout
 TransformerImpl = Literal["local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full", "offload"]
+Kernels = Literal["torch", "triton"]
 
 _WHOLE_LAYERS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -35,6 +36,8 @@ class Hosting:
     groups: Megatron's process groups tp, pp, cp, hcp and embd of this process.
     recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers;
         ``offload`` also recomputes whole layers and keeps what they start from in host memory.
+    kernels: ``triton`` takes this project's kernels where it has one: attention over packs, and joining the encoders'
+        tokens with the connector's norm. ``torch`` computes the same with PyTorch's operations.
     """
 
     layout: Layout
@@ -42,6 +45,7 @@ class Hosting:
     transformer_impl: TransformerImpl = "local"
     precision: Precision = "bf16"
     recompute: Recompute = "none"
+    kernels: Kernels = "torch"
 
     @property
     def recomputes_layers(self) -> bool:

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_eagle.model.attention import BatchedAttention, PackedAttention
-from megatron_eagle.model.hosting import TransformerImpl
+from megatron_eagle.model.hosting import Kernels, TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
 
 # Transformer Engine keeps a norm inside the linear layer behind it; checkpoints use its names.
@@ -26,13 +26,16 @@ NORMS_IN_CHECKPOINTS = {
 }
 
 
-def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: AttnMaskType) -> TransformerBlockSubmodules:
+def block_spec(
+    impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: AttnMaskType, kernels: Kernels = "torch"
+) -> TransformerBlockSubmodules:
     """A pre-norm transformer of ``layers`` layers with a norm behind the last one.
 
     rms_norm: RMSNorm (Qwen) or LayerNorm (SigLIP); mask: causal for the packed language model, no_mask for an encoder.
     """
+    over_packs = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
     if impl == "transformer_engine":
-        return _transformer_engine(layers, mask)
+        return _transformer_engine(layers, mask, over_packs)
     norm = RMSNorm if rms_norm else LayerNorm
     layer = TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -41,7 +44,7 @@ def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: Attn
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,
-                core_attention=PackedAttention if mask == AttnMaskType.causal else BatchedAttention,
+                core_attention=over_packs if mask == AttnMaskType.causal else BatchedAttention,
                 linear_proj=RowParallelLinear,
             ),
         ),
@@ -57,7 +60,7 @@ def block_spec(impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: Attn
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
-def _transformer_engine(layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
+def _transformer_engine(layers: int, mask: AttnMaskType, over_packs: ModuleSpec) -> TransformerBlockSubmodules:
     """The same layer in Transformer Engine's modules. Written against megatron-core 0.16.1, not run without a GPU."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -68,7 +71,7 @@ def _transformer_engine(layers: int, mask: AttnMaskType) -> TransformerBlockSubm
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=modules.column_parallel_layer_norm_linear(),
-                core_attention=PackedAttention if mask == AttnMaskType.causal else modules.core_attention(),
+                core_attention=over_packs if mask == AttnMaskType.causal else modules.core_attention(),
                 linear_proj=modules.row_parallel_linear(),
             ),
         ),

@@ -18,9 +18,9 @@ from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.model.encoders.convnext import EXPANSION
 from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
 from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
+from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
 from megatron_eagle.model.hosting import Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
-from megatron_eagle.planning.flops import CONVNEXT_STEM, Parts, Work
 
 
 @dataclass(frozen=True)

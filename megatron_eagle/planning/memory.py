@@ -18,9 +18,9 @@ from pydantic import TypeAdapter
 
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.model.flops import Parts
 from megatron_eagle.parallel.spread import Shares
 from megatron_eagle.planning.activations import Activations, Held, Pack
-from megatron_eagle.planning.flops import Parts
 from megatron_eagle.planning.parameters import (
     Buffer,
     bucket_size,

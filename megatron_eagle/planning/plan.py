@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
+from megatron_eagle.model.flops import Parts, StepFlops, Work, step_flops
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.spread import Shares
 from megatron_eagle.planning.activations import Activations, Pack
-from megatron_eagle.planning.flops import Parts, StepFlops, Work, step_flops
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import BYTES, Memory, Place, memory_of, persistent
 from megatron_eagle.planning.parameters import layers_of_chunks

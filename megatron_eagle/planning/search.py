@@ -13,9 +13,9 @@ from typing import Any
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import check_layout
+from megatron_eagle.model.flops import Parts
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.planning.activations import Activations, Pack
-from megatron_eagle.planning.flops import Parts
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import Place, memory_of
 from megatron_eagle.planning.plan import StagePlan, plan_stage

@@ -11,8 +11,7 @@ from typing import Any
 
 from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
-from megatron_eagle.planning.activations import Activations, Pack
-from megatron_eagle.planning.flops import (
+from megatron_eagle.model.flops import (
     Flops,
     attention_flops,
     connector_flops,
@@ -21,6 +20,7 @@ from megatron_eagle.planning.flops import (
     head_flops,
     layer_flops,
 )
+from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.parameters import layers_of_chunks
 

@@ -8,8 +8,8 @@
 
 A save is written into ``step_N.partial`` and renamed when every process is done, so a ``kill -9`` at any moment leaves
 the checkpoint before it untouched. Weights and the optimizer's moments are stored under the names of an undivided
-model, so any layout and either placement of the encoders loads them; exact continuation needs the same number of
-data-parallel ranks, because the position in the data is kept per rank.
+model, so any layout and either placement of the encoders loads them. A planned stream continues at any number of
+data-parallel ranks; a stream with ``reading.order: buffer`` refuses another number than it was saved by.
 """
 
 import json
@@ -41,6 +41,8 @@ from megatron_eagle.training.engine import Engine
 
 LATEST = "latest"
 DESCRIPTION = "checkpoint.json"
+PROCESS_FILE = "process_{:05d}.pt"  # random states, one a process
+POSITION_FILE = "position_{:05d}.pt"  # place in the data, one a data-parallel rank
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -150,7 +152,10 @@ def save_checkpoint(
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
         content_metadata=CONTENT,
     )
-    torch.save(_process_state(data_position), _process_file(partial, groups))
+    torch.save(_random_state(), partial / PROCESS_FILE.format(groups.rank))
+    if data_position is not None:
+        position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
+        torch.save(position, partial / POSITION_FILE.format(groups.dp_rank))
     dist.barrier()
     _on_rank_zero(lambda: _describe(partial, description))
     measured = checksums.measure(partial)
@@ -160,18 +165,13 @@ def save_checkpoint(
 
 def load_training_state(checkpoint: Path, description: Description, engine: Engine, groups: Groups) -> bytes | None:
     """Restore weights, optimizer, schedule and RNG to continue a stage; returns the position in the data (readers)."""
-    if description.data_parallel_size != groups.dp_size:
-        raise UserError(
-            f"{checkpoint} was written by {description.data_parallel_size} data-parallel ranks, this run has "
-            f"{groups.dp_size}: its position in the data is kept per rank; continue with as many, or start the stage "
-            "again in a fresh folder"
-        )
     parts = _optimizer_parts(engine, is_loading=True)
     state = _load(_sharded_state(engine, parts), checkpoint)
     _load_weights(_modules(engine), state)
     _load_optimizer(engine, parts, state.get("optimizer", {}), description.step)
     engine.scheduler.load_state_dict(state["scheduler"])
-    return _restore_process_state(torch.load(_process_file(checkpoint, groups), weights_only=True))
+    _restore_random_state(_read_own(checkpoint, PROCESS_FILE, groups.rank))
+    return bytes(_read_own(checkpoint, POSITION_FILE, groups.dp_rank).numpy()) if groups.is_reader else None
 
 
 def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
@@ -233,29 +233,24 @@ def _load_optimizer(engine: Engine, parts: list[dict[str, Any]], tensors: dict[s
             group["step"] = step
 
 
-def _process_file(checkpoint: Path, groups: Groups) -> Path:
-    return checkpoint / f"process_{groups.rank:05d}.pt"
+def _read_own(checkpoint: Path, name: str, number: int) -> Any:
+    """The file of rank ``number``, or of rank 0 in a run of another size: a planned stream's position is everyone's."""
+    own = checkpoint / name.format(number)
+    return torch.load(own if own.exists() else checkpoint / name.format(0), weights_only=True)
 
 
-def _process_state(data_position: bytes | None) -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    position = None if data_position is None else torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
-    return {
-        "data_position": position,
-        "python": [version, list(numbers), gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
+    return {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def _restore_process_state(state: dict[str, Any]) -> bytes | None:
+def _restore_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    return None if state["data_position"] is None else state["data_position"].numpy().tobytes()
 
 
 def _on_rank_zero(action: Any) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.stream import PackStream
+from megatron_eagle.data.stream import Stream, open_stream
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
@@ -161,18 +161,19 @@ class StageRun:
             )
         return checkpoint
 
-    def _open_stream(self, position: bytes | None) -> PackStream | None:
+    def _open_stream(self, position: bytes | None) -> Stream | None:
         """The reader's stream of packs; a failure on one reader is everybody's."""
         stream, message = None, None
         if self.groups.is_reader:
             try:
-                stream = PackStream(
+                stream = open_stream(
                     self.recipe.data_settings(self.stage),
                     load_tokenizer(self.recipe.tokenizer.kind, Path(self.recipe.tokenizer.path)),
                     rank=self.groups.dp_rank,
                     world_size=self.groups.dp_size,
                     seed=self.recipe.seed + self.recipe.stages.index(self.stage),
                     workers=self.recipe.reading.workers,
+                    batch=self.stage.batch,
                 )
                 if position is not None:
                     stream.restore(position)
@@ -184,7 +185,7 @@ class StageRun:
             raise UserError(next(text for text in messages if text))
         return stream
 
-    def _train(self, engine: Engine, stream: PackStream | None, stage_folder: Path) -> None:
+    def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         log = self._open_log()
         try:
             while self.step < self.stage.steps:
@@ -200,8 +201,10 @@ class StageRun:
         finally:
             if log:
                 log.close()
+            if stream:
+                stream.close()
 
-    def _one_step(self, engine: Engine, stream: PackStream | None) -> StepRecord | None:
+    def _one_step(self, engine: Engine, stream: Stream | None) -> StepRecord | None:
         """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
         started = time.perf_counter()
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
@@ -269,7 +272,7 @@ class StageRun:
         shares = [Shares.of(tiles, self.groups.replica_size) for tiles in tiles_per_replica]
         return tile_balance([count for share in shares for count in share.per_rank])
 
-    def _save(self, engine: Engine, stream: PackStream | None, stage_folder: Path) -> None:
+    def _save(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         description = Description(
             stage=self.stage.name,
             step=self.step,

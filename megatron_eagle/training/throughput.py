@@ -1,6 +1,6 @@
 """How well a step used the machine: useful operations per second and process, and their share of the peak.
 
-Operations are those of ``planning/flops.py``: of the step's real segments and tiles, of what the stage trains, without
+Operations are those of ``model/flops.py``: of the step's real segments and tiles, of what the stage trains, without
 padding and without anything computed twice. The peak is the one of bf16 products that NVIDIA states; on a CPU there is
 none to state, so there is no utilisation either.
 """
@@ -11,7 +11,7 @@ import torch
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.model.config import EagleConfig
-from megatron_eagle.planning.flops import Parts, Work, step_flops
+from megatron_eagle.model.flops import Parts, Work, step_flops
 
 STATED_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # NVIDIA's data sheets, dense bf16
 

@@ -115,6 +115,7 @@ def save_for_ever(stage_folder, recipe_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
     engine = build_engine(recipe, recipe.stage("first"), platform, groups)
+    engine.update()  # Adam has nothing to save before its first step
     latest = find_latest(stage_folder)
     step = read_description(latest).step if latest else 0
     while True:

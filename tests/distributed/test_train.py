@@ -140,6 +140,26 @@ def test_everything_trained_continues_in_any_layout(small_run, worlds, tmp_path:
     assert norms[0] == pytest.approx(norms[1], rel=max(tolerance, 1e-5))
 
 
+def test_a_stage_continues_with_the_same_data_at_another_data_parallel_size(small_run, worlds, tmp_path: Path) -> None:
+    """Three steps at dp=2, three at dp=1: the same samples and losses as all six at dp=2."""
+    stage = {**small_run.settings()["stages"][1], "decay": "constant"}
+    recipe = str(small_run.write_recipe(tmp_path / "r.yaml", stages=[stage]))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    worlds(2).run(train, recipe, "second", str(whole))
+    worlds(2).run(train, recipe, "second", str(parts), ("stages.second.steps=3",))
+    worlds(1).run(train, recipe, "second", str(parts))
+    assert [entry[3] for entry in losses(parts)] == [entry[3] for entry in losses(whole)]
+    assert [entry[2] for entry in losses(parts)] == pytest.approx([entry[2] for entry in losses(whole)], rel=1e-6)
+
+
+def test_a_buffered_stream_refuses_another_data_parallel_size(small_run, worlds, tmp_path: Path) -> None:
+    recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
+    buffered = ("reading.order=buffer",)
+    worlds(2).run(train, recipe, "first", str(tmp_path), (*buffered, "stages.first.steps=3"))
+    result = run_command("train", recipe, "--stage", "first", "--runs", str(tmp_path), *buffered)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
 def test_a_complete_stage_is_left_alone(small_run, worlds, tmp_path: Path) -> None:
     recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
     for _ in range(2):

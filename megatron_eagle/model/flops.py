@@ -198,7 +198,7 @@ def _encoder_forward(numbers: object) -> tuple[Flops, Flops]:
         return _convnext(numbers)
     raise UserError(
         f"the planner has no operation counts for the encoder {type(numbers).__module__}; "
-        "add them in megatron_eagle/planning/flops.py"
+        "add them in megatron_eagle/model/flops.py"
     )
 
 
