@@ -37,6 +37,7 @@ class ModelSettings:
     transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
     recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
         (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
+    kernels: this project's Triton kernels or PyTorch's operations for the same; by default Triton on a CUDA device.
     initial_weights: checkpoint folder that the first stage starts from; without it weights are drawn from the seed.
     """
 
@@ -46,7 +47,12 @@ class ModelSettings:
     language: dict[str, Any] = field(default_factory=dict)
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     recompute: Literal["none", "selective", "full", "offload"] = "none"
+    kernels: Literal["triton", "torch"] | None = None
     initial_weights: str | None = None
+
+    def kernels_on(self, device: str) -> Literal["triton", "torch"]:
+        """What ``kernels`` says, or ``triton`` on a CUDA device and ``torch`` elsewhere."""
+        return self.kernels or ("triton" if device == "cuda" else "torch")
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -2,9 +2,9 @@
 
 Megatron's own DotProductAttention knows neither packs nor context parallelism outside Transformer Engine, and
 Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes
-queries at any positions of a pack against all keys (``context.py``). On a GPU a kernel of this project does that in one
-call; on a CPU PyTorch's scaled dot product attention runs on each segment by itself. Neither makes anything of size
-L x L, and a pack of many short samples costs what the samples cost.
+queries at any positions of a pack against all keys (``context.py``). A kernel of this project does that in one call, or
+PyTorch's scaled dot product attention runs on each segment by itself (``Hosting.kernels``). Neither makes anything of
+size L x L, and a pack of many short samples costs what the samples cost.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_eagle.model.context import Pack, Piece
+from megatron_eagle.model.hosting import Kernels
 
 
 class PackedAttention(MegatronModule):
@@ -34,12 +35,14 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        kernels: Kernels = "torch",
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"attention over packs is causal, asked for {attn_mask_type}")
         self.softmax_scale = softmax_scale
+        self.attend = _attend_in_kernel if kernels == "triton" else _attend_by_pieces
 
     def forward(
         self,
@@ -55,8 +58,7 @@ class PackedAttention(MegatronModule):
         context = packed_seq_params.context
         query, key, value = context.to_heads(*(x.squeeze(1) for x in (query, key, value)))
         key, value = context.gather_places(key, value)
-        attend = _attend_in_kernel if query.is_cuda else _attend_by_pieces
-        seen = attend(query, key, value, packed_seq_params, self.softmax_scale)
+        seen = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
         return context.to_positions(seen).flatten(1).unsqueeze(1)
 
 

@@ -28,5 +28,9 @@ class Connector(MegatronModule):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden, _ = self.linear_fc1(self.norm(features))
+        return self.project(self.norm(features))
+
+    def project(self, normalised: Tensor) -> Tensor:
+        """What follows the norm, for features that were normalised while they were joined."""
+        hidden, _ = self.linear_fc1(normalised)
         return self.linear_fc2(F.gelu(hidden))[0]

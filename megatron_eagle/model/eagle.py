@@ -24,7 +24,7 @@ from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig, check_layout
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.context import Context, Pack
-from megatron_eagle.model.hosting import Hosting, Precision, Recompute, TransformerImpl
+from megatron_eagle.model.hosting import Hosting, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import Mixture, tokens_per_tile
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
@@ -168,6 +168,7 @@ def build_eagle(
     transformer_impl: TransformerImpl = "local",
     precision: Precision = "bf16",
     recompute: Recompute = "none",
+    kernels: Kernels = "torch",
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
@@ -183,7 +184,7 @@ def build_eagle(
     """
     check_layout(config, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
-    hosting = Hosting(layout, groups, transformer_impl, precision, recompute)
+    hosting = Hosting(layout, groups, transformer_impl, precision, recompute, kernels)
     with torch.device(device):
         model = EagleModel(config, hosting, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     if seed is not None:

@@ -38,6 +38,8 @@ class Mixture(MegatronModule):
     def __init__(self, config: EagleConfig, hosting: Hosting) -> None:
         super().__init__(config=parallel_config(hosting))
         self.tp_group = hosting.groups.tp
+        kinds = [settings["kind"] for settings in config.encoders]
+        self.joined_in_kernel = hosting.kernels == "triton" and kinds in (["siglip"], ["siglip", "convnext"])
         tokens_per_tile(config)
         self.names: list[str] = []
         seen: Counter[str] = Counter()
@@ -46,6 +48,15 @@ class Mixture(MegatronModule):
             seen[kind] += 1
             self.names.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
             self.add_module(self.names[-1], build_encoder(settings, hosting))
+
+    def before_joining(self, tiles: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """SigLIP's tokens [n, rows * columns, c1] before PixelShuffle, ConvNeXt's [n, tokens, c2], and (rows, columns).
+
+        For the kernel that joins them, where ``joined_in_kernel``.
+        """
+        siglip = self.get_submodule("siglip")
+        convnext = self.get_submodule("convnext")(tiles) if "convnext" in self.names else None
+        return siglip.hidden_states(tiles), convnext, (siglip.patches_per_side, siglip.patches_per_side)
 
     def forward(self, tiles: Tensor) -> Tensor:
         return torch.cat([self.get_submodule(name)(tiles) for name in self.names], dim=-1)

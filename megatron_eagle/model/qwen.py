@@ -52,7 +52,13 @@ class QwenModel(GPTModel):
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(hosting.groups.pp))
         super().__init__(
             config,
-            block_spec(hosting.transformer_impl, layers=layers, rms_norm=True, mask=AttnMaskType.causal),
+            block_spec(
+                hosting.transformer_impl,
+                layers=layers,
+                rms_norm=True,
+                mask=AttnMaskType.causal,
+                kernels=hosting.kernels,
+            ),
             vocab_size=qwen.padded_vocab_size,
             max_sequence_length=qwen.max_position_embeddings,
             pre_process=pre_process,

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.hosting import Hosting, Precision, Recompute, TransformerImpl, parallel_config
+from megatron_eagle.model.hosting import Hosting, Kernels, Precision, Recompute, TransformerImpl, parallel_config
 from megatron_eagle.model.mixture import Mixture, mixture_channels, tokens_per_tile
 from megatron_eagle.model.weights import initialise
 
@@ -31,9 +31,18 @@ def make_encoders(eagle: EagleConfig, hosting: Hosting) -> tuple[Mixture, Connec
 def encode_tiles(vision: Mixture, connector: Connector, tiles: Tensor) -> Tensor:
     """uint8 tiles [n, 3, s, s] -> features [n, tokens_per_tile, hidden_size], n > 0; frozen encoders keep no graph."""
     frozen = not any(parameter.requires_grad for parameter in vision.parameters())
-    with torch.no_grad() if frozen else contextlib.nullcontext():
-        seen = vision(tiles)
-    return connector(seen)
+    graph = torch.no_grad() if frozen else contextlib.nullcontext()
+    if not vision.joined_in_kernel:
+        with graph:
+            seen = vision(tiles)
+        return connector(seen)
+    from eagle_kernels.pixel_shuffle_concat import pixel_shuffle_concat  # needs Triton, which a CPU may lack
+
+    with graph:
+        siglip, convnext, grid = vision.before_joining(tiles)
+    norm = connector.norm
+    joined = pixel_shuffle_concat(siglip, convnext, grid=grid, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return connector.project(joined.unflatten(0, (len(tiles), -1)))
 
 
 class TileEncoder(MegatronModule):
@@ -69,6 +78,7 @@ def build_tile_encoder(
     transformer_impl: TransformerImpl = "local",
     precision: Precision = "bf16",
     recompute: Recompute = "none",
+    kernels: Kernels = "torch",
     device: torch.device | str = "cpu",
     seed: int | None = 0,
 ) -> TileEncoder:
@@ -78,7 +88,8 @@ def build_tile_encoder(
     """
     groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
     with torch.device(device):
-        encoder = TileEncoder(config, Hosting(Layout(), groups, transformer_impl, precision, recompute), copies)
+        hosting = Hosting(Layout(), groups, transformer_impl, precision, recompute, kernels)
+        encoder = TileEncoder(config, hosting, copies)
     if seed is not None:
         initialise(encoder, alone, seed=seed, language_std=config.language.initializer_range)
     return encoder

@@ -158,6 +158,7 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             transformer_impl=recipe.model.transformer_impl,
             precision=recipe.precision,
             recompute=recipe.model.recompute,
+            kernels=recipe.model.kernels_on(platform.device.type),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             vp_stage=chunk,
@@ -176,6 +177,7 @@ def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncod
         transformer_impl=recipe.model.transformer_impl,
         precision=recipe.precision,
         recompute=recipe.model.recompute,
+        kernels=recipe.model.kernels_on(platform.device.type),
         device=platform.device,
         seed=recipe.seed,
     )
