@@ -6,3 +6,7 @@ Everything else (a bug of ours, a broken installation) keeps its traceback, beca
 
 class UserError(Exception):
     """Bad input, said in one line that holds the numbers and names needed to mend it."""
+
+
+class LostContact(Exception):
+    """Another process died or hung; says which process noticed, in which step, and in which operation."""

@@ -27,7 +27,7 @@ from megatron_eagle.cli import (
     verify,
 )
 from megatron_eagle.cli.common import print_once
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import LostContact, UserError
 
 USER_ERROR = 2
 VERBS = (
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         print_once(f"megatron-eagle: {error}")
         sys.exit(USER_ERROR)
+    except LostContact:  # already said, by every process that noticed
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

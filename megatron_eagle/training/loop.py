@@ -7,8 +7,10 @@ the stage is complete does nothing.
 
 import math
 import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.stream import Stream, open_stream
 from megatron_eagle.data.tokenizer import load_tokenizer
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.parallel.hand_round import hand_round
 from megatron_eagle.parallel.spread import Shares, tile_balance
@@ -208,17 +210,38 @@ class StageRun:
         """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
         started = time.perf_counter()
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
-        batches = hand_round(read, self.groups, self.platform.device)
-        waited = time.perf_counter() - started
-        normalised = normalise_weights(
-            batches,
-            self.stage.loss_normaliser,
-            packs_in_step=self.stage.batch,
-            data_parallel_group=self.groups.dp,
-        )
-        loss, grad_norm = engine.step(normalised)
+        with self._doing("handing packs round"):
+            batches = hand_round(read, self.groups, self.platform.device)
+            waited = time.perf_counter() - started
+            normalised = normalise_weights(
+                batches,
+                self.stage.loss_normaliser,
+                packs_in_step=self.stage.batch,
+                data_parallel_group=self.groups.dp,
+            )
+        with self._doing("forward and backward"):
+            loss = engine.forward_backward(normalised)
+        with self._doing("optimizer step"):
+            grad_norm = engine.update()
         self.step += 1
-        return self._record(engine, batches, loss, grad_norm, waited, started)
+        with self._doing("collecting the step's numbers"):
+            return self._record(engine, batches, loss, grad_norm, waited, started)
+
+    @contextmanager
+    def _doing(self, operation: str) -> Iterator[None]:
+        """Say what was being done if another process is lost in the middle of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            story = (
+                f"process {self.groups.rank} of {self.groups.world_size} lost contact with another one in "
+                f"{self.stage.name}, step {self.step + 1}, {operation}: {str(error).splitlines()[0][:200]}"
+            )
+            # Said here, not by whoever catches it: leaving the broken run can take longer than this process has.
+            print(f"megatron-eagle: {story}", file=sys.stderr, flush=True)
+            raise LostContact(story) from error
 
     def _record(
         self,
@@ -286,9 +309,10 @@ class StageRun:
         )
         position = stream.state() if stream else None
         started = time.perf_counter()
-        path = save_checkpoint(
-            stage_folder, description, engine, self.groups, position, keep=self.stage.keep_checkpoints
-        )
+        with self._doing("saving a checkpoint"):
+            path = save_checkpoint(
+                stage_folder, description, engine, self.groups, position, keep=self.stage.keep_checkpoints
+            )
         self._say(f"{self.stage.name} saved {path} in {time.perf_counter() - started:.1f}s")
 
     def _peak_rss_bytes(self) -> int:

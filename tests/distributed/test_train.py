@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -213,6 +214,27 @@ def count_lines(runs: Path) -> int:
 
 def test_killed_processes_continue_with_exactly_the_losses_of_an_undisturbed_run(small_run, tmp_path) -> None:
     kill_and_resume(small_run, tmp_path, kills=1, seed=1)
+
+
+def test_a_lost_process_ends_the_others_with_its_rank_and_the_operation(small_run, tmp_path: Path) -> None:
+    """Killed in the middle of a step; nobody may wait for it until the collective's timeout of minutes."""
+    stage = {**small_run.settings()["stages"][0], "steps": 100_000, "checkpoint_every": 100_000}
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", layout={"pp": 2}, stages=[stage])
+    command = [sys.executable, "-m", "megatron_eagle", "train", str(recipe), "--stage", "first", "--processes", "2"]
+    process = subprocess.Popen(
+        [*command, "--runs", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while count_lines(tmp_path) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children()
+    victim = next(worker for worker in workers if worker.environ()["RANK"] == "1")
+    victim.kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "process 1 was ended by SIGKILL" in said
+    assert re.search(r"process 0 of 2 lost contact with another one in first, step \d+, [a-z' ]+: ", said), said
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
 
 @pytest.mark.long
