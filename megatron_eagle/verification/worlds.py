@@ -11,6 +11,7 @@ Functions travel by module and name, arguments and results by pickle. An excepti
 with that process's traceback. After every call the process groups are given up, so each call makes its own layout.
 """
 
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -24,6 +25,7 @@ from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Any
 
+CALLS_BEFORE_RENEWAL = 20  # process groups that something still holds on to pile up threads; new processes have none
 START_TIMEOUT = 240.0  # seconds; importing torch and Megatron in several processes on a busy machine
 
 
@@ -36,6 +38,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._calls = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -46,6 +49,10 @@ class World:
         ``timeout`` seconds, or that died. In these two cases all processes are ended and the next call starts new ones.
         """
         if not self._processes:
+            self._start()
+        self._calls += 1
+        if self._calls % CALLS_BEFORE_RENEWAL == 0:
+            self.stop()
             self._start()
         call = (sys.path, function.__module__, function.__qualname__, args)
         for pipe in self._pipes:
@@ -145,4 +152,5 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # models hold groups in cycles, and every group that lives on keeps gloo's polling threads
         pipe.send(answer)
