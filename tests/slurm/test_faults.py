@@ -19,6 +19,9 @@ from chain import STAGES, SubmittedChain, losses, profile, small_recipe, stand_i
 from stand_in import expected_losses
 from throwaway import ThrowawaySlurm
 
+# Minutes of real Slurm time: make test-long. The chain of three stages runs in make test.
+pytestmark = pytest.mark.long
+
 HANG = {"factor": 20, "at_least": 3, "otherwise": 30, "grace": 1}
 STEPS = 40
 
