@@ -106,7 +106,7 @@ def _replace_memory() -> None:
 
     def atomic_rmw(self: Any, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
         if _is_bfloat16(value.dtype):
-            raise NotImplementedError("bfloat16 atomics are not interpreted: accumulate in float32")
+            raise TypeError("bfloat16 atomics are not interpreted: accumulate in float32")
         return atomic(self, operation, pointer, value, *rest)
 
     builder.create_masked_load = masked_load
