@@ -109,7 +109,8 @@ def train(
         norms.append(norm)
     if save_to is not None:
         description = checkpoint.Description("stage", stop, len(STEPS), asdict(EAGLE), asdict(layout), groups.dp_size)
-        checkpoint.save_checkpoint(save_to, description, engine, groups, None, keep=1)
+        position = b"readers always have one" if groups.is_reader else None
+        checkpoint.save_checkpoint(save_to, description, engine, groups, position, keep=1)
     weights, worst = {}, 0.0
     for module, group in engine.weight_owners():
         for weight in weight_slices(module, group):
