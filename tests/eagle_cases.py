@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -169,9 +168,8 @@ def worst_gradient_difference(
 
 def _forward_step(batches: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    return chunk(batch), partial(_weighted, batch.loss_weights)
+    return chunk(batch), _counted_once
 
 
-def _weighted(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss = (losses * weights).sum()
+def _counted_once(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return loss, torch.tensor(1, dtype=torch.int), {"loss": loss.detach()}

@@ -24,6 +24,12 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
     parser.add_argument("--out", type=Path, default=None, help="folder for verify.json and verify.md")
+    parser.add_argument(
+        "--kernels",
+        choices=("torch", "triton"),
+        default="torch",
+        help="triton: this project's kernels, interpreted (needs TRITON_INTERPRET=1, slow); default: torch",
+    )
     parser.set_defaults(run=_verify)
 
 
@@ -33,5 +39,5 @@ def _verify(options: argparse.Namespace) -> None:
 
     if options.recipe:
         recipe = load_recipe(options.recipe, options.overrides)
-        return verify_recipe(recipe, processes=options.processes, out=options.out)
-    verify(quick=options.quick, processes=options.processes, out=options.out)
+        return verify_recipe(recipe, processes=options.processes, out=options.out, kernels=options.kernels)
+    verify(quick=options.quick, processes=options.processes, out=options.out, kernels=options.kernels)

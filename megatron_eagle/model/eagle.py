@@ -1,4 +1,4 @@
-"""EagleModel: from a pack of text and tiles to a loss per token, for one pipeline stage of one process.
+"""EagleModel: from a pack of text and tiles to its loss, for one pipeline stage of one process.
 
     tiles -> vision (mixture of encoders) -> connector -> features
     tokens -> embeddings, overwritten by features where tiles are -> Qwen2.5 -> loss
@@ -85,9 +85,9 @@ class EagleModel(MegatronModule):
 
         features: what ``encode`` gave for ``batch.tiles``, [n, tokens_per_tile, hidden_size], if it is already known.
 
-        Returns, on the last stage, the cross entropy of every position that this process holds, float32 [L] (0 at all
-        others and where there is no label), or with ``compute_loss=False`` the logits of all positions
-        [L, padded_vocab/tp], padding masked; on other stages the hidden states of the l = L/cp positions it holds,
+        Returns, on the last stage, the loss of the positions that this process holds: their cross entropies summed with
+        ``batch.loss_weights``, float32 scalar; or with ``compute_loss=False`` the logits of all positions
+        [L, padded_vocab/tp], padding masked. On other stages the hidden states of the l = L/cp positions it holds,
         [l(/tp with sequence parallelism), 1, hidden_size].
 
         Raises ValueError if the layout cannot cut a pack of this length.
@@ -100,12 +100,11 @@ class EagleModel(MegatronModule):
             attention_mask=None,
             decoder_input=self._embed(batch, held, features) if self.pre_process else None,
             labels=batch.labels[None, held] if compute_loss else None,
+            loss_mask=batch.loss_weights[None, held] if compute_loss else None,
             packed_seq_params=Pack.of(batch.cu_seqlens, self.context),
         )
-        if not self.post_process:
+        if compute_loss or not self.post_process:
             return output
-        if compute_loss:
-            return output.new_zeros(batch.length).index_copy(0, held, output[0])
         return self.context.gather_pack(self.language.mask_padded_vocabulary(output)[0])
 
     def sharded_state_dict(

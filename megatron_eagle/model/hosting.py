@@ -36,8 +36,9 @@ class Hosting:
     groups: Megatron's process groups tp, pp, cp, hcp and embd of this process.
     recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers;
         ``offload`` also recomputes whole layers and keeps what they start from in host memory.
-    kernels: ``triton`` takes this project's kernels where it has one: attention over packs, and joining the encoders'
-        tokens with the connector's norm. ``torch`` computes the same with PyTorch's operations.
+    kernels: ``triton`` takes this project's kernels where it has one: preparing tiles for the encoders, joining their
+        tokens with the connector's norm, attention over packs, and the loss without the logits of a whole pack.
+        ``torch`` computes the same with PyTorch's operations.
     """
 
     layout: Layout

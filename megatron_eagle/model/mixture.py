@@ -52,11 +52,16 @@ class Mixture(MegatronModule):
     def before_joining(self, tiles: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """SigLIP's tokens [n, rows * columns, c1] before PixelShuffle, ConvNeXt's [n, tokens, c2], and (rows, columns).
 
-        For the kernel that joins them, where ``joined_in_kernel``.
+        For the kernel that joins them, where ``joined_in_kernel``; another one prepares the tiles for both encoders.
         """
+        from eagle_kernels.tile_prepare import tile_prepare  # needs Triton, which a CPU may lack
+
         siglip = self.get_submodule("siglip")
-        convnext = self.get_submodule("convnext")(tiles) if "convnext" in self.names else None
-        return siglip.hidden_states(tiles), convnext, (siglip.patches_per_side, siglip.patches_per_side)
+        convnext = self.get_submodule("convnext") if "convnext" in self.names else None
+        resized = convnext.image_size if convnext else None
+        for_siglip, for_convnext = tile_prepare(tiles, convnext_size=resized, dtype=self.config.params_dtype)
+        seen = convnext.features(for_convnext) if convnext else None
+        return siglip.hidden_states(for_siglip), seen, (siglip.patches_per_side, siglip.patches_per_side)
 
     def forward(self, tiles: Tensor) -> Tensor:
         return torch.cat([self.get_submodule(name)(tiles) for name in self.names], dim=-1)

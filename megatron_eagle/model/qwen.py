@@ -1,9 +1,10 @@
 """Qwen2.5 as a Megatron GPTModel: RMSNorm, grouped-query attention with biases on Q, K and V, SwiGLU, rotary positions.
 
-Three things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in
+Four things differ from a stock GPTModel: the vocabulary is padded by a fixed amount whose columns never take part in
 the softmax, so that tensor-parallel sizes share checkpoints and losses; embeddings come out whole, not yet split along
-the sequence, because image features are put among them first; and rotary angles follow the position ids, which start
-anew in every segment wherever a pack is cut.
+the sequence, because image features are put among them first; rotary angles follow the position ids, which start
+anew in every segment wherever a pack is cut; and the result is the weighted loss of the pack, so that a kernel can make
+it without the logits of all positions.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
@@ -70,6 +72,7 @@ class QwenModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.real_vocab_size = qwen.vocab_size
+        self.loss_in_kernel = hosting.kernels == "triton"
         self.rope_theta = qwen.rope_theta
         self._on_host = HiddenStatesOnHost(qwen.hidden_size, hosting.dtype) if hosting.recompute == "offload" else None
 
@@ -81,6 +84,40 @@ class QwenModel(GPTModel):
         """Megatron's own, with the second of its results, the rotary angles, made from ``position_ids``."""
         decoder_input, _, *others = super()._preprocess(*args, position_ids=position_ids, **kwargs)
         return decoder_input, rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta), *others
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others: Any
+    ) -> Tensor:
+        """Megatron's own, but with labels the last stage returns their cross entropies summed with ``loss_mask``.
+
+        labels: int64 [1, l]. loss_mask: float32 [1, l], the weights of the positions. The sum is a float32 scalar.
+        """
+        if labels is None or loss_mask is None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+        if self.loss_in_kernel:
+            return self._loss_in_kernel(hidden_states, labels[0], loss_mask[0])
+        return (super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others) * loss_mask).sum()
+
+    def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """The same from hidden states [l(/tp with sequence parallelism), 1, hidden_size], logits never held whole."""
+        from eagle_kernels.linear_cross_entropy import linear_cross_entropy  # needs Triton, which a CPU may lack
+
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:  # its backward pass adds up what each process's columns give to the gradient
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        tied = self.share_embeddings_and_output_weights
+        columns = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return linear_cross_entropy(
+            hidden_states[:, 0],
+            columns,
+            labels,
+            weights,
+            vocabulary_size=self.real_vocab_size,
+            vocabulary_start=get_pg_rank(group) * len(columns),
+            process_group=group,
+            reduce_hidden_gradient=not self.config.sequence_parallel,
+            ignore_label=IGNORE_LABEL,
+        ).loss
 
     def mask_padded_vocabulary(self, logits: Tensor) -> Tensor:
         """Make the padding's columns of ``logits`` [..., padded_vocab/tp] impossible, in place."""

@@ -7,7 +7,6 @@ and with ``encoder: spread`` the encoders stand beside the pipeline, with an opt
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import OptimizerSettings, Recipe, Stage
-from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -234,12 +232,11 @@ def run_schedule(
 
 def _forward_step(inputs: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch, features = next(inputs)
-    return model(batch, features=features), partial(_loss_of_pack, batch)
+    return model(batch, features=features), _loss_of_pack
 
 
-def _loss_of_pack(batch: PackedBatch, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    # Megatron's third value is a token count that it divides by; the weights hold the denominator, so there is none.
-    loss = weighted_loss(token_losses, batch)
+def _loss_of_pack(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    # Megatron's second value is a token count that it divides by; the weights hold the denominator, so there is none.
     return loss, torch.zeros([], dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
 

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_eagle.data.batch import PackedBatch
 
@@ -45,8 +44,3 @@ def normalise_weights(
         replace(batch, loss_weights=(batch.loss_weights.double() / divisor).float())
         for batch, divisor in zip(batches, divisors, strict=True)
     ]
-
-
-def weighted_loss(token_losses: Tensor, batch: PackedBatch) -> Tensor:
-    """This pack's share of the step's loss: float32 scalar, from per-token cross entropies [L]."""
-    return (token_losses.float().view(-1) * batch.loss_weights).sum()

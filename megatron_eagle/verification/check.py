@@ -191,6 +191,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
             encoders=subject.config.encoders,
             language=asdict(subject.config.language),
             recompute=row.recompute,
+            kernels=row.kernels,
         ),
         tokenizer=TokenizerSettings(kind="sentencepiece", path="none"),
         stages=(stage,),

@@ -64,6 +64,7 @@ class Row:
     overlap: bool = False
     trainable: Literal["all", "connector"] = "all"
     precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Literal["torch", "triton"] = "torch"
 
     @property
     def processes(self) -> int:

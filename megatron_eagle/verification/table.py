@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.hosting import Kernels
 from megatron_eagle.recipe import Recipe
 from megatron_eagle.verification.check import TOLERANCES, Result, Verifier
 from megatron_eagle.verification.rows import Row, quick_table, whole_table
@@ -21,13 +22,13 @@ QUICK_PROCESSES = 4
 ALL_PROCESSES = 8
 
 
-def verify(*, quick: bool, processes: int | None, out: Path | None) -> None:
+def verify(*, quick: bool, processes: int | None, out: Path | None, kernels: Kernels = "torch") -> None:
     """Run the table on this machine, print it, write it to ``out``; UserError if any row is off."""
     most = processes or (QUICK_PROCESSES if quick else ALL_PROCESSES)
-    _run(quick_table(most) if quick else whole_table(most), None, out)
+    _run(_with_kernels(quick_table(most) if quick else whole_table(most), kernels), None, out)
 
 
-def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None) -> None:
+def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, kernels: Kernels = "torch") -> None:
     """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``)."""
     most = processes or ALL_PROCESSES
     rows = recipe_rows(recipe)
@@ -35,7 +36,19 @@ def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None) ->
     if not fitting:
         smallest = min(row.processes for row in rows)
         raise UserError(f"the recipe's layouts need {smallest} processes, at most {most} are allowed; see --processes")
-    _run(fitting, recipe_subject(recipe, recipe.stages[0]), out)
+    _run(_with_kernels(fitting, kernels), recipe_subject(recipe, recipe.stages[0]), out)
+
+
+def _with_kernels(rows: Sequence[Row], kernels: Kernels) -> list[Row]:
+    if kernels == "triton":
+        from eagle_kernels.device import INTERPRETED  # imports Triton, which only this needs
+
+        if not INTERPRETED:
+            raise UserError(
+                "layouts are verified on the CPU, where Triton's kernels have to be interpreted: put "
+                "TRITON_INTERPRET=1 in front of the command (about a minute a row)"
+            )
+    return [replace(row, kernels=kernels) for row in rows]
 
 
 def _run(rows: Sequence[Row], subject: Subject | None, out: Path | None) -> None:

@@ -1,5 +1,6 @@
 """``kernels: triton`` in the model computes what ``kernels: torch`` does: features and all gradients, interpreted."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -70,3 +71,19 @@ def compare(encoders: tuple, groups) -> None:
         results.append({"features": features, **{name: p.grad for name, p in encoder.named_parameters()}})
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.interpreter
+def test_a_layout_with_all_kernels_equals_the_reference() -> None:
+    """Tiles, join, attention and loss in kernels under tp=2 with sequence parallelism: loss, gradients, weights."""
+    from megatron_eagle.verification.check import Verifier
+    from megatron_eagle.verification.packs import PACK_LENGTH, make_step
+    from megatron_eagle.verification.rows import CONFIG, Row
+    from megatron_eagle.verification.subject import Subject
+
+    config = replace(CONFIG, language=replace(CONFIG.language, num_hidden_layers=2))
+    packs = make_step(config, "packed", 0)
+    subject = Subject(config, PACK_LENGTH, {"packed": [[packs[0], packs[2]]]})
+    with Verifier(subject) as verifier:
+        result = verifier.check(Row(tp=2, sequence_parallel=True, kernels="triton"))
+    assert result.ok, result

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.training.loss import normalise_weights, weighted_loss
+from megatron_eagle.training.loss import normalise_weights
 
 
 def pack(*label_counts: int, length: int = 32) -> PackedBatch:
@@ -39,6 +39,11 @@ def losses_by_sample(
         labelled = loss[batch.labels != IGNORE_LABEL].double()
         found += [(len(part), float(part.mean())) for part in labelled.split(sizes)]
     return found
+
+
+def weighted_loss(losses: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """What the model makes of cross entropies [L]."""
+    return (losses * batch.loss_weights).sum()
 
 
 COUNTS = [[4, 9, 1], [16], [2, 2, 5]]

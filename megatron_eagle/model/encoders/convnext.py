@@ -83,8 +83,13 @@ class Encoder(MegatronModule):
         self.stages = ShardedList(stages)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Maps stay channels-last [n, rows, columns, channels] between the convolutions."""
-        pixels = prepare(tiles, self.image_size).to(self.stem.weight.dtype)
+        return self.features(prepare(tiles, self.image_size).to(self.stem.weight.dtype))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Resized and normalised pixels [n, 3, image_size, image_size], in the dtype of the weights, to features.
+
+        Maps stay channels-last [n, rows, columns, channels] between the convolutions.
+        """
         features = self.stem_norm(self.stem(pixels).permute(0, 2, 3, 1))
         for layer in itertools.chain.from_iterable(stage.children() for stage in self.stages):
             if self.recompute and torch.is_grad_enabled():

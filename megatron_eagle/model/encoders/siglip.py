@@ -98,12 +98,15 @@ class Encoder(MegatronModule):
         self.transformer = TransformerBlock(config, spec, pg_collection=hosting.groups)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        features = self.hidden_states(tiles)
+        features = self.hidden_states(normalise(tiles).to(self.patch_embedding.weight.dtype))
         return pixel_shuffle(features.unflatten(1, (self.patches_per_side, self.patches_per_side))).flatten(1, 2)
 
-    def hidden_states(self, tiles: Tensor) -> Tensor:
-        """The last hidden state after ``post_layernorm``, one token per patch: [n, patches, hidden_size]."""
-        patches = self.patch_embedding(normalise(tiles).to(self.patch_embedding.weight.dtype))
+    def hidden_states(self, pixels: Tensor) -> Tensor:
+        """The last hidden state after ``post_layernorm``, one token per patch: [n, patches, hidden_size].
+
+        pixels: normalised, [n, 3, image_size, image_size] in the dtype of the weights.
+        """
+        patches = self.patch_embedding(pixels)
         tokens = patches.flatten(2).transpose(1, 2) + self.position_embedding
         return self.transformer(tokens.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
 
