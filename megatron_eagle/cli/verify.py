@@ -14,10 +14,14 @@ def add(verbs: Verbs) -> None:
         "prove on this machine that every layout computes the same",
         "Trains three steps of a small Eagle in real processes, in many layouts, and compares losses, gradients and\n"
         "weights with one plain float64 process made of transformers' modules. --quick runs a table in which every\n"
-        "pair of options occurs; without it, all combinations run, which takes hours.",
-        "  megatron-eagle verify --quick --out runs/verify\n",
+        "pair of options occurs; without it, all combinations run, which takes a night and more.",
+        "  megatron-eagle verify --quick --out runs/verify\n  megatron-eagle verify --sample 50 --seed 1\n",
     )
     parser.add_argument("--quick", action="store_true", help="cover every pair of options instead of their product")
+    parser.add_argument(
+        "--sample", type=int, default=None, metavar="N", help="run N rows of the table, drawn at random"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="what --sample draws with (default: 0)")
     parser.add_argument("--processes", type=int, default=None, help="largest world (default: 4 quick, 8 otherwise)")
     parser.add_argument(
         "--recipe", type=Path, default=None, help="check this recipe's layouts on its own data, at reduced width"
@@ -40,4 +44,11 @@ def _verify(options: argparse.Namespace) -> None:
     if options.recipe:
         recipe = load_recipe(options.recipe, options.overrides)
         return verify_recipe(recipe, processes=options.processes, out=options.out, kernels=options.kernels)
-    verify(quick=options.quick, processes=options.processes, out=options.out, kernels=options.kernels)
+    verify(
+        quick=options.quick,
+        processes=options.processes,
+        out=options.out,
+        kernels=options.kernels,
+        sample=options.sample,
+        seed=options.seed,
+    )

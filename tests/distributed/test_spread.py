@@ -19,7 +19,10 @@ from megatron_eagle.layout import Layout
 from megatron_eagle.parallel.spread import Shares, share_out, tile_balance
 
 # Images in a thousand that become so many tiles (thumbnail included). Made up, not recorded: mostly small, long tail.
-HEAVY_TAIL = {1: 420, 3: 130, 4: 60, 5: 110, 6: 20, 7: 90, 8: 10, 9: 50, 10: 20, 11: 10, 13: 80}
+# Tiles an image, thumbnail included, to how many such images: recorded on 2026-11-20 with data/tiling.py's default rule
+# from every distinct raster image of at least 224 pixels a side that came with a Debian 12 system and this project's
+# Python packages: photographs, screenshots, plots and icons, 114 files.
+RECORDED = {1: 81, 3: 2, 4: 3, 5: 1, 7: 5, 10: 4, 13: 18}
 _references: dict[Any, Outcome] = {}
 
 
@@ -104,8 +107,8 @@ def test_embedded_data_is_balanced_over_eight_processes(tmp_path: Path) -> None:
     assert len(steps) >= 3 and mean_balance(steps, 8) >= 0.95
 
 
-def test_heavy_tail_is_balanced_over_64_processes() -> None:
-    counts = random.Random(3).choices(list(HEAVY_TAIL), list(HEAVY_TAIL.values()), k=40_000)
+def test_recorded_heavy_tail_is_balanced_over_64_processes() -> None:
+    counts = random.Random(3).choices(list(RECORDED), list(RECORDED.values()), k=40_000)
     steps = steps_of(counts, packs=64, pack_length=16_384, tokens_per_tile=256, text=230)
     assert len(steps) > 10 and mean_balance(steps, 64) >= 0.95
 
