@@ -25,7 +25,7 @@ FILES = {"one.distcp": b"a" * 5000, "two.distcp": b"b" * 70, "checkpoint.json": 
 def folder(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
-    checksums.write(tmp_path, checksums.measure(tmp_path))
+    checksums.write(tmp_path, checksums.measure(tmp_path.iterdir()))
     return tmp_path
 
 
@@ -101,14 +101,15 @@ def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for
 
 
 def save_for_ever(stage_folder, recipe_path):
-    """A forked trainer without data: every save's weights are the number of its step."""
+    """A forked trainer without data: a save has its step as every weight; they change while it is written."""
     import torch.distributed as dist
 
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.platform import install
     from megatron_eagle.recipe import load_recipe
-    from megatron_eagle.training.checkpoint import Description, save_checkpoint
+    from megatron_eagle.training.checkpoint import Description
     from megatron_eagle.training.engine import build_engine
+    from megatron_eagle.training.saving import Saver
 
     recipe = load_recipe(Path(recipe_path))
     platform = install()
@@ -116,15 +117,24 @@ def save_for_ever(stage_folder, recipe_path):
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
     engine = build_engine(recipe, recipe.stage("first"), platform, groups)
     engine.update()  # Adam has nothing to save before its first step
+    saver = Saver(stage_folder, groups, platform.device, keep=2)
     latest = find_latest(stage_folder)
     step = read_description(latest).step if latest else 0
-    while True:
-        step += 1
+
+    def fill(value):
         with torch.no_grad():
             for model in engine.models:
                 for parameter in model.parameters():
-                    parameter.fill_(step)
-        save_checkpoint(stage_folder, Description("first", step, 10**6, {}, {}, 1), engine, groups, b"x", keep=2)
+                    parameter.fill_(value)
+
+    while True:
+        step += 1
+        fill(step)
+        saver.start(Description("first", step, 10**6, {}, {}, 1), engine, b"x")
+        for number in range(1, 1 + step % 40):  # sometimes the next save has to wait for this one
+            fill(-number)
+            saver.after_step()
+            time.sleep(0.001)
 
 
 def kill_while_saving(small_run, tmp_path, kills, seed):
