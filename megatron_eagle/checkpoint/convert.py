@@ -249,8 +249,9 @@ def _logits(
 ) -> tuple[float | None, float | None]:
     if not options.logits:
         return None, None
-    ours = logits.megatron_logits(checkpoint, config, Layout()).double()
-    theirs = logits.released_logits(released, config, dialect)
+    batch = logits.probe_batch(config)
+    ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
+    theirs = logits.released_logits(released, config, dialect, batch)
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 

@@ -9,6 +9,7 @@ A thread, because Megatron's own writers are forked: out of a process full of th
 on writing after the trainer was killed. Writing holds Python's lock for milliseconds at a time.
 """
 
+import gc
 import queue
 import shutil
 import threading
@@ -96,7 +97,11 @@ class Saver:
             except SaveFailed as failure:
                 self._count(failure)
                 return
-            save = self._copy(final, description, engine, data_position)
+            gc.freeze()  # Megatron's optimizer collects garbage among all objects, most of what training would wait for
+            try:
+                save = self._copy(final, description, engine, data_position)
+            finally:
+                gc.unfreeze()
             save.thread = threading.Thread(target=write, args=(save,), name="checkpoint-writer", daemon=True)
             save.thread.start()
             self._pending = save
