@@ -130,6 +130,7 @@ class Stage:
     blend: data sets with the weight at which they are drawn.
     loss_normaliser: ``global`` divides by the whole batch, so that no layout changes the objective; ``pack`` divides
         within each pack as the released Eagle code does (docs/loss.md).
+    async_save: checkpoints are written while the next steps run; needs as much host memory as this process saves.
     gpus: processes the stage was published or planned for; information for planners and job templates.
     """
 
@@ -147,6 +148,7 @@ class Stage:
     loss_normaliser: Literal["global", "pack"] = "global"
     checkpoint_every: Positive = 250
     keep_checkpoints: Positive = 2
+    async_save: bool = True
     layout: Layout | None = None
     gpus: Positive | None = None
 

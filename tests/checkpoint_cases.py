@@ -18,7 +18,8 @@ from megatron_eagle.model.presets import PRESETS
 from megatron_eagle.model.tile_encoder import build_tile_encoder
 from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.platform import install
-from megatron_eagle.training.checkpoint import CONTENT, DESCRIPTION, Description, load_weights
+from megatron_eagle.training.checkpoint import DESCRIPTION, Description, load_weights
+from megatron_eagle.training.sharded_state import CONTENT
 
 SIGLIP = {
     "kind": "siglip",

@@ -87,6 +87,7 @@ def train(
     from megatron_eagle.training import checkpoint
     from megatron_eagle.training.engine import build_engine
     from megatron_eagle.training.loss import normalise_weights
+    from megatron_eagle.training.saving import Saver
 
     recipe = make_recipe(layout, trainable, optimizer or {}, model or {})
     platform = install()
@@ -110,7 +111,9 @@ def train(
     if save_to is not None:
         description = checkpoint.Description("stage", stop, len(STEPS), asdict(EAGLE), asdict(layout), groups.dp_size)
         position = b"readers always have one" if groups.is_reader else None
-        checkpoint.save_checkpoint(save_to, description, engine, groups, position, keep=1)
+        saver = Saver(save_to, groups, platform.device, keep=1)
+        saver.start(description, engine, position)
+        saver.finish(must=True)
     weights, worst = {}, 0.0
     for module, group in engine.weight_owners():
         for weight in weight_slices(module, group):

@@ -32,7 +32,14 @@ from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.model.weights import EMBEDDING
-from megatron_eagle.training.checkpoint import CONTENT, DESCRIPTION, Description, find_latest, read_description
+from megatron_eagle.training.checkpoint import (
+    DESCRIPTION,
+    Description,
+    effective_numbers,
+    find_latest,
+    read_description,
+)
+from megatron_eagle.training.sharded_state import CONTENT
 
 TOKENIZER = "tokenizer"
 ORIGIN = "origin.json"  # how the released checkpoint that a Megatron one came from names its tensors
@@ -138,7 +145,7 @@ def megatron_to_hf(
     clock.lap("conversion")
     target = SafetensorsFolder(partial)
     found, found_dialect = recognise(target.infos, read_config(partial), str(partial))
-    if asdict(found) != asdict(config):
+    if effective_numbers(found) != effective_numbers(config):
         raise UserError(f"{partial} would be read back as another model: {found}")
     back = AsMegatron(target, found, found_dialect)
     ours = _Weights(stored, config, list(back.infos), options.dtype)
@@ -242,8 +249,9 @@ def _logits(
 ) -> tuple[float | None, float | None]:
     if not options.logits:
         return None, None
-    ours = logits.megatron_logits(checkpoint, config, Layout()).double()
-    theirs = logits.released_logits(released, config, dialect)
+    batch = logits.probe_batch(config)
+    ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
+    theirs = logits.released_logits(released, config, dialect, batch)
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 

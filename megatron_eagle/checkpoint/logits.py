@@ -75,8 +75,8 @@ def probe_batch(config: EagleConfig) -> PackedBatch:
 
 
 @torch.no_grad()
-def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect) -> Tensor:
-    """Logits [useful tokens, vocabulary], float64, by transformers' modules; every sample alone."""
+def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect, batch: PackedBatch) -> Tensor:
+    """Logits [useful tokens, vocabulary] of ``batch``, float64, by transformers' modules; every sample alone."""
     from megatron_eagle.verification.reference import ReferenceEagle, samples_of
 
     model = ReferenceEagle(config, seed=0)
@@ -85,8 +85,7 @@ def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect)
         state["language.lm_head.weight"] = state["language.model.embed_tokens.weight"]
     wanted = model.state_dict()
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in wanted}, strict=True)
-    batch = probe_batch(config)
-    samples = list(samples_of([batch]))[:-1]
+    samples = list(samples_of([batch]))[: len(batch.sample_ids)]
     return torch.cat([model(tokens, tiles, slots) for tokens, _, tiles, slots in samples])
 
 
@@ -102,11 +101,11 @@ def _reference_name(name: str, dialect: Dialect) -> str | None:
     return None
 
 
-def megatron_logits(checkpoint: Path, config: EagleConfig, layout: Layout) -> Tensor:
+def megatron_logits(checkpoint: Path, config: EagleConfig, layout: Layout, batch: PackedBatch) -> Tensor:
     """The same logits, float32, by the Megatron model that processes of ``layout`` load from ``checkpoint``."""
     world = World(layout.model_parallel_size)
     try:
-        answers = world.run(logits_of_rank, str(checkpoint), config, layout, timeout=3600.0)
+        answers = world.run(logits_of_rank, str(checkpoint), config, layout, batch, timeout=3600.0)
     finally:
         world.stop()
     (logits,) = (answer for answer in answers if answer is not None)
@@ -114,7 +113,7 @@ def megatron_logits(checkpoint: Path, config: EagleConfig, layout: Layout) -> Te
 
 
 @torch.no_grad()
-def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout) -> Tensor | None:
+def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout, batch: PackedBatch) -> Tensor | None:
     """Runs in every process: stages one after another, hidden states handed on; one process returns them."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -130,7 +129,6 @@ def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout) -> Tens
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     model = build_eagle(config, layout, precision="fp32", pre_process=first, post_process=last, seed=None)
     load_weights(Path(checkpoint), [model])
-    batch = probe_batch(config)
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_rank()
     if not first:

@@ -32,6 +32,7 @@ class StepRecord:
     loss: the objective of the step. learning_rate: that of the stage's schedule. grad_norm: before clipping.
     useful_tokens, tokens: without and with padding.
     tiles: image tiles encoded, thumbnails included.
+    checkpoint_stall_s: seconds that training waited for a checkpoint since the step before; not part of ``seconds``.
     tile_balance: mean / max tiles over the processes that encode, with spread encoders; None otherwise.
     tflops: useful operations, 1e12 a second and process; mfu: their share of the stated peak, None where there is none.
     seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream.
@@ -57,6 +58,7 @@ class StepRecord:
     tile_balance: float | None = None
     tflops: float | None = None
     mfu: float | None = None
+    checkpoint_stall_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -89,6 +91,7 @@ class StepRecord:
             "seconds": self.seconds,
             "data_wait_fraction": self.data_wait / self.seconds,
             "rejected_total": self.rejected_total,
+            "checkpoint_stall_s": self.checkpoint_stall_s,
             **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
             **{name: value for name in ("tflops", "mfu") if (value := getattr(self, name)) is not None},
         }
@@ -227,6 +230,7 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
             f"ETA {format_duration(seconds_left)}",
+            *([f"checkpoint stall {record.checkpoint_stall_s:.1f} s"] if record.checkpoint_stall_s >= 0.05 else []),
         )
     )
 

@@ -36,11 +36,11 @@ from megatron_eagle.training.checkpoint import (
     load_weights,
     read_description,
     require_same_model,
-    save_checkpoint,
 )
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.saving import Saver
 from megatron_eagle.training.stopping import StoppedEarly, Watch
 from megatron_eagle.training.throughput import useful_flops, utilisation
 
@@ -189,15 +189,16 @@ class StageRun:
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         log = self._open_log()
+        self.saver = Saver(
+            stage_folder, self.groups, self.platform.device, keep=self.stage.keep_checkpoints, say=self._say
+        )
         try:
             while self.step < self.stage.steps:
                 record = self._one_step(engine, stream)
                 if log and record:
                     log.step(record)
                 stop = self.watch.after_step(self.platform.device)
-                if stop or self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
-                    with self.watch.saving():
-                        self._save(engine, stream, stage_folder)
+                self._save_if_due(engine, stream, stop or self.step == self.stage.steps)
                 if stop and self.step < self.stage.steps:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
         finally:
@@ -205,6 +206,19 @@ class StageRun:
                 log.close()
             if stream:
                 stream.close()
+
+    def _save_if_due(self, engine: Engine, stream: Stream | None, leaving: bool) -> None:
+        """Save beside training every so many steps; before leaving, the checkpoint must be there."""
+        due = leaving or self.step % self.stage.checkpoint_every == 0
+        if not due and not self.saver.pending:
+            return
+        with self.watch.saving(), self._doing("saving a checkpoint"):
+            if due:
+                self.saver.start(self._description(engine), engine, stream.state() if stream else None)
+            else:
+                self.saver.after_step()
+            if leaving or not self.stage.async_save:
+                self.saver.finish(must=leaving)
 
     def _one_step(self, engine: Engine, stream: Stream | None) -> StepRecord | None:
         """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
@@ -257,6 +271,7 @@ class StageRun:
         dist.all_reduce(total)
         if not math.isfinite(float(total)):
             ids = [identity for batch in batches for identity in batch.sample_ids]
+            self.saver.finish()  # every process is here
             raise RuntimeError(
                 f"{self.stage.name} step {self.step}: loss is {float(total)}; samples of this replica: {ids}"
             )
@@ -283,6 +298,7 @@ class StageRun:
             seconds=seconds,
             **utilisation(sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device),
             data_wait=waited,
+            checkpoint_stall_s=self.saver.take_stall(),
             sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
             rejected_total=self.rejected_total,
             rejected=rejected,
@@ -295,8 +311,8 @@ class StageRun:
         shares = [Shares.of(tiles, self.groups.replica_size) for tiles in tiles_per_replica]
         return tile_balance([count for share in shares for count in share.per_rank])
 
-    def _save(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
-        description = Description(
+    def _description(self, engine: Engine) -> Description:
+        return Description(
             stage=self.stage.name,
             step=self.step,
             steps=self.stage.steps,
@@ -307,13 +323,6 @@ class StageRun:
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
         )
-        position = stream.state() if stream else None
-        started = time.perf_counter()
-        with self._doing("saving a checkpoint"):
-            path = save_checkpoint(
-                stage_folder, description, engine, self.groups, position, keep=self.stage.keep_checkpoints
-            )
-        self._say(f"{self.stage.name} saved {path} in {time.perf_counter() - started:.1f}s")
 
     def _peak_rss_bytes(self) -> int:
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

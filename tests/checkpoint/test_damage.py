@@ -25,7 +25,7 @@ FILES = {"one.distcp": b"a" * 5000, "two.distcp": b"b" * 70, "checkpoint.json": 
 def folder(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
-    checksums.write(tmp_path, checksums.measure(tmp_path))
+    checksums.write(tmp_path, checksums.measure(tmp_path.iterdir()))
     return tmp_path
 
 
@@ -101,14 +101,15 @@ def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for
 
 
 def save_for_ever(stage_folder, recipe_path):
-    """A forked trainer without data: every save's weights are the number of its step."""
+    """A forked trainer without data: a save has its step as every weight; they change while it is written."""
     import torch.distributed as dist
 
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.platform import install
     from megatron_eagle.recipe import load_recipe
-    from megatron_eagle.training.checkpoint import Description, save_checkpoint
+    from megatron_eagle.training.checkpoint import Description
     from megatron_eagle.training.engine import build_engine
+    from megatron_eagle.training.saving import Saver
 
     recipe = load_recipe(Path(recipe_path))
     platform = install()
@@ -116,22 +117,32 @@ def save_for_ever(stage_folder, recipe_path):
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
     engine = build_engine(recipe, recipe.stage("first"), platform, groups)
     engine.update()  # Adam has nothing to save before its first step
+    saver = Saver(stage_folder, groups, platform.device, keep=2)
     latest = find_latest(stage_folder)
     step = read_description(latest).step if latest else 0
-    while True:
-        step += 1
+
+    def fill(value):
         with torch.no_grad():
             for model in engine.models:
                 for parameter in model.parameters():
-                    parameter.fill_(step)
-        save_checkpoint(stage_folder, Description("first", step, 10**6, {}, {}, 1), engine, groups, b"x", keep=2)
+                    parameter.fill_(value)
+
+    while True:
+        step += 1
+        fill(step)
+        saver.start(Description("first", step, 10**6, {}, {}, 1), engine, b"x")
+        for number in range(1, 1 + step % 40):  # sometimes the next save has to wait for this one
+            fill(-number)
+            saver.after_step()
+            time.sleep(0.001)
 
 
 def kill_while_saving(small_run, tmp_path, kills, seed):
+    """After every kill the newest checkpoint is whole, newer than before, and of one step; how many hit a save."""
     generator = random.Random(seed)
     recipe = str(small_run.write_recipe(tmp_path / "recipe.yaml"))
     folder = tmp_path / "first"
-    done, before = 0, 0
+    done, before, amid = 0, 0, 0
     while done < kills:
         child = os.fork()
         if child == 0:
@@ -148,6 +159,7 @@ def kill_while_saving(small_run, tmp_path, kills, seed):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         done += 1
+        amid += any(folder.glob("*.partial"))
         latest = find_latest(folder)
         checksums.verify(latest)
         before = read_description(latest).step
@@ -156,13 +168,14 @@ def kill_while_saving(small_run, tmp_path, kills, seed):
         assert len(names) > 50
         for name in ("connector.linear_fc1.weight", "language.embedding.word_embeddings.weight"):
             assert bool((stored.read(name) == before).all()), f"kill {done}: {latest} holds another step's {name}"
-    return before
+    print(f"{kills} kills, {amid} of them amid a save, the last checkpoint is of step {before}")
+    return amid
 
 
 def test_kills_while_saving(small_run, tmp_path):
-    assert kill_while_saving(small_run, tmp_path, 4, seed=1) >= 4
+    assert kill_while_saving(small_run, tmp_path, 4, seed=1) >= 1
 
 
 @pytest.mark.long
 def test_two_hundred_kills_while_saving(small_run, tmp_path):
-    assert kill_while_saving(small_run, tmp_path, 200, seed=2) >= 200
+    assert kill_while_saving(small_run, tmp_path, 200, seed=2) >= 50

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from tokenizer_folder import QWEN_TOKENS, write_qwen_like
 
 from megatron_eagle.checkpoint.convert import Options, check, hf_to_megatron, megatron_to_hf
-from megatron_eagle.checkpoint.logits import logits_of_rank, released_logits
 from megatron_eagle.checkpoint.released import Dialect
-from megatron_eagle.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_eagle.data.tokenizer import EAGLE_TOKENS
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
+from megatron_eagle.model.presets import PRESETS
 
 NO_LOGITS = Options(logits=False)
 LAYOUTS = [
@@ -88,19 +87,20 @@ def test_forty_round_trips(worlds, tokenizer, model, layout, replicas, dtype, se
     round_trip(worlds, tokenizer, model, layout, replicas, dtype, seed)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2)], ids=["one", "tp2", "pp2"])
-@pytest.mark.parametrize("shape", ["eagle2-1b", "eagle2-9b"])
-def test_logits_are_those_of_transformers(worlds, tmp_path, shape, layout):
-    config = cases.reduced(shape)
-    dialect = Dialect.published(config, "A")
-    cases.write_released(tmp_path / "hf", config, dialect)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, encoder="spread"), Layout(pp=2, vpp=2)], ids=["spread", "vpp"])
+def test_full_size_round_trip(worlds, tokenizer, tmp_path, layout):
+    """Eagle2-1B as published: Qwen2.5-0.5B and SigLIP so400m, random bf16 weights."""
+    config = PRESETS["eagle2-1b"]
+    dialect = Dialect.published(config, "B")
+    state = cases.write_released(tmp_path / "hf", config, dialect, 5, torch.bfloat16)
     hf_to_megatron([tmp_path / "hf"], tmp_path / "in", NO_LOGITS)
-    answers = worlds(layout.model_parallel_size).run(logits_of_rank, str(tmp_path / "in"), config, layout)
-    (ours,) = (answer for answer in answers if answer is not None)
-    theirs = released_logits(SafetensorsFolder(tmp_path / "hf"), config, dialect)
-    assert ours.shape == theirs.shape == (3 * 4 + 5 * 12, config.language.vocab_size)
-    assert float(theirs.std()) > 0.1
-    assert float((ours.double() - theirs).abs().max()) <= 1e-4
+    arguments = (str(tmp_path / "in"), config, layout, str(tmp_path / "other"), "bf16")
+    worlds(layout.model_parallel_size).run(cases.resave, *arguments, timeout=900.0)
+    megatron_to_hf(tmp_path / "other", tmp_path / "back", NO_LOGITS, kind="B", tokenizer=tokenizer)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert sorted(back) == sorted(state) and all(torch.equal(state[name], back[name]) for name in state)
+    print(f"{sum(tensor.numel() for tensor in back.values()):,} parameters in {len(back)} tensors, all bits equal")
 
 
 def test_a_mixture_of_reversed_towers_keeps_its_names(tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_eagle.checkpoint.torch_dist import TorchDist
 from megatron_eagle.errors import UserError
 from megatron_eagle.recipe import load_recipe
 
@@ -263,8 +265,6 @@ def spoil_images(folder: Path, share: float) -> list[str]:
 
 
 def test_broken_samples_are_skipped_named_and_counted(small_run, worlds, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "spoiled"
     shutil.copytree(small_run.folder / "train", folder)
     assert spoil_images(folder, share=0.3)
@@ -337,6 +337,36 @@ def test_a_checkpoint_of_another_model_is_refused(small_run, worlds, tmp_path: P
     assert result.returncode == 2
     assert "holds another model: language.intermediate_size is 64 there, 96 in the recipe" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_recipe_that_spells_out_defaults_is_the_same_model(small_run, worlds, tmp_path: Path) -> None:
+    brief, spelt_out = small_run.settings()["model"], small_run.settings()["model"]
+    spelt_out["encoders"][0]["layer_norm_eps"] = 1e-6
+    spelt_out["language"]["rms_norm_eps"] = 1e-6
+    one = str(small_run.write_recipe(tmp_path / "one.yaml", model=brief))
+    other = str(small_run.write_recipe(tmp_path / "other.yaml", model=spelt_out))
+    worlds(1).run(train, one, "first", str(tmp_path), ("stages.first.steps=2",))
+    worlds(1).run(train, other, "second", str(tmp_path), ("stages.second.steps=1",))
+    assert [entry["stage"] for entry in metrics(tmp_path)] == ["first", "first", "second"]
+
+
+def test_saving_beside_training_changes_nothing_and_its_stall_is_logged(small_run, worlds, tmp_path: Path) -> None:
+    beside, waiting = tmp_path / "beside", tmp_path / "waiting"
+    recipe = str(small_run.write_recipe(tmp_path / "r.yaml", layout={"pp": 2}))
+    often = ("stages.second.checkpoint_every=1", "stages.second.keep_checkpoints=9")
+    worlds(1).run(train, recipe, "first", str(beside), ("layout.pp=1",))
+    shutil.copytree(beside, waiting)
+    worlds(2).run(train, recipe, "second", str(beside), often)
+    worlds(2).run(train, recipe, "second", str(waiting), (*often, "stages.second.async_save=false"))
+    assert losses(beside) == losses(waiting)
+    for runs in (beside, waiting):
+        stalls = [entry["checkpoint_stall_s"] for entry in metrics(runs) if entry["stage"] == "second"]
+        assert stalls[0] == 0 and all(0 < stall < 30 for stall in stalls[1:])
+    folders = [runs / "small" / "checkpoints" / "second" for runs in (beside, waiting)]
+    for step in range(1, 7):
+        one, other = (TorchDist(folder / f"step_{step:08d}") for folder in folders)
+        assert one.names == other.names
+        assert all(torch.equal(one.read(name), other.read(name)) for name in ("connector.linear_fc1.weight",))
 
 
 def test_damaged_checkpoint_description_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What of a training process goes into a checkpoint, and how it comes back.
+
+Weights and the optimizer's moments carry the names and shapes of an undivided model (Megatron's ``ShardedTensor``), so
+any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored: the rest follows
+from the recipe and the step.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_eagle.training.engine import Engine
+
+# 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+}
+Parts = list[dict[str, Any]]
+
+
+def modules_of(engine: Engine) -> list[MegatronModule]:
+    """Everything of this process that has weights."""
+    return [module for module, _ in engine.weight_owners()]
+
+
+def sharded_weights(modules: Sequence[MegatronModule]) -> dict[str, Any]:
+    """The weights of ``modules`` under their global names."""
+    metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {f"model{number}": module.sharded_state_dict(metadata=metadata) for number, module in enumerate(modules)}
+
+
+def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any]) -> None:
+    """Hand loaded weights, in the structure of ``sharded_weights``, to the modules."""
+    for number, module in enumerate(modules):
+        module.load_state_dict(state[f"model{number}"], strict=True)
+
+
+def optimizer_parts(engine: Engine, *, is_loading: bool) -> Parts:
+    """What each optimizer of the chain would save, in Megatron's own structure; its tensors know their global names."""
+    weights = sharded_weights(modules_of(engine))
+    chain = engine.optimizer.chained_optimizers
+    return [part.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT) for part in chain]
+
+
+def sharded_state(engine: Engine, parts: Parts) -> dict[str, Any]:
+    """All that is stored of ``engine``; ``parts`` are its ``optimizer_parts``."""
+    tensors = [leaf for leaf in nested_values(parts) if isinstance(leaf, ShardedBase)]
+    state = {**sharded_weights(modules_of(engine)), "scheduler": engine.scheduler.state_dict()}
+    if tensors:  # a process may have nothing to train
+        state["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
+    return state
+
+
+def load_engine(engine: Engine, parts: Parts, state: dict[str, Any], step: int) -> None:
+    """Hand a loaded ``state``, in the structure of ``sharded_state``, to the engine that ``parts`` came from."""
+    load_modules(modules_of(engine), state)
+    _load_optimizer(engine, parts, state.get("optimizer", {}), step)
+    engine.scheduler.load_state_dict(state["scheduler"])
+
+
+def _load_optimizer(engine: Engine, parts: Parts, tensors: dict[str, Any], step: int) -> None:
+    loaded = iter(range(len(tensors)))
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedBase):
+            return tensors[str(next(loaded))]
+        return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
+
+    dict_list_map_inplace(fill, parts)
+    for optimizer, part in zip(engine.optimizer.chained_optimizers, parts, strict=True):
+        optimizer.load_state_dict(part)
+        for group in optimizer.param_groups:
+            group["step"] = step
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's random number generators."""
+    version, numbers, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Continue with the random numbers that ``random_state`` was followed by."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
