@@ -1,13 +1,22 @@
 # megatron-eagle on NVIDIA's PyTorch image, which brings CUDA, NCCL, Transformer Engine, apex and DALI built for each
-# other. Torch, triton and numpy are therefore the image's, not setup.py's; every other version here is setup.py's
-# (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
+# other. What is built for the image's CUDA is therefore the image's, not setup.py's; every other version here is
+# setup.py's (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
 #
 #   docker build --tag megatron-eagle .
-ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
+#
+# 26.01 is the image with transformer-engine==2.11.0: megatron-core==0.16.1 takes 2.9 up to, but not, 2.12. It has
+# PyTorch 2.10, Triton 3.6, CUDA 13.1 and Python 3.12; the tests ran with PyTorch 2.13, Triton 3.7 and Python 3.11.
+ARG BASE=nvcr.io/nvidia/pytorch:26.01-py3
 FROM ${BASE}
 
-# Python 3.11 is what the project is tested with; the image's own version runs it too, but is not what the tests saw.
 WORKDIR /opt/megatron-eagle
+
+# The image holds pip to its own version of every package it contains (PIP_CONSTRAINT), also of those that setup.py
+# pins to another one. Held from here on is only what is built for the image's CUDA, and what that was built against.
+RUN python -m pip list --format=freeze \
+  | grep -iE '^(torch|torchvision|triton|pytorch-triton|numpy|apex|flash[-_]attn|transformer[-_]engine.*|nvidia-dali.*)==' \
+  > /etc/pip/built-for-this-image.txt && cat /etc/pip/built-for-this-image.txt
+ENV PIP_CONSTRAINT=/etc/pip/built-for-this-image.txt
 
 RUN pip install --no-cache-dir \
     annotated-types==0.8.0 \
@@ -27,6 +36,8 @@ RUN pip install --no-cache-dir \
  && pip install --no-cache-dir --no-deps megatron-core==0.16.1
 
 COPY . .
-# Editable: `megatron-eagle submit` reads its templates from slurm/ of the checkout.
+# Editable: `megatron-eagle submit` reads its templates from slurm/ of the checkout. setup.py's packages are the library
+# and the kernels; both are looked for, and so is the image's Transformer Engine (importing it would want a GPU).
 RUN pip install --no-cache-dir --no-deps --ignore-requires-python --editable . \
- && megatron-eagle --version
+ && cd / && megatron-eagle --version && python -c "import eagle_kernels" \
+ && python -c "import importlib.metadata as m; v = m.version('transformer-engine'); assert v.startswith('2.11.'), v"

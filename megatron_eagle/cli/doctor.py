@@ -25,6 +25,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for a process"
     )
+    parser.add_argument(
+        "--nodes", default="", metavar="A,B", help="all nodes in the order of their ranks, to name one that is silent"
+    )
     add_launch_arguments(parser)
     parser.set_defaults(run=_doctor)
 
@@ -39,11 +42,17 @@ def _doctor(options: argparse.Namespace) -> None:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Next to the port that init_process_group will open for itself.
-    store = dist.TCPStore(
-        address, port + 1, world, rank == 0, timedelta(seconds=options.timeout), wait_for_workers=False
-    )
-    wants = Wants(options.folder, options.min_free_gb, options.timeout)
+    nodes = tuple(name for name in options.nodes.split(",") if name)
+    wants = Wants(options.folder, options.min_free_gb, options.timeout, nodes)
+    wait = timedelta(seconds=options.timeout)
+    try:  # next to the port that init_process_group will open for itself
+        store = dist.TCPStore(address, port + 1, world, rank == 0, wait, wait_for_workers=False)
+    except dist.DistError:
+        if rank == 0:
+            raise
+        said = f"process 0 cannot be reached at {address}:{port + 1} within {options.timeout:g} s"
+        print(f"megatron-eagle: bad node {wants.node_of(0, world)}: {said}", file=sys.stderr, flush=True)
+        sys.exit(BAD_NODE)
     diagnosis = examine(platform, wants, store, rank, world)
     if diagnosis is None:
         return

@@ -23,13 +23,13 @@ def add(verbs: Verbs) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from megatron_eagle.cluster.status import read_status, table
+    from megatron_eagle.cluster.status import OVER, read_status, table
 
     while True:
         rows = read_status(options.run_folder)
         if options.watch:
             print("\033[H\033[J", end="")  # cursor home, clear what is below
         print(table(rows), flush=True)
-        if not options.watch or all(row.state in ("complete", "gave up", "not in the queue") for row in rows):
+        if not options.watch or all(row.state in OVER for row in rows):
             return
         time.sleep(options.every)

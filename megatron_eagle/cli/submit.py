@@ -13,8 +13,10 @@ def add(verbs: Verbs) -> None:
         "submit",
         "submit the stages of a recipe to Slurm, as a chain of jobs",
         "Checks the recipe against the cluster, writes one batch script a stage into <runs>/<name>/jobs and submits\n"
-        "them so that each starts when the one before has reached its last step. docs/slurm.md says what happens then.",
+        "them so that each starts when the one before has reached its last step; with --export, a last job writes the\n"
+        "trained model for Hugging Face. docs/slurm.md says what happens then.",
         "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --dry-run\n"
+        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --export released/my-eagle\n"
         "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --stages stage1.5,stage2\n",
     )
     add_recipe_arguments(parser)
@@ -29,8 +31,9 @@ def add(verbs: Verbs) -> None:
 
 def _submit(options: argparse.Namespace) -> None:
     from megatron_eagle.cluster import slurm
+    from megatron_eagle.cluster.fits import check_chain
     from megatron_eagle.cluster.profile import load_profile
-    from megatron_eagle.cluster.submit import check_chain, plan_chain, submit_chain
+    from megatron_eagle.cluster.submit import plan_chain, submit_chain
     from megatron_eagle.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)

@@ -5,6 +5,7 @@ only hangs: who is missing, whose packages, clock or file system differ, whose d
 all-reduce is timed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -36,6 +37,7 @@ PACKAGES = (
 )
 GPU_PACKAGES = ("transformer-engine",)
 CLOCK_SECONDS = 5.0
+LAST_WORDS_SECONDS = 5.0
 ALL_REDUCE_BYTES = {"nccl": 1 << 30, "gloo": 1 << 20}
 ALL_REDUCE_ROUNDS = 5
 MARK = ".doctor-{rank}"
@@ -70,11 +72,19 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Wants:
-    """folder: shared by all nodes; min_free_gb: to be free there; timeout: seconds to wait for a process."""
+    """folder: shared by all nodes; min_free_gb: to be free there; timeout: seconds to wait for a process.
+
+    nodes: names of all nodes in the order of their ranks, each with as many; empty if the launcher did not say.
+    """
 
     folder: Path
     min_free_gb: float
     timeout: float
+    nodes: tuple[str, ...] = ()
+
+    def node_of(self, rank: int, world: int) -> str:
+        """Where a process was to run that cannot say so itself; "?" if nobody knows."""
+        return self.nodes[rank * len(self.nodes) // world] if self.nodes else "?"
 
 
 def examine(platform: Platform, wants: Wants, store: dist.TCPStore, rank: int, world: int) -> Diagnosis | None:
@@ -95,16 +105,23 @@ def examine(platform: Platform, wants: Wants, store: dist.TCPStore, rank: int, w
         diagnosis = diagnose(known, world, wants)
         store.set("well", json.dumps(not diagnosis.bad))
     store.wait(["well"], timedelta(seconds=3 * wants.timeout))
-    (wants.folder / MARK.format(rank=rank)).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # where it could not be written, either
+        (wants.folder / MARK.format(rank=rank)).unlink()
     if json.loads(store.get("well")):
         line = _all_reduce(platform, wants.timeout)
         if rank == 0:
             diagnosis.lines.append(line)
+    store.set(f"done/{rank}", "")
+    if rank == 0:  # the store goes with this process
+        _wait(store, [f"done/{other}" for other in present], LAST_WORDS_SECONDS)
     return diagnosis if rank == 0 else None
 
 
 def diagnose(known: Sequence[Facts], world: int, wants: Wants) -> Diagnosis:
-    """Compare what the processes said; what most of them agree on is taken to be right."""
+    """Compare what the processes said; what most of them agree on is taken to be right.
+
+    Two against two, process 0 is: its node runs the batch script, and has written the log into the folder.
+    """
     bad: dict[str, list[str]] = {}
     nodes = list(dict.fromkeys(facts.node for facts in known))
     for facts in known:
@@ -123,8 +140,9 @@ def diagnose(known: Sequence[Facts], world: int, wants: Wants) -> Diagnosis:
             bad.setdefault(facts.node, []).append(f"its clock is off by {facts.clock - median:+.0f} s")
     _name_the_blind(bad, [facts for facts in known if not facts.error])
     gone = sorted(set(range(world)) - {facts.rank for facts in known})
-    if gone:
-        bad["?"] = [f"ranks {', '.join(map(str, gone))} of {world} did not answer within {wants.timeout:g} s"]
+    for node in dict.fromkeys(wants.node_of(rank, world) for rank in gone):
+        ranks = ", ".join(str(rank) for rank in gone if wants.node_of(rank, world) == node)
+        bad.setdefault(node, []).append(f"ranks {ranks} of {world} did not answer within {wants.timeout:g} s")
     lines = [f"{node}: ok" for node in nodes if node not in bad]
     return Diagnosis({node: "; ".join(dict.fromkeys(said)) for node, said in bad.items()}, lines)
 
@@ -140,7 +158,7 @@ def _name_the_blind(bad: dict[str, list[str]], writers: Sequence[Facts]) -> None
     """Who does not see the marks of most others has another file system behind the folder's name."""
     for facts in writers:
         blind = [other.rank for other in writers if other.rank not in facts.seen]
-        if 2 * len(blind) >= len(writers):
+        if 2 * len(blind) > len(writers) or (2 * len(blind) == len(writers) and writers[0].rank in blind):
             said = f"does not see what ranks {', '.join(map(str, blind))} wrote: the folder is not shared with them"
             bad.setdefault(facts.node, []).append(said)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 EVENTS_FILE = "events.jsonl"
+FULL_DISK_BYTES = 1 << 20  # with less than that free, whatever goes wrong goes wrong for that reason
 Outcome = Literal["complete", "stopped", "failed", "refused", "interrupted"]
 
 

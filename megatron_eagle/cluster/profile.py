@@ -69,6 +69,7 @@ class Profile:
     python: the interpreter that has megatron-eagle, inside the container if there is one.
     sbatch, srun: further options of the site.
     preflight: run ``megatron-eagle doctor`` on all processes before each start; min_free_gb: what it wants free.
+    preflight_seconds: how long it waits for a process before it calls the node bad.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Profile:
     srun: tuple[str, ...] = ()
     preflight: bool = True
     min_free_gb: Annotated[float, Ge(0)] = 1.0
+    preflight_seconds: Seconds = 120.0
     restarts: Restarts = field(default_factory=Restarts)
     hang: Hang = field(default_factory=Hang)
 

@@ -12,11 +12,14 @@ from megatron_eagle.errors import UserError
 
 @dataclass(frozen=True)
 class Partition:
-    """nodes: how many it has; max_nodes: how many one job may have, None without a limit."""
+    """nodes: how many it has; max_nodes: how many one job may have; max_seconds: how long it may run; accounts: whose
+    jobs it takes. None: no limit."""
 
     name: str
     nodes: int
     max_nodes: int | None
+    max_seconds: int | None = None
+    accounts: tuple[str, ...] | None = None
 
     @property
     def largest_job(self) -> int:
@@ -34,9 +37,36 @@ def partition(name: str | None) -> Partition:
     for line in listed.splitlines():
         facts = dict(part.split("=", 1) for part in line.split() if "=" in part)
         if name or facts.get("Default") == "YES":
-            limit = facts.get("MaxNodes", "UNLIMITED")
-            return Partition(facts["PartitionName"], int(facts["TotalNodes"]), int(limit) if limit.isdigit() else None)
+            limit, time = facts.get("MaxNodes", "UNLIMITED"), facts.get("MaxTime", "UNLIMITED")
+            accounts = facts.get("AllowAccounts", "ALL")
+            return Partition(
+                facts["PartitionName"],
+                int(facts["TotalNodes"]),
+                int(limit) if limit.isdigit() else None,
+                seconds(time) if time != "UNLIMITED" else None,
+                tuple(accounts.split(",")) if accounts != "ALL" else None,
+            )
     raise UserError("Slurm has no default partition; name one in the cluster profile")
+
+
+def seconds(time: str) -> int:
+    """A time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, last = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, last = (0, parts[0], 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + last
+
+
+def gpus_of_nodes(partition: str) -> list[int]:
+    """GPUs of each node of the partition, of whatever type."""
+    listed = _run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%G")
+    return [
+        sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", line.partition("|")[2]))
+        for line in dict.fromkeys(listed.splitlines())
+    ]
 
 
 def check(script: Path) -> None:

@@ -1,12 +1,13 @@
 """The chain of a run as a table: where each stage is, how fast, how often it was started again and why."""
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import attempts, newest_step, read_events
+from megatron_eagle.cluster.events import FULL_DISK_BYTES, attempts, newest_step, read_events
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.log import (
     ETA_WINDOW,
@@ -17,6 +18,8 @@ from megatron_eagle.training.log import (
     remaining_seconds,
 )
 
+GONE, GAVE_UP, CANCELLED, COMPLETE = "not in the queue", "gave up", "cancelled", "complete"
+OVER = (GONE, GAVE_UP, CANCELLED, COMPLETE)  # states of a job that will not change any more
 HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s", "ETA", "restarts", "why")
 
 
@@ -62,10 +65,13 @@ def read_status(run_folder: Path) -> list[Row]:
     except UserError:  # no Slurm to be asked from here: the files still say most
         queue = {}
     records = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else {}
-    return [
-        _row(run_folder, event, events, queue.get(event["job"]), records.get(stage, []))
-        for stage, event in submitted.items()
-    ]
+    rows: list[Row] = []
+    for stage, event in submitted.items():
+        row = _row(run_folder, event, events, queue.get(event["job"]), records.get(stage, []))
+        if rows and row.state == GONE and not row.step and rows[-1].state in (GAVE_UP, CANCELLED):
+            row = replace(row, state=CANCELLED, why=f"{rows[-1].stage} did not reach its end")
+        rows.append(row)
+    return rows
 
 
 def _row(
@@ -84,10 +90,16 @@ def _row(
     if queued:
         state, why = queued[0].lower(), queued[1] if queued[0] == "PENDING" and not ended else ""
     else:
-        state, why = ("complete", "") if ended and ended[-1].outcome == "complete" else ("not in the queue", "")
-    if gave_up:
-        state = "gave up" if not queued else state
-    why = (gave_up[-1] if gave_up else "") or (ended[-1].cause if ended and state != "complete" else "") or why
+        state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else GONE), ""
+    if gave_up and not queued:
+        state = GAVE_UP
+    failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
+    why = (gave_up[-1] if gave_up else "") or (failures[-1] if failures else "") or why
+    if state == GONE and made and made[-1].outcome is None:
+        free = shutil.disk_usage(run_folder).free
+        why = "ended without a word" + (
+            f": only {free / 1e6:.1f} MB are free in {run_folder}" * (free < FULL_DISK_BYTES)
+        )
     return Row(
         stage=stage,
         job=submitted["job"],
@@ -97,7 +109,7 @@ def _row(
         saved=newest_step(run_folder, stage),
         loss=records[-1].loss if records else None,
         tokens_per_second=records[-1].useful_tokens_per_second if records else None,
-        seconds_left=remaining_seconds(recent, steps - step) if records and steps > step else None,
+        seconds_left=remaining_seconds(recent, steps - step) if queued and records and steps > step else None,
         restarts=max(0, len(made) - 1),
         why=why,
     )

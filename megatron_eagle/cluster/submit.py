@@ -65,21 +65,10 @@ def plan_chain(
         )
     links = [_stage_link(recipe, stage, profile, folder) for stage in stages]
     if export is not None:
+        if export.exists():
+            raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
         links.append(_export_link(recipe, stages[-1], profile, folder, export.resolve()))
     return Chain(recipe, folder, tuple(links))
-
-
-def check_chain(chain: Chain, profile: Profile) -> None:
-    """Refuse more nodes than the partition gives to one job; UserError has the numbers."""
-    partition = slurm.partition(profile.partition)
-    unit = "GPUs" if profile.gpus_per_node else "processes"
-    for link in chain.links:
-        if link.nodes > partition.largest_job:
-            per_node, largest = profile.processes_per_node, partition.largest_job
-            raise UserError(
-                f"stage '{link.name}' needs {link.nodes} nodes x {per_node} = {link.nodes * per_node} {unit}; "
-                f"partition '{partition.name}' gives one job {largest} nodes = {largest * per_node}"
-            )
 
 
 def submit_chain(chain: Chain) -> list[str]:
@@ -133,14 +122,14 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path) ->
             f"stage '{stage.name}' on {nodes} nodes: batch={stage.batch} packs cannot be shared out evenly to "
             f"{replicas} data-parallel ranks"
         )
-    restarts, hang = profile.restarts, profile.hang
+    hang = profile.hang
     settings = {
         "STAGE": stage.name,
-        "FAILURES": str(restarts.failures),
-        "WITHOUT_PROGRESS": str(restarts.without_progress),
-        "EXCLUDE_BAD_NODES": str(int(restarts.exclude_bad_nodes)),
+        **_budget(profile),
+        "EXCLUDE_BAD_NODES": str(int(profile.restarts.exclude_bad_nodes)),
         "PREFLIGHT": str(int(profile.preflight)),
         "MIN_FREE_GB": f"{profile.min_free_gb:g}",
+        "PREFLIGHT_SECONDS": f"{profile.preflight_seconds:g}",
         "HANG": f"{hang.factor:g},{hang.at_least:g},{hang.otherwise:g},{hang.grace:g}",
     }
     directives = [
@@ -162,13 +151,23 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path) ->
 
 
 def _export_link(recipe: Recipe, last: Stage, profile: Profile, folder: Path, out: Path) -> Link:
-    directives = ["--nodes=1", "--ntasks=1", f"--time={profile.time_limit}", "--open-mode=append"]
+    # A whole node, for its memory: the proof holds the model twice.
+    directives = ["--nodes=1", "--ntasks=1", "--exclusive", f"--time={profile.time_limit}"]
+    directives += ["--requeue", "--open-mode=append"]
     if profile.gpus_per_node and profile.gpu_request:
         directives.append("--gpus-per-node=1")
-    settings = {"CHECKPOINT": f"{folder}/checkpoints/{last.name}", "EXPORT": str(out)}
-    if recipe.tokenizer.kind == "huggingface":
-        settings["TOKENIZER"] = recipe.tokenizer.path
+    settings = {
+        "CHECKPOINT": f"{folder}/checkpoints/{last.name}",
+        "EXPORT": str(out),
+        "TOKENIZER": recipe.tokenizer.path,
+        **_budget(profile),
+    }
     return Link("export", None, 1, 1, _script("export", "export", directives, settings, profile, folder))
+
+
+def _budget(profile: Profile) -> dict[str, str]:
+    restarts = profile.restarts
+    return {"FAILURES": str(restarts.failures), "WITHOUT_PROGRESS": str(restarts.without_progress)}
 
 
 def _nodes(stage: Stage, profile: Profile) -> int:

@@ -15,13 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eagle.cluster.events import Attempt, Outcome, append_event, attempts, newest_step, read_events
+from megatron_eagle.cluster.events import (
+    FULL_DISK_BYTES,
+    Attempt,
+    Outcome,
+    append_event,
+    attempts,
+    newest_step,
+    read_events,
+)
 from megatron_eagle.training.stopping import HANG_EXIT_CODE, SILENT, STACKS_FOLLOW, STOPPED_EXIT_CODE
 
 USER_ERROR = 2  # exit code of the command line after a UserError
 BAD_NODE = 4  # exit code of ``megatron-eagle doctor``
 NO_SPACE = "No space left on device"
-FULL_DISK_BYTES = 1 << 20
 _TASK = re.compile(r"^srun: error: (?P<node>[^:\s]+): tasks? (?P<ranks>[\d,\-]+): (?P<end>.+)$", re.MULTILINE)
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _COLLATERAL = re.compile(r"^srun: .*Terminating (StepId|job step)", re.MULTILINE)
@@ -130,11 +137,11 @@ def find_cause(code: int, asked: bool, log: str, stacks: dict[int, str]) -> Find
     stacks: rank -> text of its file; a rank that did not notice a hang has only the heading, "rank 3 on n2, ...".
     """
     if code == 0:
-        return Finding("complete", "last step reached")
+        return Finding("complete", "reached its end")
     full = next((line.strip() for line in log.splitlines() if NO_SPACE in line), None)
     if full is not None:
         return Finding("refused", f"the disk is full: {full[-300:]}")
-    doctor = _DOCTOR.findall(log)
+    doctor = list(dict.fromkeys(_DOCTOR.findall(log)))
     if doctor:
         cause = "; ".join(f"node {node}: {why}" for node, why in doctor)
         return Finding("failed", f"pre-flight: {cause}", tuple(sorted({node for node, _ in doctor})))

@@ -16,22 +16,27 @@ import yaml
 from throwaway import ThrowawaySlurm
 
 from megatron_eagle.cli import main
+from megatron_eagle.cluster.events import newest_step
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("stage1", "stage1.5", "stage2")
+STEPS = 6  # of each stage, a checkpoint every other one
 LAYOUT = {"pp": 2}  # on 4 processes: two replicas of two pipeline stages, each replica across both nodes or within one
 GOOD_ENDS = ("COMPLETED",)
 ENDS = (*GOOD_ENDS, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 Losses = list[tuple[str, int, float, str]]
 
 
-def small_recipe(small_run: Any, path: Path, *, steps: int = 4, checkpoint_every: int = 2) -> Path:
+def small_recipe(
+    small_run: Any, path: Path, *, steps: int | tuple[int, int, int] = STEPS, checkpoint_every: int = 2
+) -> Path:
     """Three stages of a few steps: the connector, then everything, twice."""
+    counts = (steps,) * 3 if isinstance(steps, int) else steps
     settings = small_run.settings(layout=LAYOUT)
     connector, everything = settings["stages"]
     stages = []
-    for name, stage in zip(STAGES, (connector, everything, everything), strict=True):
-        stages.append({**stage, "name": name, "steps": steps, "checkpoint_every": checkpoint_every, "gpus": 4})
+    for name, stage, count in zip(STAGES, (connector, everything, everything), counts, strict=True):
+        stages.append({**stage, "name": name, "steps": count, "checkpoint_every": checkpoint_every, "gpus": 4})
     return small_run.write_recipe(path, layout=LAYOUT, stages=stages)
 
 
@@ -64,6 +69,10 @@ class SubmittedChain:
     @property
     def folder(self) -> Path:
         return self.runs / "small"
+
+    def saved(self, stage: str) -> int:
+        """Step of the stage's newest checkpoint."""
+        return newest_step(self.folder, stage)
 
     def step(self, stage: str) -> int:
         """The last step of the stage that was logged."""
@@ -132,12 +141,19 @@ def without_slurm(recipe: Path, runs: Path) -> Losses:
 
 
 def stand_in_python(folder: Path) -> Path:
-    """An interpreter that trains with ``stand_in.py`` and is otherwise the real one; for ``profile(python=...)``."""
+    """An interpreter that trains with ``stand_in.py`` and is otherwise the real one; for ``profile(python=...)``.
+
+    Each ``megatron-eagle job`` gets the ranks' signal to stop, as one that comes a moment too late or too early, and
+    the first is killed where STAND_IN_KILLS_NOTE names a folder that is not there yet.
+    """
     script = folder / "python"
     stand_in = Path(__file__).with_name("stand_in.py")
     script.write_text(
         "#!/bin/bash\n"
         f'if [ "$3" = train ]; then shift 2; exec {sys.executable} {stand_in} "$@"; fi\n'
+        'if [ "$3" = job ] && [ -n "$STAND_IN_KILLS_NOTE" ] && mkdir "$STAND_IN_KILLS_NOTE" 2>/dev/null; then\n'
+        "    kill -KILL $$\nfi\n"
+        'if [ "$3" = job ]; then kill -USR1 $$; fi\n'
         f'exec {sys.executable} "$@"\n'
     )
     script.chmod(0o755)

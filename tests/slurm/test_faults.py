@@ -118,8 +118,8 @@ def nothing_left(chain: SubmittedChain) -> None:
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
-        pytest.param(requeue, "ended from outside without a word", marks=pytest.mark.long),
-        pytest.param(signal_ranks, "asked to stop", marks=pytest.mark.long),
+        (requeue, "ended from outside without a word"),
+        (signal_ranks, "asked to stop"),
         (signal_batch, "asked to stop"),
         (kill_rank, "Killed"),
         (hang_rank, "hang: the others waited for rank"),
@@ -137,7 +137,6 @@ def test_a_fault_in_the_middle_changes_no_loss(chain: SubmittedChain, expected: 
         assert ended[0]["step"] >= STEPS // 2, "an orderly stop saves the step it was at"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fault", [lose_node, drain_node], ids=lambda value: value.__name__)
 def test_a_node_that_goes_away_changes_no_loss(chain: SubmittedChain, expected: list, fault: Fault) -> None:
     chain.until_step("stage1.5", STEPS // 2)
@@ -155,6 +154,16 @@ def test_a_stage_that_fails_at_the_same_place_for_ever_is_given_up(
     assert "rank 3 on node n2: Killed" in given_up["cause"] and given_up["cause"] in chain.logs()
     assert [event["step"] for event in chain.events("started")] == [0, 10, 10, 10]
     nothing_left(chain)
+
+
+def test_a_killed_note_is_written_again(
+    slurm: ThrowawaySlurm, stand_in: tuple[Path, Path], expected: list, tmp_path: Path
+) -> None:
+    """The batch script's own question, "what now?", is a process that can be killed, too."""
+    chain = submit_with(slurm, stand_in, tmp_path, STAND_IN_KILLS_NOTE=str(tmp_path / "killed"))
+    arrives(chain, expected)
+    assert "megatron-eagle job begin was killed, time 1 of 3" in chain.logs()
+    assert [event["stage"] for event in chain.events("started")] == list(STAGES)
 
 
 def test_a_cancelled_job_stays_cancelled(chain: SubmittedChain) -> None:
@@ -189,7 +198,6 @@ def test_a_full_disk_stops_the_chain_and_is_named(
     nothing_left(chain)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("seed", range(20))
 def test_random_faults(chain: SubmittedChain, expected: list, seed: int) -> None:
     """One to four faults of any kind at any moment: arrive with the same losses, or stop within the budget."""

@@ -3,17 +3,21 @@
 import os
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from chain import ROOT, command, profile
 from throwaway import ThrowawaySlurm
 
+from megatron_eagle.cli import main
+from megatron_eagle.cluster import slurm as slurm_commands
 from megatron_eagle.cluster.profile import TEMPLATES, load_profile
 from megatron_eagle.cluster.submit import plan_chain
 from megatron_eagle.errors import UserError
 from megatron_eagle.recipe import load_recipe
 
 EAGLE2_9B = ROOT / "examples" / "eagle2-9b" / "recipe.yaml"
+SMALL = {"nodes": {"stage1": 2, "stage1.5": 2, "stage2": 2}}  # Eagle 2's recipe, as far as this Slurm can tell
 H100 = "name: h100\npartition: main\ngpus_per_node: 8\n"
 
 
@@ -91,23 +95,82 @@ def test_containers(container: dict, words: str, tmp_path: Path) -> None:
     assert words in chain.links[0].text
 
 
-def test_more_than_the_partition_has_is_refused_by_submit(slurm: ThrowawaySlurm, h100: Path, tmp_path: Path) -> None:
-    arguments = ("submit", str(EAGLE2_9B), "--cluster", str(h100), "--runs", str(tmp_path / "runs"))
-    refused = command(*arguments, environment=slurm.environment)
-    assert refused.returncode == 2
-    assert refused.stderr.strip() == (
-        "megatron-eagle: stage 'stage1' needs 16 nodes x 8 = 128 GPUs; partition 'main' gives one job 2 nodes = 16"
-    )
-    assert not (tmp_path / "runs").exists() and slurm.run("squeue", "--noheader") == ""
-
-
-def test_slurm_has_the_last_word(slurm: ThrowawaySlurm, recipe: Path, tmp_path: Path) -> None:
-    """Two nodes are there, but not with that many CPUs: sbatch --test-only says so, and nothing is submitted."""
-    cluster = profile(tmp_path / "cluster.yaml", cpus_per_task=50)
-    arguments = ("submit", str(recipe), "--cluster", str(cluster), "--runs", str(tmp_path))
-    refused = command(*arguments, environment=slurm.environment)
-    assert refused.returncode == 2 and "Slurm refuses 'sbatch --test-only" in refused.stderr
+def refusal(slurm: ThrowawaySlurm, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What ``submit`` says when it refuses; nothing may have reached the queue."""
+    with mock.patch.dict(os.environ, slurm.environment), pytest.raises(SystemExit) as end:
+        main(("submit", *map(str, arguments)))
+    assert end.value.code == 2
     assert slurm.run("squeue", "--noheader") == ""
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "words"),
+    [
+        (
+            {"tasks_per_node": None, "gpus_per_node": 8},
+            (),
+            "stage 'stage1' needs 16 nodes x 8 = 128 GPUs; partition 'main' gives one job 2 nodes = 16",
+        ),
+        (
+            {"tasks_per_node": None, "gpus_per_node": 8, "nodes": {"stage1": 2, "stage1.5": 2, "stage2": 2}},
+            (),
+            "stage 'stage1' needs 2 nodes with 8 GPUs each; partition 'main' has 0 such nodes, and ",
+        ),
+        ({}, ("layout.pp=40",), "28"),
+        ({"needs_account": True}, (), "cluster profile 'throwaway' has no account; set account: in it"),
+        (
+            {**SMALL, "partition": "ours"},
+            (),
+            "takes jobs of eagle, hawk only, cluster profile 'throwaway' has no account",
+        ),
+        ({**SMALL, "partition": "ours", "account": "owl"}, (), "profile 'throwaway' has account 'owl'"),
+        (
+            {**SMALL, "partition": "ours", "account": "hawk", "time_limit": "1-00:00:01"},
+            (),
+            "time_limit 1-00:00:01 of cluster profile 'throwaway' is more than partition 'ours' allows: 24 hours",
+        ),
+        ({**SMALL, "partition": "theirs"}, (), "Slurm refuses 'scontrol show partition --oneliner theirs'"),
+        (
+            {**SMALL, "cpus_per_task": 50},
+            (),
+            "Slurm refuses 'sbatch --test-only",
+        ),
+    ],
+)
+def test_what_cannot_work_here_never_reaches_the_queue(
+    slurm: ThrowawaySlurm,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict,
+    overrides: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    """The last one is Slurm's own finding: two nodes are there, but not with that many CPUs."""
+    cluster = profile(tmp_path / "cluster.yaml", **changes)
+    said = refusal(slurm, capsys, EAGLE2_9B, *overrides, "--cluster", cluster, "--runs", tmp_path / "runs")
+    assert said.startswith("megatron-eagle: ") and words in said and "\n" not in said
+    assert "sbatch" in words or not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("04:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-00:00:05", 172805),
+    ],
+)
+def test_times_as_slurm_writes_them(written: str, seconds: int) -> None:
+    assert slurm_commands.seconds(written) == seconds
+
+
+def test_a_folder_that_exists_is_not_exported_to(h100: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        plan_chain(load_recipe(EAGLE2_9B), [], load_profile(str(h100)), tmp_path, tmp_path)
 
 
 def test_dry_run_needs_no_slurm_and_leaves_nothing(h100: Path, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def dump(rank: int, place: str) -> str:
 @pytest.mark.parametrize(
     ("code", "asked", "log", "stacks", "outcome", "words", "bad"),
     [
-        (0, False, "", {}, "complete", "last step", ()),
-        (0, True, "", {}, "complete", "last step", ()),
+        (0, False, "", {}, "complete", "reached its end", ()),
+        (0, True, "", {}, "complete", "reached its end", ()),
         (137, False, KILLED, {}, "failed", "rank 3 on node n2: Killed", ("n2",)),
         (137, False, PEER_FIRST, {}, "failed", "rank 3 on node n2: Killed", ()),
         (137, False, KILLED, HEAD, "failed", "rank 3 on node n2: Killed", ("n2",)),
