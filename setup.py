@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 TRAINER = [
     "annotated-types==0.8.0",
+    "av==18.1.0",
     "jinja2==3.1.6",
     "matplotlib==3.11.2",
     "megatron-core==0.16.1",

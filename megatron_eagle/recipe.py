@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.data.conversation import DEFAULT_SYSTEM
+from megatron_eagle.data.frames import VideoSettings
 from megatron_eagle.data.settings import DataSettings, Source
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import STRICT, Layout, Positive
@@ -85,7 +86,8 @@ class ReadingSettings:
     tiling_rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
     order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
     packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
-    degrade: show samples that are too long for a pack with fewer tiles instead of rejecting them.
+    degrade: show samples that are too long for a pack with fewer frames and tiles instead of rejecting them.
+    video: which frames of videos are shown, and in what words (``data.frames.VideoSettings``).
     workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
     """
 
@@ -96,6 +98,7 @@ class ReadingSettings:
     order: Literal["planned", "buffer"] = "planned"
     packing: Literal["balanced", "best_fit"] = "balanced"
     degrade: bool = False
+    video: VideoSettings = field(default_factory=VideoSettings)
     packing_buffer: Positive = 512
     shuffle_buffer: Positive = 1000
     system: str = DEFAULT_SYSTEM

@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from megatron_eagle.data.build import build_dataset
@@ -58,3 +59,35 @@ def make_tokenizer(folder: Path) -> SentencePieceTokenizer:
     corpus = [f"user assistant system What is number {n}? please It is {c}." for n in range(30) for c in COLOURS]
     train_sentencepiece([*corpus, "You are a helpful assistant."], folder / "spm.model", 400)
     return SentencePieceTokenizer(folder / "spm.model")
+
+
+BITS = 12  # of a frame's number, which its picture spells
+
+
+def write_video(
+    path: Path, frames: int, rate: int = 10, *, codec: str = "mpeg4", group: int = 12, turned: int = 0
+) -> Path:
+    """A video whose frame k shows the bits of k as black and white blocks of 16 pixels, lowest first, below a bar that
+    is white on its left half; ``group`` frames from one key frame to the next."""
+    import av
+
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = BITS * 16, 32, "yuv420p"
+        stream.codec_context.gop_size = group
+        if turned:
+            stream.set_display_rotation(turned)
+        container.start_encoding()  # writes the header, also if no frame follows
+        for number in range(frames):
+            pixels = np.zeros((32, BITS * 16, 3), np.uint8)
+            pixels[:16, : BITS * 8] = 255
+            pixels[16:] = np.repeat([255 * (number >> bit & 1) for bit in range(BITS)], 16)[None, :, None]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    return path
+
+
+def frame_number(picture: np.ndarray) -> int:
+    """The number that a frame [H, W, 3], of any size, spells."""
+    row = picture[picture.shape[0] * 3 // 4].mean(axis=-1)
+    return sum(1 << bit for bit in range(BITS) if row[int((bit + 0.5) * len(row) / BITS)] > 127)

@@ -262,6 +262,6 @@ def _data_build(options: argparse.Namespace) -> None:
 
 
 def _data_check(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.build import check_dataset
+    from megatron_eagle.data.index import check_dataset
 
     print(f"{options.folder}: {check_dataset(options.folder)} samples, all readable")

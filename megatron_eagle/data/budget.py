@@ -9,16 +9,15 @@ More budget never gives less: a grid chosen under a larger cap is the old one or
 through the candidates from few tiles to many), and frames are only ever added.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.tiling import Tiling, count_tiles
 
 TILE_CAPS = (12, 8, 6, 4, 2, 1)
-FRAMES_PER_SECOND = 2.0  # N_max of a video is 2 x its seconds (same section)
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Granted:
     tile_cap: int
     frames: int
     tokens: int
-
-
-def frames_of(seconds: float) -> int:
-    """N_max of a video of ``seconds``."""
-    return int(FRAMES_PER_SECOND * seconds)
 
 
 def grant(wanted: Wanted, length: int, tiling: Tiling, tokens_per_tile: int) -> Granted:
@@ -98,30 +92,26 @@ def capped(tiling: Tiling, cap: int) -> Tiling:
     return replace(tiling, max_tiles=cap, min_tiles=min(cap, tiling.min_tiles))
 
 
-@dataclass
-class DegradeReport:
-    """What became of the samples of each source: whole, with fewer tiles or frames, or dropped and why."""
+def outcomes(wanted: Wanted, granted: Granted, tiling: Tiling) -> tuple[str, ...]:
+    """What a sample that is used had to leave out; nothing if it is shown whole."""
+    left_out = []
+    if granted.tiles != tiles_under(tiling.max_tiles, wanted.image_sizes, tiling):
+        left_out.append(f"at most {granted.tile_cap} tiles an image")
+    if granted.frames < wanted.frames:
+        left_out.append("fewer frames")
+    return tuple(left_out)
 
-    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def granted(self, source: str, wanted: Wanted, granted: Granted, tiling: Tiling) -> None:
-        """Counts a sample that is used."""
-        fewer_tiles = granted.tiles != tiles_under(tiling.max_tiles, wanted.image_sizes, tiling)
-        if fewer_tiles:
-            self.outcomes[source][f"at most {granted.tile_cap} tiles an image"] += 1
-        if granted.frames < wanted.frames:
-            self.outcomes[source]["fewer frames"] += 1
-        if not fewer_tiles and granted.frames == wanted.frames:
-            self.outcomes[source]["whole"] += 1
-        self.outcomes[source]["used"] += 1
+def degrade_report(by_source: Mapping[str, Counter[str]]) -> list[str]:
+    """One line a source: how many samples are whole, degraded and how, dropped."""
+    ordered = {source: sorted(counts.items(), key=_rank) for source, counts in by_source.items()}
+    return [
+        f"{source}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts)
+        for source, counts in sorted(ordered.items())
+    ]
 
-    def dropped(self, source: str) -> None:
-        """Counts a sample that is not."""
-        self.outcomes[source]["dropped"] += 1
 
-    def lines(self) -> list[str]:
-        """One line a source."""
-        return [
-            f"{source}: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-            for source, counts in sorted(self.outcomes.items())
-        ]
+def _rank(item: tuple[str, int]) -> tuple[int, str]:
+    """Whole first, then degraded and by what, dropped last."""
+    outcome = item[0]
+    return {"whole": 0, "degraded": 1, "dropped": 3}.get(outcome, 2), outcome

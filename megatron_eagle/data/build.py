@@ -1,125 +1,140 @@
-"""Conversations in a JSONL file -> a checked data set of Energon WebDataset shards.
+"""Conversations, media with captions, or a WebDataset -> a checked data set of Energon WebDataset shards.
 
-What training would stumble over is found here, once: every line is parsed, every image really decoded, and each bad
-sample is written to ``rejected.jsonl`` with its line and reason. The same input gives the same bytes. The data set is
-made beside its destination and appears there whole or not at all.
+What training would stumble over is found here, once: every record is parsed, every image really decoded, every video
+opened and its first and last frame decoded, and each bad sample is written to ``rejected.jsonl`` with its place and
+reason. The same input gives the same bytes, for any number of processes and parts.
+
+The source is cut into blocks of samples, one shard each. Finished shards lie in a hidden folder beside the destination
+until all are there. So a build that was killed goes on where it was, and several machines can build one data set: part
+i of n takes every n-th block, ``join`` indexes what all of them made. The data set appears whole or not at all.
 """
 
 import contextlib
-import hashlib
-import io
+import fcntl
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import tarfile
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.catalogue import open_catalogue
-from megatron_eagle.data.conversation import Conversation, parse_record
-from megatron_eagle.data.images import MAX_PIXELS, decode_image, read_extension
-from megatron_eagle.data.shards import IDENTITY_FILE, META_FOLDER, sample_key, shard_counts
+from megatron_eagle.data.images import MAX_PIXELS
+from megatron_eagle.data.index import check_dataset, write_index
+from megatron_eagle.data.shard_writer import (
+    STATE_FOLDER,
+    Block,
+    ShardReport,
+    build_shard,
+    read_report,
+    shard_name,
+    write_atomically,
+)
+from megatron_eagle.data.sources import DEFAULT_PROMPT, Source
 from megatron_eagle.errors import UserError
 
 REJECTED_FILE = "rejected.jsonl"
+PLAN_FILE = f"{STATE_FOLDER}/build.json"
 SECONDS_BEFORE_PROGRESS = 3.0
-LINES_AT_A_TIME = 64  # of each worker; their images are in memory together
+BLOCKS_AHEAD = 2  # of each worker, read but not yet built
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of a JSONL file: lines read (blank ones not counted), samples written, samples rejected."""
+    """What became of a source: samples read (blank lines not counted), written, rejected; shards made.
+
+    resumed: shards, of these, that an earlier run had finished.
+    """
 
     read: int
     written: int
     rejected: int
     shards: int
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
-class _Line:
-    number: int
-    data: bytes
+class Part:
+    """Part ``number``, from 1, of ``parts`` that build one data set together."""
 
+    number: int = 1
+    parts: int = 1
 
-@dataclass(frozen=True)
-class _Parsed:
-    """A line's conversation, or the reason why it is rejected."""
-
-    number: int
-    claimed_id: str | int | None
-    content: Conversation | str
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image file's bytes and the name ending its format asks for, whatever it was called."""
-
-    extension: str
-    data: bytes
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.parts:
+            raise UserError(
+                f"part {self.number}/{self.parts} must be between 1/{self.parts} and {self.parts}/{self.parts}"
+            )
 
 
 def build_dataset(
-    samples_jsonl: Path | str,
+    source: Path | str,
     out_dir: Path | str,
     *,
     media_root: Path | str | None = None,
+    prompt: str = DEFAULT_PROMPT,
     max_rejected: int = 0,
     samples_per_shard: int = 1000,
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
+    part: Part | None = None,
     progress: bool = True,
 ) -> BuildReport:
-    """Builds ``out_dir`` from ``samples_jsonl``.
+    """Builds ``out_dir`` from a JSONL file, a tar file, or a folder of media or tar files (``sources.py``).
 
-    media_root: folder that image paths start from, the JSONL's own by default. Paths that lead out of it, absolute or
+    media_root: folder that a JSONL's media paths start from, its own by default. Paths that lead out of it, absolute or
         by "..", are rejected, so that a downloaded file cannot pull in private pictures; links inside it are followed.
+    prompt: the question that a mere caption answers.
     max_rejected: rejected samples that are put up with. With more, nothing is built but ``out_dir/rejected.jsonl``.
-    max_pixels: larger images are rejected as decompression bombs.
-    workers: processes that read and decode images; the shards are the same bytes for any number.
+    samples_per_shard: samples of the source in a block, good or bad; a shard holds the good ones.
+    max_pixels: larger images and frames are rejected as decompression bombs.
+    workers: processes that read and decode; the shards are the same bytes for any number.
+    part: build only this part; ``join_parts`` makes the data set when all are done.
 
     Raises UserError if too many samples are rejected, none is left, the output cannot be written, or ``out_dir``
     already holds something: a finished data set is never overwritten.
     """
-    source, out = Path(samples_jsonl), Path(out_dir)
+    if workers < 1 or samples_per_shard < 1:
+        raise UserError(f"workers={workers} and samples_per_shard={samples_per_shard} must be at least 1")
+    given = Source(Path(source), None if media_root is None else Path(media_root), prompt)
+    own, out = part or Part(), Path(out_dir)
     _check_output(out)
-    root = source.parent if media_root is None else Path(media_root)
-    unfinished = out.parent / f".{out.name}.partial"
-    with _explained(source, out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            report = _Builder(source, root, unfinished, samples_per_shard, max_pixels).run(progress, workers)
-            _check_report(report, max_rejected, source, unfinished, out)
-            _prepare(unfinished)
-            check_dataset(unfinished, report.written)
-            open_catalogue(unfinished)
-            _appear(unfinished, out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return report
+    unfinished = _unfinished(out)
+    with _explained(f"cannot build {out} from {source}"):
+        plan = {**given.describe(), "samples_per_shard": samples_per_shard, "max_pixels": max_pixels}
+        _begin(unfinished, {**plan, "parts": own.parts})
+        with _alone(unfinished, own):
+            report = _build_part(given, unfinished, own, samples_per_shard, max_pixels, workers, progress)
+        return report if part is not None else _finish(out, max_rejected, report.resumed, keep=False)
+
+
+def join_parts(out_dir: Path | str, *, max_rejected: int = 0) -> BuildReport:
+    """Makes one data set of the parts that were built for ``out_dir``; raises UserError if one is missing."""
+    out = Path(out_dir)
+    _check_output(out)
+    with _explained(f"cannot join the parts of {out}"):
+        return _finish(out, max_rejected, 0, keep=True)
+
+
+def _unfinished(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
 
 
 @contextlib.contextmanager
-def _explained(source: Path, out: Path) -> Iterator[None]:
+def _explained(failed: str) -> Iterator[None]:
     """Says which file the operating system would not read or write."""
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"cannot build {out} from {source}: {error.strerror or error}{where}") from error
+        raise UserError(f"{failed}: {error.strerror or error}{where}") from error
 
 
 def _check_output(out: Path) -> None:
@@ -129,268 +144,157 @@ def _check_output(out: Path) -> None:
         raise UserError(f"{out} already exists and is not empty; remove it or choose another folder")
 
 
-def _check_report(report: BuildReport, max_rejected: int, source: Path, partial: Path, out: Path) -> None:
-    """Lets a report pass, or leaves only the list of rejected samples behind and raises UserError."""
-    if report.rejected <= max_rejected and report.written:
-        return
-    out.mkdir(exist_ok=True)
-    os.replace(partial / REJECTED_FILE, out / REJECTED_FILE)
-    if report.rejected > max_rejected:
+def _begin(unfinished: Path, plan: dict[str, Any]) -> None:
+    """Writes down what is built, or checks that what was begun is the same."""
+    file = unfinished / PLAN_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plan = json.loads(json.dumps(plan))
+    if not file.exists():
+        write_atomically(file, json.dumps(plan))
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    changed = [f"{name} was {begun.get(name)!r}, is {plan[name]!r}" for name in plan if begun.get(name) != plan[name]]
+    if changed:
         raise UserError(
-            f"{source}: {report.rejected} of {report.read} samples are bad and {max_rejected} are allowed "
-            f"(--max-rejected); {out / REJECTED_FILE} lists them"
+            f"{unfinished} holds an unfinished build of something else: {'; '.join(changed)}; remove it to start over"
         )
-    raise UserError(
-        f"{source}: no usable sample in {report.read} lines, {report.rejected} rejected; see {out / REJECTED_FILE}"
+
+
+@contextlib.contextmanager
+def _alone(unfinished: Path, part: Part) -> Iterator[None]:
+    """No two processes build the same part; the lock ends with its process."""
+    with open(unfinished / STATE_FOLDER / f"part-{part.number}.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is building part {part.number}/{part.parts} in {unfinished}") from None
+        yield
+
+
+def _part_file(unfinished: Path, part: Part) -> Path:
+    return unfinished / STATE_FOLDER / f"part-{part.number}-of-{part.parts}.json"
+
+
+def _build_part(
+    source: Source, unfinished: Path, part: Part, samples_per_shard: int, max_pixels: int, workers: int, progress: bool
+) -> BuildReport:
+    """Builds every block of a part that is not finished yet, and leaves a mark when all are."""
+    bar = tqdm(
+        total=source.size(),
+        desc=f"building from {source.path.name}",
+        unit="B" if source.size() else " samples",
+        unit_scale=True,
+        delay=SECONDS_BEFORE_PROGRESS,
+        mininterval=1.0,
+        disable=not progress,
     )
+    reports: list[ShardReport] = []
+    resumed = 0
+
+    def due() -> Iterator[Block]:
+        """Blocks to build. All records are parsed, also those of other parts: ids must differ throughout."""
+        nonlocal resumed
+        items = source.items()
+        for number in itertools.count():
+            block = Block(number, tuple(itertools.islice(items, samples_per_shard)))
+            if not block.items:
+                return
+            finished = read_report(unfinished, number)
+            if number % part.parts != part.number - 1:
+                bar.update(block.weight)
+            elif finished is not None:
+                reports.append(finished)
+                resumed += finished.written > 0
+                bar.update(block.weight)
+            else:
+                yield block
+
+    with bar, contextlib.closing(_build_all(due(), unfinished, max_pixels, workers)) as built:
+        for block, report in built:
+            reports.append(report)
+            bar.update(block.weight)
+    write_atomically(_part_file(unfinished, part), json.dumps(asdict(part)))
+    return _sum(reports, resumed)
 
 
-def _appear(partial: Path, out: Path) -> None:
+def _build_all(
+    blocks: Iterator[Block], folder: Path, max_pixels: int, workers: int
+) -> Generator[tuple[Block, ShardReport], None, None]:
+    """Builds blocks in this process, or in several, in the order in which they get finished."""
+    if workers == 1:
+        for block in blocks:
+            yield block, build_shard(block, folder, max_pixels)
+        return
+    # Fresh processes: this one may hold threads, which do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future[ShardReport], Block] = {}
+        try:
+            for block in blocks:
+                running[pool.submit(build_shard, block, folder, max_pixels)] = block
+                if len(running) >= workers * BLOCKS_AHEAD:
+                    yield from _finished(running, FIRST_COMPLETED)
+            while running:
+                yield from _finished(running, FIRST_COMPLETED)
+        except BrokenProcessPool:
+            numbers = ", ".join(str(block.number) for block in running.values())
+            raise UserError(f"a process that builds one of the shards {numbers} was killed; out of memory?") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(running: dict[Future[ShardReport], Block], when: str) -> Iterator[tuple[Block, ShardReport]]:
+    for future in wait(running, return_when=when).done:
+        report = future.result()
+        yield running.pop(future), report
+
+
+def _sum(reports: list[ShardReport], resumed: int) -> BuildReport:
+    rejected = sum(len(report.rejected) for report in reports)
+    shards = sum(report.written > 0 for report in reports)
+    return BuildReport(sum(r.read for r in reports), sum(r.written for r in reports), rejected, shards, resumed)
+
+
+def _finish(out: Path, max_rejected: int, resumed: int, keep: bool) -> BuildReport:
+    """Indexes and checks the shards of all parts, and lets the data set appear."""
+    unfinished = _unfinished(out)
+    try:
+        plan = json.loads((unfinished / PLAN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{unfinished} holds no parts of a data set; 'data build --part i/n' makes them") from None
+    every = [Part(number, plan["parts"]) for number in range(1, plan["parts"] + 1)]
+    missing = [f"{part.number}/{part.parts}" for part in every if not _part_file(unfinished, part).exists()]
+    if missing:
+        raise UserError(f"{out} cannot be joined: part {', '.join(missing)} is missing or unfinished")
+    numbers = sorted(int(path.stem.removeprefix("shard-")) for path in (unfinished / STATE_FOLDER).glob("shard-*.json"))
+    reports = [report for number in numbers if (report := read_report(unfinished, number)) is not None]
+    if numbers != list(range(len(numbers))):
+        raise UserError(f"{unfinished}: finished blocks are {numbers}, there must be {len(numbers)} in a row")
+    with open(unfinished / REJECTED_FILE, "w", encoding="utf-8") as file:
+        for entry in (entry for report in reports for entry in report.rejected):
+            file.write(json.dumps({"file": plan["source"], **entry}) + "\n")
+    total = _sum(reports, resumed)
+    if total.rejected > max_rejected or not total.written:
+        raise _refusal(total, max_rejected, plan["source"], unfinished, out, keep)
+    write_index(unfinished, [shard_name(r.number) for r in reports if r.written])
+    check_dataset(unfinished, total.written)
+    open_catalogue(unfinished)
+    shutil.rmtree(unfinished / STATE_FOLDER)
     (out / REJECTED_FILE).unlink(missing_ok=True)
     if out.is_dir():
         out.rmdir()
-    os.replace(partial, out)
+    os.replace(unfinished, out)
+    return total
 
 
-class _Builder:
-    """One pass over the lines: good samples into shards, bad ones into the list."""
-
-    def __init__(self, source: Path, root: Path, out: Path, samples_per_shard: int, max_pixels: int) -> None:
-        if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
-        self._source, self._root, self._out = source, root, out
-        self._samples_per_shard = samples_per_shard
-        self._max_pixels = max_pixels
-        self._lines_of: dict[str, int] = {}
-
-    def run(self, progress: bool, workers: int) -> BuildReport:
-        read = written = rejected = 0
-        with (
-            open(self._out / REJECTED_FILE, "w", encoding="utf-8") as bad,
-            _ShardWriter(self._out, self._samples_per_shard) as shards,
-            _Loaders(workers) as loaders,
-        ):
-            parsed = map(self._parse_line, self._lines(progress))
-            while batch := list(itertools.islice(parsed, LINES_AT_A_TIME * workers)):
-                for line, loaded in zip(batch, loaders.load(batch, self._root, self._max_pixels), strict=True):
-                    read += 1
-                    if isinstance(loaded, str):
-                        rejected += 1
-                        entry = {"line": line.number, "id": line.claimed_id, "reason": loaded}
-                        bad.write(json.dumps({"file": str(self._source), **entry}) + "\n")
-                    else:
-                        assert isinstance(line.content, Conversation)
-                        shards.add(line.content, loaded)
-                        written += 1
-        return BuildReport(read, written, rejected, shards.finished)
-
-    def _parse_line(self, line: _Line) -> _Parsed:
-        record: Any = None
-        try:
-            record = _parse_json(line)
-            return _Parsed(line.number, _claimed_id(record), self._parse(record, line.number))
-        except BrokenSample as error:
-            return _Parsed(line.number, _claimed_id(record), str(error))
-
-    def _lines(self, progress: bool) -> Iterator[_Line]:
-        with (
-            open(self._source, "rb") as file,
-            tqdm(
-                total=self._source.stat().st_size,
-                desc=f"building from {self._source.name}",
-                unit="B",
-                unit_scale=True,
-                delay=SECONDS_BEFORE_PROGRESS,
-                mininterval=1.0,
-                disable=not progress,
-            ) as bar,
-        ):
-            for number, data in enumerate(file, 1):
-                if data.strip():
-                    yield _Line(number, data)
-                bar.update(len(data))
-
-    def _parse(self, record: Any, number: int) -> Conversation:
-        conversation = parse_record(record, default_id=f"line-{number}")
-        try:
-            json.dumps(conversation.extra, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise BrokenSample(f"a field holds text that is not Unicode: {error.reason}") from None
-        first = self._lines_of.setdefault(conversation.id, number)
-        if first != number:
-            raise BrokenSample(f"duplicate id {conversation.id!r}, first seen in line {first}")
-        return conversation
-
-
-class _Loaders:
-    """Processes that read images, or none for one worker; what they give is in the order of the lines."""
-
-    def __init__(self, workers: int) -> None:
-        if workers < 1:
-            raise UserError(f"workers={workers} must be at least 1")
-        # Fresh processes: this one may hold threads, which do not survive a fork.
-        fresh = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=fresh) if workers > 1 else None
-
-    def __enter__(self) -> "_Loaders":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def load(self, batch: list[_Parsed], root: Path, max_pixels: int) -> list[list[_Image] | str]:
-        """The images of each line, or why it is rejected."""
-        task = partial(_load_images, root=root, max_pixels=max_pixels)
-        if self._pool is None:
-            return [*map(task, batch)]
-        try:
-            return [*self._pool.map(task, batch, chunksize=4)]
-        except BrokenProcessPool:
-            first, last = batch[0].number, batch[-1].number
-            raise UserError(
-                f"a process that reads images was killed between lines {first} and {last}; out of memory?"
-            ) from None
-
-
-def _load_images(line: _Parsed, root: Path, max_pixels: int) -> list[_Image] | str:
-    if isinstance(line.content, str):
-        return line.content
-    try:
-        return [_load_image(name, root, max_pixels) for name in line.content.images]
-    except BrokenSample as error:
-        return str(error)
-
-
-def _load_image(name: str, media_root: Path, max_pixels: int) -> _Image:
-    """An image file that has been decoded once, to be sure."""
-    if "\0" in name:
-        raise BrokenSample(f"image path {name!r} holds a NUL character")
-    root = os.path.abspath(media_root)
-    path = os.path.abspath(os.path.join(root, name))
-    if os.path.commonpath([root, path]) != root:
-        raise BrokenSample(f"image {name} lies outside of the media root {root}")
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise BrokenSample(f"image {name} is missing") from None
-    except OSError as error:
-        raise BrokenSample(f"image {name} cannot be read: {error.strerror}") from error
-    try:
-        decode_image(data, max_pixels=max_pixels)
-        return _Image(read_extension(data, max_pixels=max_pixels), data)
-    except BrokenSample as error:
-        raise BrokenSample(f"image {name}: {error}") from error
-
-
-def _parse_json(line: _Line) -> Any:
-    try:
-        text = line.data.decode("utf-8-sig" if line.number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise BrokenSample(f"line is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BrokenSample(f"line is not JSON: {error}") from None
-
-
-def _claimed_id(record: Any) -> Any:
-    """Whatever the record calls its id, as far as it can be listed."""
-    claimed = record.get("id") if isinstance(record, dict) else None
-    return claimed if isinstance(claimed, str | int) else None
-
-
-class _ShardWriter:
-    """Writes ``shard-000000.tar``, ...; entries have no dates or owners, so bytes depend on content only."""
-
-    def __init__(self, folder: Path, samples_per_shard: int) -> None:
-        self._folder, self._samples_per_shard = folder, samples_per_shard
-        self._written = 0
-        self._tar: tarfile.TarFile | None = None
-        self.finished = 0
-
-    def __enter__(self) -> "_ShardWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-            self.finished += 1
-
-    def add(self, conversation: Conversation, images: list[_Image]) -> None:
-        if self._written % self._samples_per_shard == 0:
-            self._close()
-            path = self._folder / f"shard-{self.finished:06d}.tar"
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by _close)
-        key = sample_key(self._written, conversation.id)
-        names = [f"{number}.{image.extension}" for number, image in enumerate(images)]
-        record = json.dumps(conversation.to_record(names), ensure_ascii=False)
-        self._write(f"{key}.json", record.encode())
-        for name, image in zip(names, images, strict=True):
-            self._write(f"{key}.{name}", image.data)
-        self._written += 1
-
-    def _write(self, name: str, data: bytes) -> None:
-        assert self._tar is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-
-
-def _prepare(folder: Path) -> None:
-    """Writes Energon's index: what ``energon prepare`` does after its questions, all shards in the split ``train``."""
-    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
-
-    from megatron_eagle.data.energon import CONVERSATION_FORMAT
-
-    shards = sorted(path.name for path in folder.glob("*.tar"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        WebdatasetPreparator.prepare_dataset(
-            folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(4, len(shards))
+def _refusal(report: BuildReport, allowed: int, source: str, unfinished: Path, out: Path, keep: bool) -> UserError:
+    """Leaves the list of rejected samples behind, and what many machines have built; returns what to say."""
+    out.mkdir(exist_ok=True)
+    os.replace(unfinished / REJECTED_FILE, out / REJECTED_FILE)
+    if not keep:
+        shutil.rmtree(unfinished)
+    listed = out / REJECTED_FILE
+    if report.rejected > allowed:
+        return UserError(
+            f"{source}: {report.rejected} of {report.read} samples are bad and {allowed} are allowed "
+            f"(--max-rejected); {listed} lists them"
         )
-    kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    # JSON is YAML; Energon reads only the name dataset.yaml.
-    dataset = json.dumps({**kind, "subflavors": CONVERSATION_FORMAT}, indent=2)
-    (folder / META_FOLDER / "dataset.yaml").write_text(dataset + "\n", encoding="utf-8")
-    (folder / IDENTITY_FILE).write_text(_content_uuid(folder, shards), encoding="utf-8")
-
-
-def _content_uuid(folder: Path, shards: list[str]) -> str:
-    """Energon draws a random one; ours follows from the shards, so that a rebuilt data set is still the same one."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        with open(folder / shard, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return str(uuid.UUID(bytes=digest.digest()[:16]))
-
-
-def check_dataset(path: Path | str, expected: int | None = None) -> int:
-    """Reads a data set through Energon once and returns its number of samples.
-
-    Raises UserError if the index promises another number, there are not ``expected`` ones, or one cannot be parsed.
-    """
-    from megatron.energon import WorkerConfig, get_savable_loader, get_val_dataset, reraise_exception
-
-    from megatron_eagle.data.energon import CookingTaskEncoder
-
-    promised = sum(shard_counts(path).values())
-    workers = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
-    samples = get_val_dataset(
-        str(path), split_part="train", worker_config=workers, batch_size=None, task_encoder=CookingTaskEncoder()
-    )
-    # The simpler get_loader collects garbage every ten samples, which would take most of the time.
-    loader = get_savable_loader(samples, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)
-    loader.pin_memory = False
-    found = 0
-    for sample in loader:
-        if sample.reason is not None:
-            raise UserError(f"{path}: sample {sample.sample_id!r}: {sample.reason}")
-        found += 1
-    if found != promised or (expected is not None and found != expected):
-        wanted = promised if expected is None else expected
-        raise UserError(f"{path}: {found} samples can be read, the index promises {promised}, {wanted} were written")
-    return found
+    return UserError(f"{source}: no usable sample in {report.read} lines, {report.rejected} rejected; see {listed}")

@@ -1,10 +1,10 @@
-"""What is known of a data set without opening its shards: every sample's key, id, image sizes and tokens of text.
+"""What is known of a data set without opening its shards: each sample's key, id, sizes of media and tokens of text.
 
 A planned order of packs needs the lengths of all samples before the first one is read. They are found once, when a data
 set is built (or first met, if another program made the shards), and kept in ``.eagle-meta`` beside Energon's
-``.nv-meta``: image sizes are facts of the data; tokens of text depend on tokenizer and system text and are kept once
-for each pair. Tiles follow from sizes by arithmetic, so another tiling rule or longer packs need no second reading.
-Numbers are plain ``.npy`` files, mapped into memory, not loaded: readers of one machine share them.
+``.nv-meta``: sizes of images and lengths of videos are facts of the data; tokens of text depend on tokenizer and system
+text and are kept once for each pair. Tiles follow from sizes by arithmetic, so another tiling rule or longer packs need
+no second reading. Numbers are plain ``.npy`` files, mapped into memory, not loaded: readers of one machine share them.
 """
 
 import contextlib
@@ -17,18 +17,28 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.conversation import encode_conversation
+from megatron_eagle.data.frames import VideoInfo
 from megatron_eagle.data.images import read_size
-from megatron_eagle.data.shards import dataset_identity, iterate_entries, parse_conversation, parse_entry, shard_counts
+from megatron_eagle.data.shards import (
+    StoredSample,
+    dataset_identity,
+    iterate_entries,
+    parse_conversation,
+    parse_entry,
+    shard_counts,
+)
 from megatron_eagle.data.tokenizer import Tokenizer
+from megatron_eagle.data.video import read_info
 
 CATALOGUE_FOLDER = ".eagle-meta"
-SAMPLES_FOLDER = f"{CATALOGUE_FOLDER}/samples-1"
+SAMPLES_FOLDER = f"{CATALOGUE_FOLDER}/samples-2"
 DESCRIPTION_FILE = "samples.json"
 BROKEN_TOKENS = 0  # in the tokens of a sample that cannot be parsed
 
@@ -55,11 +65,20 @@ class Names:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What a sample has to show: (width, height) of each image, upright, and what is known of each video."""
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    videos: tuple[VideoInfo, ...] = ()
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """The samples of one data set in the order of its shards.
 
     identity: same for the same shards. keys, ids: one per sample. image_sizes: int32 [m, 2], width and height of all
-    images, upright; first_image: int64 [n + 1], where each sample's images begin. broken: reasons, by sample number.
+    images, upright; first_image: int64 [n + 1], where each sample's images begin. videos: float64 [v, 4], width,
+    height, seconds and frames a second; first_video: int64 [n + 1]. broken: reasons, by sample number.
     """
 
     path: Path
@@ -68,15 +87,21 @@ class Catalogue:
     ids: Names
     image_sizes: Ints
     first_image: Ints
+    videos: NDArray[np.float64]
+    first_video: Ints
     broken: dict[int, str]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def sizes_of(self, sample: int) -> list[tuple[int, int]]:
-        """(width, height) of each image of a sample."""
+    def pictures_of(self, sample: int) -> Pictures:
+        """Images and videos of a sample."""
         own = self.image_sizes[self.first_image[sample] : self.first_image[sample + 1]]
-        return [(int(width), int(height)) for width, height in own]
+        videos = self.videos[self.first_video[sample] : self.first_video[sample + 1]]
+        return Pictures(
+            tuple((int(width), int(height)) for width, height in own),
+            tuple(VideoInfo(int(w), int(h), float(seconds), float(rate)) for w, h, seconds, rate in videos),
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +110,7 @@ class ScannedSample:
 
     key: str
     id: str
-    sizes: tuple[tuple[int, int], ...]
+    pictures: Pictures
     reason: str | None
 
 
@@ -106,36 +131,45 @@ def open_catalogue(path: Path | str) -> Catalogue:
 
 
 def scan_shard(shard: Path) -> Iterator[ScannedSample]:
-    """Every sample of a tar file; only headers of images are looked at."""
+    """Every sample of a tar file; only headers of its media are looked at.
+
+    All sizes are let through: they are facts, and which ones are too large is for the reader to say.
+    """
     for key, entry in iterate_entries(shard):
         sample_id = key
         try:
             stored = parse_entry(entry)
             sample_id = stored.conversation.id
-            yield ScannedSample(key, sample_id, tuple(_size(image) for image in stored.images), None)
+            yield ScannedSample(key, sample_id, read_pictures(stored, sys.maxsize), None)
         except BrokenSample as error:
-            yield ScannedSample(key, sample_id, (), str(error))
+            yield ScannedSample(key, sample_id, Pictures(), str(error))
 
 
-def _size(image: bytes) -> tuple[int, int]:
-    """Sizes are facts; which ones are too large is for the reader to say."""
-    return read_size(image, max_pixels=sys.maxsize)
+def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
+    """Sizes of a sample's media, from their headers; raises BrokenSample."""
+    return Pictures(
+        tuple(read_size(image, max_pixels=max_pixels) for image in stored.images),
+        tuple(read_info(video, max_pixels=max_pixels) for video in stored.videos),
+    )
 
 
 def _assemble(folder: Path, identity: str, scanned: Sequence[ScannedSample]) -> Catalogue:
-    sizes = [size for sample in scanned for size in sample.sizes]
+    sizes = [size for sample in scanned for size in sample.pictures.sizes]
+    videos = [(v.width, v.height, v.seconds, v.rate) for sample in scanned for v in sample.pictures.videos]
     return Catalogue(
         path=folder,
         identity=identity,
         keys=Names.of(sample.key for sample in scanned),
         ids=Names.of(sample.id for sample in scanned),
         image_sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
-        first_image=np.cumsum([0, *(len(sample.sizes) for sample in scanned)], dtype=np.int64),
+        first_image=np.cumsum([0, *(len(sample.pictures.sizes) for sample in scanned)], dtype=np.int64),
+        videos=np.array(videos, dtype=np.float64).reshape(-1, 4),
+        first_video=np.cumsum([0, *(len(sample.pictures.videos) for sample in scanned)], dtype=np.int64),
         broken={number: sample.reason for number, sample in enumerate(scanned) if sample.reason is not None},
     )
 
 
-def _arrays(catalogue: Catalogue) -> dict[str, Ints]:
+def _arrays(catalogue: Catalogue) -> dict[str, NDArray[Any]]:
     return {
         "keys": catalogue.keys.text,
         "key_starts": catalogue.keys.starts,
@@ -143,6 +177,8 @@ def _arrays(catalogue: Catalogue) -> dict[str, Ints]:
         "id_starts": catalogue.ids.starts,
         "image_sizes": catalogue.image_sizes,
         "first_image": catalogue.first_image,
+        "videos": catalogue.videos,
+        "first_video": catalogue.first_video,
     }
 
 
@@ -181,15 +217,17 @@ def _load(folder: Path, identity: str) -> Catalogue | None:
         ids=Names(array["ids"], array["id_starts"]),
         image_sizes=array["image_sizes"],
         first_image=array["first_image"],
+        videos=array["videos"],
+        first_video=array["first_video"],
         broken={int(number): reason for number, reason in description["broken"].items()},
     )
 
 
-_ARRAY_NAMES = ("keys", "key_starts", "ids", "id_starts", "image_sizes", "first_image")
+_ARRAY_NAMES = ("keys", "key_starts", "ids", "id_starts", "image_sizes", "first_image", "videos", "first_video")
 
 
 def text_tokens(catalogue: Catalogue, tokenizer: Tokenizer, system: str) -> Ints:
-    """int32 [n]: tokens of each sample without its tiles, i.e. all but image tokens; BROKEN_TOKENS if it is broken.
+    """int32 [n]: tokens of each sample without tiles and frames and their words; BROKEN_TOKENS if it is broken.
 
     Counted once for a tokenizer and system text, and kept beside the shards.
     """
@@ -214,6 +252,7 @@ def _count(catalogue: Catalogue, tokenizer: Tokenizer, system: str) -> Iterator[
             try:
                 conversation = parse_conversation(entry)
                 tiles = [0] * len(conversation.images)
-                yield len(encode_conversation(conversation, tokenizer, tiles, 1, system).tokens)
+                no_frames = [()] * len(conversation.videos)
+                yield len(encode_conversation(conversation, tokenizer, tiles, 1, system, no_frames).tokens)
             except BrokenSample:
                 yield BROKEN_TOKENS

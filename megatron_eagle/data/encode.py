@@ -3,42 +3,71 @@
 Two steps, because lengths are wanted long before pixels: ``tokenise`` looks at headers and text, ``add_tiles`` decodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.conversation import encode_conversation
-from megatron_eagle.data.images import decode_image, read_size
-from megatron_eagle.data.lengths import Cut, choose_cut
+from megatron_eagle.data.catalogue import read_pictures
+from megatron_eagle.data.conversation import EncodedConversation, encode_conversation
+from megatron_eagle.data.cutting import Clip, Cut, Cutter
+from megatron_eagle.data.file_slice import FileSlice
+from megatron_eagle.data.images import decode_image
 from megatron_eagle.data.packing import Segment
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.shards import StoredSample
-from megatron_eagle.data.tiling import cut_tiles
-from megatron_eagle.data.tokenizer import Tokenizer
+from megatron_eagle.data.tiling import Tiling, cut_tiles
+from megatron_eagle.data.video import VideoReader
 
 
-def tokenise(stored: StoredSample, settings: DataSettings, tokenizer: Tokenizer) -> tuple[Segment, Cut]:
+def tokenise(stored: StoredSample, cutter: Cutter) -> tuple[Segment, Cut]:
     """Tokens of a sample without its pixels, and how these are to be cut; raises BrokenSample if it fits no pack."""
-    s = settings
-    sizes = [read_size(image, max_pixels=s.max_pixels) for image in stored.images]
+    s = cutter.settings
+    pictures = read_pictures(stored, s.max_pixels)
     # A first look without the text, which turns into millions of tokens before it could be found too long.
-    cut = choose_cut(sizes, 0, s)
-    encoded = encode_conversation(stored.conversation, tokenizer, cut.tiles, s.tokens_per_tile, s.system)
-    final = choose_cut(sizes, len(encoded.tokens) - sum(cut.tiles) * s.tokens_per_tile, s)
+    cut = cutter.cut(pictures, 0)
+    encoded = _encode(stored, cutter, cut)
+    final = cutter.cut(pictures, len(encoded.tokens) - cut.tokens)
     if final != cut:
-        encoded = encode_conversation(stored.conversation, tokenizer, final.tiles, s.tokens_per_tile, s.system)
+        encoded = _encode(stored, cutter, final)
     no_tiles = torch.empty((0, 3, s.tile_size, s.tile_size), dtype=torch.uint8)
     return Segment(stored.conversation.id, encoded.tokens, encoded.labels, encoded.tile_slots, no_tiles), final
 
 
-def add_tiles(segment: Segment, images: Sequence[bytes], cut: Cut, settings: DataSettings) -> Segment:
-    """The segment with the tiles of its images; raises BrokenSample if one cannot be decoded."""
-    parts = [segment.tiles]
-    for image, expected in zip(images, cut.tiles, strict=True):
-        tiles = cut_tiles(decode_image(image, max_pixels=settings.max_pixels), cut.tiling)
-        if len(tiles) != expected:
-            raise BrokenSample(f"the image's header promises {expected} tiles, its pixels make {len(tiles)}")
-        parts.append(tiles)
-    return replace(segment, tiles=torch.cat(parts))
+def _encode(stored: StoredSample, cutter: Cutter, cut: Cut) -> EncodedConversation:
+    s = cutter.settings
+    videos = [clip.frames for clip in cut.clips]
+    return encode_conversation(stored.conversation, cutter.tokenizer, cut.tiles, s.tokens_per_tile, s.system, videos)
+
+
+def add_tiles(segment: Segment, stored: StoredSample, cut: Cut, settings: DataSettings) -> Segment:
+    """The segment with the tiles of its media in order; raises BrokenSample if one cannot be decoded."""
+    tiles = torch.empty((cut.total_tiles, 3, settings.tile_size, settings.tile_size), dtype=torch.uint8)
+    place = 0
+    for kind, number in stored.conversation.media:
+        if kind == "image":
+            own = _cut_image(stored.images[number], cut.tiling, cut.tiles[number], settings)
+        else:
+            own = _cut_frames(stored.videos[number], cut.clips[number], settings)
+        for part in own:
+            tiles[place : place + len(part)] = part
+            place += len(part)
+    return replace(segment, tiles=tiles)
+
+
+def _cut_image(image: bytes, tiling: Tiling, expected: int, settings: DataSettings) -> Iterator[Tensor]:
+    tiles = cut_tiles(decode_image(image, max_pixels=settings.max_pixels), tiling)
+    if len(tiles) != expected:
+        raise BrokenSample(f"the image's header promises {expected} tiles, its pixels make {len(tiles)}")
+    yield tiles
+
+
+def _cut_frames(video: bytes | FileSlice, clip: Clip, settings: DataSettings) -> Iterator[Tensor]:
+    """Tiles of one frame after another, so that only one is in memory as a picture."""
+    with VideoReader(video, max_pixels=settings.max_pixels) as reader:
+        for frame in reader.frames(clip.times):
+            # The container's size may be that of a frame lying on its side.
+            upright = (frame.width > frame.height) == (reader.info.width > reader.info.height)
+            yield cut_tiles(frame, settings.tiling, clip.grid if upright else (clip.grid[1], clip.grid[0]))

@@ -29,9 +29,9 @@ from megatron.energon import (
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.cutting import Cut, Cutter
 from megatron_eagle.data.encode import add_tiles, tokenise
 from megatron_eagle.data.knapsack import PackPlan, pack_balanced, pack_best_fit
-from megatron_eagle.data.lengths import Cut
 from megatron_eagle.data.packing import Segment, assemble_pack
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.shards import StoredSample, parse_entry
@@ -53,13 +53,13 @@ class CookedSample(Sample):
 class EncodedSample(Sample):
     """A tokenised sample whose images are still files, or the reason why it is broken.
 
-    images: one file per image; cut: the rule by which they become tiles.
+    stored: the files of its media; cut: the rule by which they become tiles.
     segment: tokens with an empty ``tiles`` until ``postencode_sample`` has run.
     """
 
     sample_id: str
     segment: Segment | None
-    images: tuple[bytes, ...]
+    stored: StoredSample | None
     cut: Cut | None
     reason: str | None
 
@@ -97,6 +97,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         super().__init__()
         self._settings = settings
         self._tokenizer = tokenizer
+        self._cutter = Cutter(settings, tokenizer)
 
     @stateless
     def preencode_sample(self, sample: CookedSample) -> EncodedSample:
@@ -110,13 +111,13 @@ class EagleTaskEncoder(CookingTaskEncoder):
             sample,
             sample_id=sample.sample_id,
             segment=segment,
-            images=sample.stored.images,
+            stored=sample.stored,
             cut=cut,
             reason=None,
         )
 
     def _tokenise(self, stored: StoredSample) -> tuple[Segment, Cut]:
-        return tokenise(stored, self._settings, self._tokenizer)
+        return tokenise(stored, self._cutter)
 
     def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
         """Packs from a buffer, in an order that depends on its samples only; broken ones leave with the first pack."""
@@ -131,7 +132,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
     def _plan(self, samples: list[EncodedSample]) -> PackPlan:
         s = self._settings
         lengths = [len(sample.segment.tokens) for sample in samples if sample.segment is not None]
-        tiles = [sum(sample.cut.tiles) for sample in samples if sample.cut is not None]
+        tiles = [sample.cut.total_tiles for sample in samples if sample.cut is not None]
         if s.packing == "best_fit":
             return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=s.max_tiles_per_pack)
         delta = s.spare_packs(math.ceil(sum(lengths) / s.pack_length))
@@ -139,18 +140,18 @@ class EagleTaskEncoder(CookingTaskEncoder):
 
     @stateless
     def postencode_sample(self, sample: EncodedSample) -> EncodedSample:
-        if sample.segment is None or sample.cut is None:
+        if sample.segment is None or sample.stored is None or sample.cut is None:
             return sample
         try:
-            segment = self._add_tiles(sample.segment, sample.images, sample.cut)
+            segment = self._add_tiles(sample.segment, sample.stored, sample.cut)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
-            sample, sample_id=sample.sample_id, segment=segment, images=(), cut=sample.cut, reason=None
+            sample, sample_id=sample.sample_id, segment=segment, stored=None, cut=sample.cut, reason=None
         )
 
-    def _add_tiles(self, segment: Segment, images: tuple[bytes, ...], cut: Cut) -> Segment:
-        return add_tiles(segment, images, cut, self._settings)
+    def _add_tiles(self, segment: Segment, stored: StoredSample, cut: Cut) -> Segment:
+        return add_tiles(segment, stored, cut, self._settings)
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
@@ -196,5 +197,5 @@ class _QuietPackingDataset(PackingDataset[EncodedSample, EncodedSample, Pack]):
 
 def _broken(sample: CookedSample | EncodedSample, reason: str) -> EncodedSample:
     return EncodedSample.derive_from(
-        sample, sample_id=sample.sample_id, segment=None, images=(), cut=None, reason=reason
+        sample, sample_id=sample.sample_id, segment=None, stored=None, cut=None, reason=reason
     )

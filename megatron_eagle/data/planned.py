@@ -4,6 +4,7 @@ What a rank reads follows from the plan, the step and its rank; reader processes
 number changes nothing. A position is a count of packs. A broken sample leaves a gap in its own pack and moves no other.
 """
 
+import contextlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.cutting import Cutter
 from megatron_eagle.data.dealing import deal
 from megatron_eagle.data.encode import add_tiles, tokenise
+from megatron_eagle.data.file_slice import FileSlice
 from megatron_eagle.data.packing import Segment, assemble_pack, padding_pack
 from megatron_eagle.data.plan import Plan, PlannedPack, PlannedSample
 from megatron_eagle.data.settings import DataSettings
@@ -41,6 +44,7 @@ ORDERING = (
     "packing",
     "packing_delta",
     "degrade",
+    "video",
     "plan_window",
 )
 
@@ -183,6 +187,7 @@ class PackReader(Dataset[PackedBatch]):
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
         self._settings, self._tokenizer = settings, tokenizer
+        self._cutter = Cutter(settings, tokenizer)
         self._stores: dict[Path, WebdatasetFileStore] = {}
 
     def __getitem__(self, pack: PlannedPack) -> PackedBatch:
@@ -203,30 +208,48 @@ class PackReader(Dataset[PackedBatch]):
 
     def _segment(self, sample: PlannedSample) -> Segment:
         stored = self._fetch(sample)
-        segment, cut = tokenise(stored, self._settings, self._tokenizer)
-        if (len(segment.tokens), sum(cut.tiles)) != (sample.tokens, sample.tiles):
+        segment, cut = tokenise(stored, self._cutter)
+        if (len(segment.tokens), cut.total_tiles) != (sample.tokens, sample.tiles):
             raise BrokenSample(
-                f"has {len(segment.tokens)} tokens and {sum(cut.tiles)} tiles, the catalogue says {sample.tokens} and "
+                f"has {len(segment.tokens)} tokens and {cut.total_tiles} tiles, the catalogue says {sample.tokens} and "
                 f"{sample.tiles}: the shard was changed"
             )
-        return add_tiles(segment, stored.images, cut, self._settings)
+        return add_tiles(segment, stored, cut, self._settings)
 
     def _fetch(self, sample: PlannedSample) -> StoredSample:
         conversation = parse_conversation({"json": self._file(sample, "json")})
-        return StoredSample(conversation, tuple(self._file(sample, name) for name in conversation.images))
+        images = tuple(self._file(sample, name) for name in conversation.images)
+        return StoredSample(conversation, images, tuple(self._place(sample, name) for name in conversation.videos))
 
     def _file(self, sample: PlannedSample, ending: str) -> bytes:
-        """One file of a sample; what the data's machine cannot deliver is a broken sample, not the end of the run."""
+        """One file of a sample."""
+        with _delivered(sample, ending):
+            data, _ = self._store(sample)[f"{sample.key}.{ending}"]
+        return bytes(data)
+
+    def _place(self, sample: PlannedSample, ending: str) -> FileSlice:
+        """Where one file of a sample lies; a video is not read as a whole."""
+        with _delivered(sample, ending):
+            store = self._store(sample)
+            entry = store.sqlite_reader.get_sample_part(sample.key, ending)
+            return FileSlice(store.tar_filepaths[entry.tar_file_id], entry.raw_byte_offset, entry.raw_byte_size)
+
+    def _store(self, sample: PlannedSample) -> WebdatasetFileStore:
         store = self._stores.get(sample.path)
         if store is None:
             store = self._stores[sample.path] = WebdatasetFileStore(EPath(sample.path))
-        try:
-            data, _ = store[f"{sample.key}.{ending}"]
-        except KeyError:
-            raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
-        except (OSError, tarfile.TarError) as error:
-            raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error
-        return bytes(data)
+        return store
+
+
+@contextlib.contextmanager
+def _delivered(sample: PlannedSample, ending: str) -> Iterator[None]:
+    """What the data's machine cannot deliver is a broken sample, not the end of the run."""
+    try:
+        yield
+    except KeyError:
+        raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
+    except (OSError, tarfile.TarError) as error:
+        raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error
 
 
 class _Orders(Sampler[Any]):

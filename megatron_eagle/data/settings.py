@@ -4,6 +4,7 @@ Numbers and checks only, no I/O; ``energon.py`` and ``stream.py`` read them.
 """
 
 import math
+from dataclasses import field
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.data.conversation import DEFAULT_SYSTEM
+from megatron_eagle.data.frames import VideoSettings
 from megatron_eagle.data.images import MAX_PIXELS
 from megatron_eagle.data.tiling import Tiling
 from megatron_eagle.layout import STRICT, Positive
@@ -48,7 +50,8 @@ class DataSettings:
     packing: ``balanced`` or ``best_fit`` (see ``packing.py``).
     packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
         least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
-    degrade: show a sample that is too long with fewer tiles instead of rejecting it (``budget.py``).
+    degrade: show a sample that is too long with fewer frames and tiles instead of rejecting it (``budget.py``).
+    video: which frames of videos are shown, and in what words (``frames.VideoSettings``).
     plan_window: ``planned`` only: samples that are packed together; a smaller epoch is packed whole.
     attention_parity: ``planned`` only: length of a segment, in tokens, at which attention costs the language model as
         much as all the rest of it; decides which rank gets which packs of a step. hidden, L layers and N parameters
@@ -75,6 +78,7 @@ class DataSettings:
     packing: Literal["balanced", "best_fit"] = "balanced"
     packing_delta: Annotated[int, Ge(0)] | None = None
     degrade: bool = False
+    video: VideoSettings = field(default_factory=VideoSettings)
     plan_window: Positive = 1_000_000
     attention_parity: Positive = 65_000
     tile_cost: Annotated[float, Ge(0)] = 0.0

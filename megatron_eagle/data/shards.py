@@ -3,6 +3,7 @@
     000000012-cat.json      {"id": "cat", "image": ["0.png", "1.jpg"], "conversations": [...], ...}
     000000012-cat.0.png     the bytes of the image file, unchanged
     000000012-cat.1.jpg
+    000000012-cat.v0.mp4    "video" in the record, like "image"
 
 A data set is a folder of such tar files with Energon's ``.nv-meta`` beside them.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.conversation import Conversation, parse_record
+from megatron_eagle.data.file_slice import VIDEO_ENDINGS, FileSlice
 from megatron_eagle.errors import UserError
 
 META_FOLDER = ".nv-meta"
@@ -25,10 +27,11 @@ IDENTITY_FILE = f"{META_FOLDER}/index.uuid"
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A conversation and the bytes of its images, in the order of its markers."""
+    """A conversation, the bytes of its images in the order of their markers, and its videos, likewise."""
 
     conversation: Conversation
     images: tuple[bytes, ...]
+    videos: tuple[bytes | FileSlice, ...] = ()
 
 
 def sample_key(number: int, sample_id: str) -> str:
@@ -51,13 +54,18 @@ def parse_conversation(entry: Mapping[str, object]) -> Conversation:
 def parse_entry(entry: Mapping[str, object]) -> StoredSample:
     """A sample from its files, name ending -> bytes; raises BrokenSample."""
     conversation = parse_conversation(entry)
-    images = []
+    images, videos = [], []
     for name in conversation.images:
         image = entry.get(name)
         if not isinstance(image, bytes):
             raise BrokenSample(f"no image {name} in the shard for this sample")
         images.append(image)
-    return StoredSample(conversation, tuple(images))
+    for name in conversation.videos:
+        video = entry.get(name)
+        if not isinstance(video, bytes | FileSlice):
+            raise BrokenSample(f"no video {name} in the shard for this sample")
+        videos.append(video)
+    return StoredSample(conversation, tuple(images), tuple(videos))
 
 
 def shard_counts(path: Path | str) -> dict[str, int]:
@@ -93,13 +101,17 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
                 raise UserError(f"{path}: sample {key} in {shard}: {error}") from error
 
 
-def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+Entry = dict[str, bytes | FileSlice]
+
+
+def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iterator[tuple[str, Entry]]:
     """(key, files by name ending) of each sample of a tar file, where a sample's files lie next to each other.
 
-    endings: the files that are read, all without it. Raises UserError if the tar file cannot be read.
+    Videos are not read, only their places. endings: the files that are read, all without it. Raises UserError if the
+    tar file cannot be read.
     """
     key = ""
-    entry: dict[str, bytes] = {}
+    entry: Entry = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -108,6 +120,9 @@ def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iter
                     yield key, entry
                     entry = {}
                 key = member_key
+                if ending.rpartition(".")[2] in VIDEO_ENDINGS:
+                    entry[ending] = FileSlice(shard, member.offset_data, member.size)
+                    continue
                 wanted = endings is None or ending in endings
                 file = tar.extractfile(member) if wanted else None
                 entry[ending] = file.read() if file is not None else b""

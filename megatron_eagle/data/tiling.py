@@ -94,22 +94,23 @@ def count_tiles(width: int, height: int, tiling: Tiling) -> int:
     return columns * rows + (1 if columns * rows > 1 else 0)
 
 
-def cut_tiles(image: Image.Image, tiling: Tiling) -> Tensor:
+def cut_tiles(image: Image.Image, tiling: Tiling, grid: Grid | None = None) -> Tensor:
     """The tiles of an RGB image: uint8 [n, 3, s, s], row by row, thumbnail last.
 
+    grid: instead of the one that the rule chooses.
     Resizing is bicubic with antialiasing in 8-bit arithmetic, within 2 of 255 of Pillow's, and about twice as fast.
     """
     if image.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB images, this one is {image.mode}")
-    columns, rows = choose_grid(image.width, image.height, tiling)
+    columns, rows = grid or choose_grid(image.width, image.height, tiling)
     pixels = _pixels(image)
     size = tiling.tile_size
-    grid = columns * rows
-    tiles = torch.empty((grid + (1 if grid > 1 else 0), 3, size, size), dtype=torch.uint8)
+    cells = columns * rows
+    tiles = torch.empty((cells + (1 if cells > 1 else 0), 3, size, size), dtype=torch.uint8)
     stretched = _resize(pixels, rows * size, columns * size).view(3, rows, size, columns, size)
-    tiles[:grid].view(rows, columns, 3, size, size).copy_(stretched.permute(1, 3, 0, 2, 4))
-    if grid > 1:
-        tiles[grid] = _resize(pixels, size, size)[0]
+    tiles[:cells].view(rows, columns, 3, size, size).copy_(stretched.permute(1, 3, 0, 2, 4))
+    if cells > 1:
+        tiles[cells] = _resize(pixels, size, size)[0]
     return tiles
 
 

@@ -1,11 +1,13 @@
 """Automatic Degrade Sampling: text whole, budget kept, more budget never gives less."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.budget import DegradeReport, Wanted, frames_of, grant, tile_caps, tiles_under
+from megatron_eagle.data.budget import Wanted, degrade_report, grant, outcomes, tile_caps, tiles_under
 from megatron_eagle.data.tiling import Tiling, count_tiles
 
 COST = 256
@@ -76,18 +78,17 @@ def test_the_steps_down():
     wanted = Wanted(text_tokens=100, image_sizes=((640, 480), (640, 480)))
     caps = {length: grant(wanted, length, Tiling(), COST).tile_cap for length in (612, 4000, 5000, 6756, 16384)}
     assert caps == {612: 4, 4000: 8, 5000: 8, 6756: 12, 16384: 12}
-    assert frames_of(90.4) == 180
     with pytest.raises(ValueError, match="least_frames=3 must be between 0 and frames=2"):
         Wanted(1, frames=2, least_frames=3)
 
 
 def test_report_by_source():
-    report, tiling = DegradeReport(), Tiling()
-    for length in (16384, 2000):
-        wanted = Wanted(text_tokens=100, image_sizes=((640, 480),), frames=20)
-        report.granted("slides", wanted, grant(wanted, length, tiling, COST), tiling)
-    report.dropped("films")
-    assert report.lines() == [
+    tiling = Tiling()
+    wanted = Wanted(text_tokens=100, image_sizes=((640, 480),), frames=20)
+    left_out = [outcomes(wanted, grant(wanted, length, tiling, COST), tiling) for length in (16384, 7000, 2000)]
+    assert left_out == [(), ("at most 4 tiles an image",), ("at most 4 tiles an image", "fewer frames")]
+    counts = Counter({"dropped": 2, "fewer frames": 1, "whole": 7, "degraded": 1})
+    assert degrade_report({"slides": counts, "films": Counter(dropped=1)}) == [
         "films: 1 dropped",
-        "slides: 1 at most 4 tiles an image, 1 fewer frames, 2 used, 1 whole",
+        "slides: 7 whole, 1 degraded, 1 fewer frames, 2 dropped",
     ]

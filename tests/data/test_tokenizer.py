@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizer_folder import CORPUS, QWEN_TOKENS, write_qwen_like
 
@@ -102,6 +102,7 @@ def test_composed_text_gets_transformers_ids(folder, text):
 
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     composed = unicodedata.normalize("NFC", text)
+    assume(not any(token in composed for token in (*EAGLE_TOKENS, *QWEN_TOKENS)))  # ours has them, or as plain text
     assert HuggingFaceTokenizer(folder).encode(composed) == theirs(composed, add_special_tokens=False)["input_ids"]
 
 
