@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
 
@@ -94,8 +94,9 @@ class World:
         answers: dict[int, tuple[bool, Any]] = {}
         while len(answers) < self.size:
             waiting = [rank for rank in range(self.size) if rank not in answers]
+            ready = wait([self._pipes[rank] for rank in waiting], timeout=max(0.0, deadline - monotonic()))
             for rank in waiting:
-                if not self._pipes[rank].poll(0.02):
+                if self._pipes[rank] not in ready:
                     continue
                 try:
                     answers[rank] = self._pipes[rank].recv()
@@ -132,7 +133,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
     from megatron.core import parallel_state
 
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    wait = timedelta(seconds=90)
+    patience = timedelta(seconds=90)
     pipe.send((True, "ready"))
     for number in itertools.count():
         try:
@@ -140,7 +141,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
         except EOFError:  # the tests are over
             return
         dist.init_process_group(
-            platform.backend, store=dist.PrefixStore(str(number), store), rank=rank, world_size=size, timeout=wait
+            platform.backend, store=dist.PrefixStore(str(number), store), rank=rank, world_size=size, timeout=patience
         )
         try:
             function: Any = importlib.import_module(module)
