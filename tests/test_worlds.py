@@ -51,8 +51,8 @@ def test_error_of_one_rank_frees_those_who_wait_for_it(worlds):
 def test_rank_that_hangs_or_dies_is_named_and_the_next_call_starts_afresh():
     world = World(2)
     try:
-        with pytest.raises(WorldError, match="^rank 1 of 2:\nno answer within 3 s"):
-            world.run(hang_or_die, "hang", timeout=3)
+        with pytest.raises(WorldError, match="^rank 1 of 2:\nno answer within 8 s"):
+            world.run(hang_or_die, "hang", timeout=8)  # rank 0 has to answer in it, on a busy machine, too
         assert world._processes == []
         with pytest.raises(WorldError, match="^rank 1 of 2:\ndied with exit code 7"):
             world.run(hang_or_die, "die")
