@@ -195,9 +195,8 @@ def _generator(seed: int, purpose: str, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-def epoch_lengths(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> tuple[Ints, Ints]:
+def epoch_lengths(plan: Plan) -> tuple[Ints, Ints]:
     """Tokens and tiles of every usable sample of the first window, an epoch unless that is larger; for reports."""
-    plan = Plan(settings, tokenizer, seed)
     window = plan.window(0)
     where = list(zip(window.sources.tolist(), window.samples.tolist(), strict=True))
     tokens = np.array([plan.lengths[source].tokens[sample] for source, sample in where], dtype=np.int64)

@@ -203,8 +203,10 @@ def _tar_groups(path: Path) -> Iterator[_Group | str]:
                     group = None
                 group = group or _Group(key)
                 group.files[member.name] = FileSlice(path, member.offset_data, member.size)
+            if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:  # Python takes a cut-off header for the end
+                raise tarfile.ReadError("the end mark is missing")
     except (OSError, tarfile.TarError) as error:
-        after = f" after {group.key}" if group is not None else ""
+        after = f" after the first file of {group.key}" if group is not None else ""
         yield f"{path.name} is cut off or damaged{after}: {' '.join(str(error).split())}"
         return
     if group is not None:

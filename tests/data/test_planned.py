@@ -413,5 +413,8 @@ def test_data_commands(small_run, tmp_path, capsys):
     }
     assert len(digests) == 1 and "10 packs" in digests.pop()
     report = run("pack-report", str(recipe), "--ranks", "2", "--plot", str(tmp_path / "packs.png"))
-    assert "balanced | " in report and (tmp_path / "packs.png").exists()
-    assert "80 = 80 + 0" in run("inspect", str(recipe), "--out", str(tmp_path / "page"), "--shown", "2")
+    assert "balanced | " in report and (tmp_path / "packs.png").exists() and " dealt / bound" in report
+    assert "degraded or dropped, by source, in packs of" in report and ": 80 whole" in report
+    inspected = run("inspect", str(recipe), "--out", str(tmp_path / "page"), "--shown", "2")
+    assert "80 = 80 + 0" in inspected and "degraded or dropped, by source" in inspected
+    assert "Degraded or dropped</h2>" in (tmp_path / "page" / "index.html").read_text()
