@@ -7,11 +7,13 @@ number changes nothing. A position is a count of packs. A broken sample leaves a
 import contextlib
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.energon.cache.file_store import WebdatasetFileStore
 from megatron.energon.epathlib import EPath
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.cutting import Cutter
+from megatron_eagle.data.dali import DaliDecoder
 from megatron_eagle.data.dealing import deal
 from megatron_eagle.data.encode import add_tiles, tokenise
 from megatron_eagle.data.file_slice import FileSlice
@@ -85,7 +88,9 @@ class PlannedStream(Iterator[PackedBatch]):
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
         }
-        self._reader = PackReader(settings, tokenizer)
+        # Reader processes are forked, and CUDA does not survive that: only the trainer itself decodes on its GPU.
+        on_gpu = settings.decoder == "dali" and not workers and torch.cuda.is_available()
+        self._reader = PackReader(settings, tokenizer, torch.cuda.current_device() if on_gpu else None)
         self._taken = 0  # packs of this rank
         self._in_a_row = 0
         self._packs: Iterator[PackedBatch] | None = None
@@ -139,12 +144,28 @@ class PlannedStream(Iterator[PackedBatch]):
             if "DataLoader" not in str(error) or "Caught " in str(error):
                 raise
             raise UserError(f"a reader process hangs or died: {error}; {self._due()}") from error
+        self._check(batch)
         self._taken += 1
         self._in_a_row = 0 if batch.sample_ids else self._in_a_row + len(batch.rejected)
         if self._in_a_row >= self._settings.max_rejected_in_a_row:
             sample_id, reason = batch.rejected[-1]
             raise UserError(f"{self._in_a_row} samples in a row are broken, the last is {sample_id!r}: {reason}")
         return batch
+
+    def _check(self, batch: PackedBatch) -> None:
+        """Read = used + rejected, sample by sample: what the plan put into this pack is there, or named as rejected.
+
+        A plan holds every sample of an epoch, so what holds for each pack holds for all epochs of all ranks.
+        """
+        pack = self._plan.pack(self.next_number)
+        planned = Counter([*(sample.id for sample in pack.samples), *(sample for sample, _ in pack.rejected)])
+        found = Counter([*batch.sample_ids, *(sample for sample, _ in batch.rejected)])
+        if planned != found:
+            missing, foreign = ([*(a - b).elements()][:5] for a, b in ((planned, found), (found, planned)))
+            raise RuntimeError(
+                f"pack {pack.number} should account for {planned.total()} samples and does for {found.total()}; "
+                f"missing {missing}, not planned {foreign}"
+            )
 
     def _due(self) -> str:
         pack = self._plan.pack(self.next_number)
@@ -183,11 +204,15 @@ class PlannedStream(Iterator[PackedBatch]):
 
 
 class PackReader(Dataset[PackedBatch]):
-    """Reads planned packs; holds settings, tokenizer and open data sets, no position."""
+    """Reads planned packs; holds settings, tokenizer and open data sets, no position.
 
-    def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
+    gpu: number of the one that ``decoder: dali`` uses; None for DALI's CPU mode.
+    """
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, gpu: int | None = None) -> None:
         self._settings, self._tokenizer = settings, tokenizer
         self._cutter = Cutter(settings, tokenizer)
+        self._dali = DaliDecoder(settings.tile_size, gpu) if settings.decoder == "dali" else None
         self._stores: dict[Path, WebdatasetFileStore] = {}
 
     def __getitem__(self, pack: PlannedPack) -> PackedBatch:
@@ -214,7 +239,7 @@ class PackReader(Dataset[PackedBatch]):
                 f"has {len(segment.tokens)} tokens and {cut.total_tiles} tiles, the catalogue says {sample.tokens} and "
                 f"{sample.tiles}: the shard was changed"
             )
-        return add_tiles(segment, stored, cut, self._settings)
+        return add_tiles(segment, stored, cut, self._settings, self._dali)
 
     def _fetch(self, sample: PlannedSample) -> StoredSample:
         conversation = parse_conversation({"json": self._file(sample, "json")})

@@ -107,9 +107,11 @@ class Source:
 def _reject(conversation: Conversation, place: Mapping[str, Any], seen: dict[str, str]) -> str | None:
     """Why a parsed conversation cannot be stored."""
     try:
-        json.dumps(conversation.extra, ensure_ascii=False).encode()
+        json.dumps(conversation.extra, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         return f"a field holds text that is not Unicode: {error.reason}"
+    except ValueError:
+        return "a field holds NaN or an infinite number, which JSON does not have"
     where = " ".join(f"{name} {value}" for name, value in place.items())
     first = seen.setdefault(conversation.id, where)
     return None if first == where else f"duplicate id {conversation.id!r}, first seen in {first}"

@@ -336,6 +336,22 @@ def test_a_shard_that_vanishes_and_one_that_is_cut(world, tmp_path):
         take(stream, count)
 
 
+class Loser(PackReader):
+    """A bug: a sample is dropped without a word."""
+
+    def __getitem__(self, pack):
+        return super().__getitem__(dataclasses.replace(pack, samples=pack.samples[1:]))
+
+
+def test_a_sample_that_is_neither_used_nor_rejected_stops_the_run(world):
+    tokenizer, a, _ = world
+    stream = PlannedStream(data_settings(a), tokenizer)
+    lost = stream.plan.pack(0).samples[0].id
+    stream._reader = Loser(data_settings(a), tokenizer)
+    with pytest.raises(RuntimeError, match=rf"pack 0 should account for \d+ samples .*missing \['{lost}'\]"):
+        next(stream)
+
+
 class Sleeper(PackReader):
     def __getitem__(self, pack):
         if pack.number == 3:
