@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.budget import degrade_report
 from megatron_eagle.data.catalogue import Ints
+from megatron_eagle.data.pack_reader import PackReader
 from megatron_eagle.data.plan import Plan
-from megatron_eagle.data.planned import PackReader
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.tokenizer import Tokenizer
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from megatron_eagle.data.catalogue import Catalogue, Ints, open_catalogue
 from megatron_eagle.data.dealing import pack_costs
 from megatron_eagle.data.knapsack import pack_balanced, pack_best_fit
 from megatron_eagle.data.lengths import Lengths, dataset_lengths
+from megatron_eagle.data.location import Location
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
@@ -34,7 +34,7 @@ WINDOWS_KEPT = 2
 class PlannedSample:
     """One sample of a pack: where it lies and what it is expected to cost."""
 
-    path: Path
+    path: Location
     key: str
     id: str
     tokens: int

@@ -24,7 +24,8 @@ from megatron_eagle.data.conversation import encode_conversation
 from megatron_eagle.data.digest import digest_of, read_digest, read_steps
 from megatron_eagle.data.images import decode_image
 from megatron_eagle.data.inspection import write_page
-from megatron_eagle.data.planned import PackReader, PlannedStream
+from megatron_eagle.data.pack_reader import PackReader
+from megatron_eagle.data.planned import PlannedStream
 from megatron_eagle.data.settings import DataSettings, Source
 from megatron_eagle.data.shards import iterate_samples
 from megatron_eagle.data.stream import PackStream, open_stream
