@@ -20,6 +20,7 @@ TRAINER = [
     "pyyaml==6.0.3",
     "safetensors==0.8.0",
     "sentencepiece==0.2.3",
+    "simplejpeg==1.9.0",
     "tensorboard==2.21.0",
     "tokenizers==0.23.3",
     "torch==2.13.0",

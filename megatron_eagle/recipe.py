@@ -87,6 +87,7 @@ class ReadingSettings:
     order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
     packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
     degrade: show samples that are too long for a pack with fewer frames and tiles instead of rejecting them.
+    decoder: ``pillow``, or ``dali`` for plain JPEGs: on the GPU with workers=0, otherwise by DALI's CPU mode.
     video: which frames of videos are shown, and in what words (``data.frames.VideoSettings``).
     workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
     """
@@ -98,6 +99,7 @@ class ReadingSettings:
     order: Literal["planned", "buffer"] = "planned"
     packing: Literal["balanced", "best_fit"] = "balanced"
     degrade: bool = False
+    decoder: Literal["pillow", "dali"] = "pillow"
     video: VideoSettings = field(default_factory=VideoSettings)
     packing_buffer: Positive = 512
     shuffle_buffer: Positive = 1000

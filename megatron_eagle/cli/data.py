@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_eagle.cli import data_build
 from megatron_eagle.cli.common import Verbs, verb
 
 if TYPE_CHECKING:
@@ -16,39 +17,12 @@ def add(verbs: Verbs) -> None:
         verbs,
         "data",
         "build and check data sets, look at their packs",
-        "Turns conversation JSONL into Energon shards, checks shards, and shows the stream of packs made of them.",
+        "Turns conversations and media into Energon shards, checks shards, and shows the stream of packs made of them.",
         "  megatron-eagle data build samples.jsonl data/train\n  megatron-eagle data check data/train\n"
         "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    build = verb(
-        actions,
-        "build",
-        "conversation JSONL to Energon shards",
-        "Each line is one sample in the LLaVA/ShareGPT form\n"
-        '{"id", "image": path or list of paths, "conversations": [{"from", "value"}]}.\n'
-        "Image paths are relative to the JSONL's folder. Bad samples are listed in OUT/rejected.jsonl with line, id\n"
-        "and reason; the good ones are kept.",
-        "  megatron-eagle data build samples.jsonl data/train --max-rejected 10\n",
-    )
-    build.add_argument("samples", type=Path, metavar="SAMPLES.jsonl")
-    build.add_argument("out", type=Path, metavar="OUT")
-    build.add_argument("--media-root", type=Path, default=None, help="folder of the images (default: the JSONL's)")
-    build.add_argument(
-        "--max-rejected", type=int, default=0, help="fail when more samples than this are bad (default: 0)"
-    )
-    build.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (default: 1000)")
-    build.add_argument("--workers", type=int, default=1, help="processes that read images (default: 1)")
-    build.set_defaults(run=_data_build)
-    check = verb(
-        actions,
-        "check",
-        "open a built data set and count it",
-        "Opens every shard through Energon, reads every sample and compares the counts with the index.",
-        "  megatron-eagle data check data/train\n",
-    )
-    check.add_argument("folder", type=Path, metavar="FOLDER")
-    check.set_defaults(run=_data_check)
+    data_build.add(actions)
     _add_measure(actions)
     _add_inspect(actions)
     _add_digest(actions)
@@ -60,8 +34,9 @@ def _add_measure(actions: Verbs) -> None:
         actions,
         "measure",
         "count the tokens of a recipe's data sets",
-        "Counts tokens and image sizes of every data set of a recipe and keeps them beside the shards, so that no\n"
-        "training process has to. Does nothing for what was counted before.",
+        "Counts tokens and sizes of images and videos of every data set of a recipe and keeps them beside the shards,\n"
+        "so that no training process has to. Prints what is shown whole, degraded or dropped at the recipe's pack\n"
+        "length. Does nothing for what was counted before.",
         "  megatron-eagle data measure examples/tiny/recipe.yaml\n",
     )
     _add_recipe(parser)
@@ -138,6 +113,7 @@ def _load(options: argparse.Namespace) -> "tuple[Recipe, Stage]":
 
 
 def _data_measure(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.budget import degrade_report
     from megatron_eagle.data.catalogue import open_catalogue
     from megatron_eagle.data.lengths import dataset_lengths
     from megatron_eagle.data.tokenizer import load_tokenizer
@@ -151,13 +127,16 @@ def _data_measure(options: argparse.Namespace) -> None:
             used = len(lengths.tokens) - len(lengths.rejected)
             print(
                 f"{stage.name}: {source.path}: {len(lengths.tokens)} samples = {used} used + {len(lengths.rejected)} "
-                f"rejected, {int(lengths.tokens.sum())} tokens, {int(lengths.tiles.sum())} tiles"
+                f"rejected, {int(lengths.tokens.sum())} tokens, {int(lengths.tiles.sum())} tiles, "
+                f"{int(lengths.frames.sum())} frames"
             )
+            print(f"  {degrade_report({'shown': lengths.outcomes})[0]}")
             for reason in list(lengths.rejected.values())[:5]:
                 print(f"  {reason}")
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.budget import degrade_report
     from megatron_eagle.data.inspection import HEADS, write_page
     from megatron_eagle.data.tokenizer import load_tokenizer
 
@@ -168,6 +147,9 @@ def _data_inspect(options: argparse.Namespace) -> None:
     print(" | ".join(HEADS))
     for view in views:
         print(" | ".join(view.row()))
+    print("degraded or dropped, by source")
+    for line in degrade_report({view.name: view.outcomes for view in views}):
+        print(f"  {line}")
     print(options.out / "index.html")
 
 
@@ -206,14 +188,16 @@ def _data_digest(options: argparse.Namespace) -> None:
 def _data_pack_report(options: argparse.Namespace) -> None:
     import numpy as np
 
+    from megatron_eagle.data.budget import degrade_report
     from megatron_eagle.data.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
-    from megatron_eagle.data.plan import epoch_lengths
+    from megatron_eagle.data.plan import Plan, epoch_lengths
     from megatron_eagle.data.settings import DataSettings, Source
     from megatron_eagle.data.tokenizer import load_tokenizer
     from megatron_eagle.errors import UserError
 
     if (options.recipe is None) == (options.lognormal is None):
         raise UserError("pack-report needs a RECIPE or --lognormal MEDIAN SIGMA, one of them")
+    degraded: list[str] = []
     if options.lognormal:
         median, sigma = options.lognormal
         length = options.pack_length or 16384
@@ -225,7 +209,10 @@ def _data_pack_report(options: argparse.Namespace) -> None:
         recipe, stage = _load(options)
         settings = recipe.data_settings(stage)
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        tokens, tiles = epoch_lengths(settings, tokenizer, recipe.seed + recipe.stages.index(stage))
+        plan = Plan(settings, tokenizer, recipe.seed + recipe.stages.index(stage))
+        tokens, tiles = epoch_lengths(plan)
+        by_source = zip(settings.sources, plan.lengths, strict=True)
+        degraded = degrade_report({source.path: lengths.outcomes for source, lengths in by_source})
         if options.samples:
             drawn = np.random.default_rng(0).integers(len(tokens), size=options.samples)
             tokens, tiles = tokens[drawn], tiles[drawn]
@@ -242,26 +229,8 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     print(f"{title}, attention parity {bounds.attention_parity}")
     results = compare_packings(tokens, tiles, bounds, options.ranks)
     print(table(results, options.ranks))
+    if degraded:
+        print("\n  ".join([f"degraded or dropped, by source, in packs of {settings.pack_length}", *degraded]))
     if options.plot:
         plot(results, tokens, title, options.plot)
         print(options.plot)
-
-
-def _data_build(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.build import build_dataset
-
-    report = build_dataset(
-        options.samples,
-        options.out,
-        media_root=options.media_root,
-        max_rejected=options.max_rejected,
-        samples_per_shard=options.samples_per_shard,
-        workers=options.workers,
-    )
-    print(f"{options.out}: {report.read} samples read, {report.written} written, {report.rejected} rejected")
-
-
-def _data_check(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.index import check_dataset
-
-    print(f"{options.folder}: {check_dataset(options.folder)} samples, all readable")

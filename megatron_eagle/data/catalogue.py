@@ -26,6 +26,7 @@ from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.conversation import encode_conversation
 from megatron_eagle.data.frames import VideoInfo
 from megatron_eagle.data.images import read_size
+from megatron_eagle.data.location import Location, load_array, locate_dataset, read_text
 from megatron_eagle.data.shards import (
     StoredSample,
     dataset_identity,
@@ -81,7 +82,7 @@ class Catalogue:
     height, seconds and frames a second; first_video: int64 [n + 1]. broken: reasons, by sample number.
     """
 
-    path: Path
+    path: Location
     identity: str
     keys: Names
     ids: Names
@@ -114,12 +115,12 @@ class ScannedSample:
     reason: str | None
 
 
-def open_catalogue(path: Path | str) -> Catalogue:
+def open_catalogue(path: Location | str) -> Catalogue:
     """The catalogue of a data set; it is made (and kept, where the folder can be written) if there is none yet.
 
     Raises UserError if ``path`` is no prepared data set or a shard cannot be read.
     """
-    folder, identity = Path(path), dataset_identity(path)
+    folder, identity = locate_dataset(path), dataset_identity(path)
     found = _load(folder, identity)
     if found is not None:
         return found
@@ -130,7 +131,7 @@ def open_catalogue(path: Path | str) -> Catalogue:
     return made
 
 
-def scan_shard(shard: Path) -> Iterator[ScannedSample]:
+def scan_shard(shard: Location) -> Iterator[ScannedSample]:
     """Every sample of a tar file; only headers of its media are looked at.
 
     All sizes are let through: they are facts, and which ones are too large is for the reader to say.
@@ -153,7 +154,7 @@ def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
     )
 
 
-def _assemble(folder: Path, identity: str, scanned: Sequence[ScannedSample]) -> Catalogue:
+def _assemble(folder: Location, identity: str, scanned: Sequence[ScannedSample]) -> Catalogue:
     sizes = [size for sample in scanned for size in sample.pictures.sizes]
     videos = [(v.width, v.height, v.seconds, v.rate) for sample in scanned for v in sample.pictures.videos]
     return Catalogue(
@@ -184,6 +185,8 @@ def _arrays(catalogue: Catalogue) -> dict[str, NDArray[Any]]:
 
 def _save(catalogue: Catalogue) -> None:
     """Writes the folder under another name first, so that it is there whole or not at all."""
+    if not isinstance(catalogue.path, Path):  # an object store is only read
+        return
     final = catalogue.path / SAMPLES_FOLDER
     final.parent.mkdir(exist_ok=True)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
@@ -200,14 +203,14 @@ def _save(catalogue: Catalogue) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load(folder: Path, identity: str) -> Catalogue | None:
+def _load(folder: Location, identity: str) -> Catalogue | None:
     """The catalogue on disk, or None if there is none, or one of other shards."""
     samples = folder / SAMPLES_FOLDER
     try:
-        description = json.loads((samples / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        description = json.loads(read_text(samples / DESCRIPTION_FILE))
         if description["identity"] != identity:
             return None
-        array = {name: np.load(samples / f"{name}.npy", mmap_mode="r") for name in _ARRAY_NAMES}
+        array = {name: load_array(samples / f"{name}.npy") for name in _ARRAY_NAMES}
     except (OSError, ValueError, KeyError):
         return None
     return Catalogue(
@@ -234,15 +237,16 @@ def text_tokens(catalogue: Catalogue, tokenizer: Tokenizer, system: str) -> Ints
     name = hashlib.sha256(json.dumps([catalogue.identity, tokenizer.fingerprint, system]).encode()).hexdigest()[:16]
     file = catalogue.path / CATALOGUE_FOLDER / f"text-{name}.npy"
     with contextlib.suppress(OSError, ValueError):
-        counted = np.load(file, mmap_mode="r")
+        counted = load_array(file)
         if len(counted) == len(catalogue):
             return counted
     counts = np.fromiter(_count(catalogue, tokenizer, system), dtype=np.int32, count=len(catalogue))
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
-        np.save(partial, counts)
-        os.replace(partial, file)
+    if isinstance(file, Path):
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(exist_ok=True)
+            partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
+            np.save(partial, counts)
+            os.replace(partial, file)
     return counts
 
 

@@ -3,7 +3,7 @@
 Two steps, because lengths are wanted long before pixels: ``tokenise`` looks at headers and text, ``add_tiles`` decodes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -13,12 +13,13 @@ from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.catalogue import read_pictures
 from megatron_eagle.data.conversation import EncodedConversation, encode_conversation
 from megatron_eagle.data.cutting import Clip, Cut, Cutter
+from megatron_eagle.data.dali import DaliDecoder
 from megatron_eagle.data.file_slice import FileSlice
-from megatron_eagle.data.images import decode_image
+from megatron_eagle.data.images import decode_pixels, read_size
 from megatron_eagle.data.packing import Segment
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.shards import StoredSample
-from megatron_eagle.data.tiling import Tiling, cut_tiles
+from megatron_eagle.data.tiling import Tiling, choose_grid, cut_tiles
 from megatron_eagle.data.video import VideoReader
 
 
@@ -42,12 +43,25 @@ def _encode(stored: StoredSample, cutter: Cutter, cut: Cut) -> EncodedConversati
     return encode_conversation(stored.conversation, cutter.tokenizer, cut.tiles, s.tokens_per_tile, s.system, videos)
 
 
-def add_tiles(segment: Segment, stored: StoredSample, cut: Cut, settings: DataSettings) -> Segment:
-    """The segment with the tiles of its media in order; raises BrokenSample if one cannot be decoded."""
+def add_tiles(
+    segment: Segment, stored: StoredSample, cut: Cut, settings: DataSettings, dali: DaliDecoder | None = None
+) -> Segment:
+    """The segment with the tiles of its media in order; raises BrokenSample if one cannot be decoded.
+
+    dali: takes the images that it can.
+    """
+    cut_already: dict[int, Tensor] = {}
+    if dali is not None and stored.images:
+        sizes = (read_size(image, max_pixels=settings.max_pixels) for image in stored.images)
+        grids = [choose_grid(width, height, cut.tiling) for width, height in sizes]
+        cut_already = dali.cut(stored.images, grids, settings.max_pixels)
     tiles = torch.empty((cut.total_tiles, 3, settings.tile_size, settings.tile_size), dtype=torch.uint8)
     place = 0
     for kind, number in stored.conversation.media:
-        if kind == "image":
+        own: Iterable[Tensor]
+        if kind == "image" and number in cut_already:
+            own = [cut_already[number]]
+        elif kind == "image":
             own = _cut_image(stored.images[number], cut.tiling, cut.tiles[number], settings)
         else:
             own = _cut_frames(stored.videos[number], cut.clips[number], settings)
@@ -58,7 +72,7 @@ def add_tiles(segment: Segment, stored: StoredSample, cut: Cut, settings: DataSe
 
 
 def _cut_image(image: bytes, tiling: Tiling, expected: int, settings: DataSettings) -> Iterator[Tensor]:
-    tiles = cut_tiles(decode_image(image, max_pixels=settings.max_pixels), tiling)
+    tiles = cut_tiles(decode_pixels(image, max_pixels=settings.max_pixels), tiling)
     if len(tiles) != expected:
         raise BrokenSample(f"the image's header promises {expected} tiles, its pixels make {len(tiles)}")
     yield tiles

@@ -6,12 +6,15 @@ counts are known without decoding. Pillow may raise almost anything on damaged b
 out of Pillow's own calls means a broken file; our own code is kept out of those blocks.
 """
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_eagle.data.broken import BrokenSample
@@ -94,6 +97,23 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
     image = _to_rgb(image)
     return image.transpose(TRANSPOSE[orientation]) if orientation != 1 else image
+
+
+def is_plain_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether this is an upright RGB JPEG, which every decoder understands; raises BrokenSample."""
+    image, orientation = _open(data, max_pixels)
+    return image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+
+
+def decode_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """The pixels of ``decode_image``, [H, W, 3], faster: a plain JPEG is decoded straight into them.
+
+    Both are libjpeg-turbo with the same settings and give the same bytes, but Pillow keeps 4 bytes a pixel and copies.
+    """
+    if is_plain_jpeg(data, max_pixels=max_pixels):
+        with contextlib.suppress(ValueError):  # damaged, or only unusual: Pillow decides
+            return simplejpeg.decode_jpeg(data)
+    return np.asarray(decode_image(data, max_pixels=max_pixels))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ All numbers come from the catalogue, so a large data set is looked at in seconds
 import base64
 import html
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.data.budget import degrade_report
 from megatron_eagle.data.catalogue import Ints
+from megatron_eagle.data.pack_reader import PackReader
 from megatron_eagle.data.plan import Plan
-from megatron_eagle.data.planned import PackReader
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.tokenizer import Tokenizer
 
@@ -26,30 +28,44 @@ CONTACT_COLUMNS = 7
 
 @dataclass(frozen=True)
 class SourceView:
-    """One data set: samples, how many are used, and tokens, tiles and width / height of images of those."""
+    """One data set: samples, how many are used; tokens, tiles, frames of those; width / height of images and videos.
+
+    outcomes: how many are shown whole, degraded and how, or dropped (``lengths.Lengths``).
+    """
 
     name: str
     samples: int
     rejected: list[str]
     tokens: Ints
     tiles: Ints
+    frames: Ints
     aspect_ratios: np.ndarray
+    outcomes: Counter[str]
 
     def row(self) -> list[str]:
         """The numbers as texts, in the order of HEADS."""
         spread = [int(np.percentile(self.tokens, q)) for q in (5, 50, 95)] if len(self.tokens) else [0, 0, 0]
-        images = len(self.aspect_ratios)
+        pictures = len(self.aspect_ratios)
         return [
             self.name,
             f"{self.samples} = {len(self.tokens)} + {len(self.rejected)}",
             str(int(self.tokens.sum())),
             " / ".join(map(str, spread)),
-            str(images),
-            f"{self.tiles.sum() / images:.1f}" if images else "-",
+            str(pictures),
+            f"{self.tiles.sum() / pictures:.1f}" if pictures else "-",
+            str(int(self.frames.sum())),
         ]
 
 
-HEADS = ("source", "samples = used + rejected", "tokens", "5 / 50 / 95 % of tokens", "images", "tiles an image")
+HEADS = (
+    "source",
+    "samples = used + rejected",
+    "tokens",
+    "5 / 50 / 95 % of tokens",
+    "images and videos",
+    "tiles each",
+    "frames",
+)
 
 
 def view_sources(plan: Plan) -> list[SourceView]:
@@ -57,7 +73,7 @@ def view_sources(plan: Plan) -> list[SourceView]:
     views = []
     for catalogue, lengths in zip(plan.catalogues, plan.lengths, strict=True):
         used = lengths.tokens > 0
-        sizes = np.asarray(catalogue.image_sizes, dtype=np.float64)
+        sizes = np.concatenate([np.asarray(catalogue.image_sizes), np.asarray(catalogue.videos)[:, :2]])
         views.append(
             SourceView(
                 name=str(catalogue.path),
@@ -65,6 +81,8 @@ def view_sources(plan: Plan) -> list[SourceView]:
                 rejected=[f"{catalogue.ids[i]}: {reason}" for i, reason in sorted(lengths.rejected.items())],
                 tokens=lengths.tokens[used],
                 tiles=lengths.tiles[used],
+                frames=lengths.frames[used],
+                outcomes=lengths.outcomes,
                 aspect_ratios=sizes[:, 0] / sizes[:, 1],
             )
         )
@@ -72,19 +90,20 @@ def view_sources(plan: Plan) -> list[SourceView]:
 
 
 def draw(views: list[SourceView], padding: Ints, path: Path) -> None:
-    """A PNG of four histograms: tokens and tiles of a sample, aspect ratios of images, padding of packs."""
+    """A PNG of histograms: tokens, tiles and frames of a sample, width / height of pictures, padding of packs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, 5, figsize=(21, 3.8), layout="constrained")
     names = [Path(view.name).name for view in views]
     for axis, label, values in (
         (axes[0], "tokens of a sample", [view.tokens for view in views]),
         (axes[1], "tiles of a sample", [view.tiles for view in views]),
-        (axes[2], "width / height of an image", [view.aspect_ratios for view in views]),
-        (axes[3], "padding of a pack, tokens", [padding]),
+        (axes[2], "frames of a sample with videos", [view.frames[view.frames > 0] for view in views]),
+        (axes[3], "width / height of an image or video", [view.aspect_ratios for view in views]),
+        (axes[4], "padding of a pack, tokens", [padding]),
     ):
         for name, own in zip(names if len(values) == len(names) else [""], values, strict=False):
             axis.hist(own, bins=40, histtype="step", label=name)
@@ -109,6 +128,8 @@ def write_page(settings: DataSettings, tokenizer: Tokenizer, seed: int, folder: 
         blocks += _samples(reader[plan.pack(number)], tokenizer)
         number += 1
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in view.row())}</tr>" for view in views)
+    report = degrade_report({view.name: view.outcomes for view in views})
+    degraded = "".join(f"<li>{html.escape(line)}</li>" for line in report)
     rejected = [reason for view in views for reason in view.rejected]
     page = f"""<!doctype html><meta charset="utf-8"><title>What the model sees</title>
 <style>
@@ -122,6 +143,7 @@ pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 8px }}
 {padding.sum() / (useful + padding).sum():.2%} of their tokens are padding.</p>
 <table><tr>{"".join(f"<th>{head}</th>" for head in HEADS)}</tr>{rows}</table>
 <img src="data:image/png;base64,{base64.b64encode((folder / "lengths.png").read_bytes()).decode()}" alt="histograms">
+<h2>Degraded or dropped</h2><ul>{degraded}</ul>
 <h2>Rejected: {len(rejected)}</h2><ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in rejected[:50])}</ul>
 <h2>Samples</h2>{"".join(blocks[:shown])}
 """

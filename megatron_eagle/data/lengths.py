@@ -11,12 +11,14 @@ import os
 import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.catalogue import BROKEN_TOKENS, CATALOGUE_FOLDER, Catalogue, Ints, text_tokens
 from megatron_eagle.data.cutting import Cutter
+from megatron_eagle.data.location import read_text
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.tiling import count_tiles
 from megatron_eagle.data.tokenizer import Tokenizer
@@ -48,11 +50,13 @@ def dataset_lengths(catalogue: Catalogue, tokenizer: Tokenizer, settings: DataSe
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     file = catalogue.path / CATALOGUE_FOLDER / f"lengths-{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads(read_text(file))
         tokens, tiles, frames = (np.array(kept[key], dtype=np.int32) for key in ("tokens", "tiles", "frames"))
         rejected = {int(sample): reason for sample, reason in kept["rejected"].items()}
         return Lengths(tokens, tiles, frames, rejected, Counter(kept["outcomes"]))
     made = _lengths(catalogue, tokenizer, settings)
+    if not isinstance(file, Path):  # an object store is only read
+        return made
     with contextlib.suppress(OSError):
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.json")

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from megatron_eagle.data.catalogue import Catalogue, Ints, open_catalogue
 from megatron_eagle.data.dealing import pack_costs
 from megatron_eagle.data.knapsack import pack_balanced, pack_best_fit
 from megatron_eagle.data.lengths import Lengths, dataset_lengths
+from megatron_eagle.data.location import Location
 from megatron_eagle.data.settings import DataSettings
 from megatron_eagle.data.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
@@ -34,7 +34,7 @@ WINDOWS_KEPT = 2
 class PlannedSample:
     """One sample of a pack: where it lies and what it is expected to cost."""
 
-    path: Path
+    path: Location
     key: str
     id: str
     tokens: int
@@ -195,9 +195,8 @@ def _generator(seed: int, purpose: str, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-def epoch_lengths(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> tuple[Ints, Ints]:
+def epoch_lengths(plan: Plan) -> tuple[Ints, Ints]:
     """Tokens and tiles of every usable sample of the first window, an epoch unless that is larger; for reports."""
-    plan = Plan(settings, tokenizer, seed)
     window = plan.window(0)
     where = list(zip(window.sources.tolist(), window.samples.tolist(), strict=True))
     tokens = np.array([plan.lengths[source].tokens[sample] for source, sample in where], dtype=np.int64)

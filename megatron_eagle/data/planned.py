@@ -4,28 +4,20 @@ What a rank reads follows from the plan, the step and its rank; reader processes
 number changes nothing. A position is a count of packs. A broken sample leaves a gap in its own pack and moves no other.
 """
 
-import contextlib
 import json
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from megatron.energon.cache.file_store import WebdatasetFileStore
-from megatron.energon.epathlib import EPath
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
 
 from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.cutting import Cutter
 from megatron_eagle.data.dealing import deal
-from megatron_eagle.data.encode import add_tiles, tokenise
-from megatron_eagle.data.file_slice import FileSlice
-from megatron_eagle.data.packing import Segment, assemble_pack, padding_pack
-from megatron_eagle.data.plan import Plan, PlannedPack, PlannedSample
+from megatron_eagle.data.pack_reader import PackReader
+from megatron_eagle.data.plan import Plan, PlannedPack
 from megatron_eagle.data.settings import DataSettings
-from megatron_eagle.data.shards import StoredSample, parse_conversation
 from megatron_eagle.data.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
 
@@ -85,7 +77,9 @@ class PlannedStream(Iterator[PackedBatch]):
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
         }
-        self._reader = PackReader(settings, tokenizer)
+        # Reader processes are forked, and CUDA does not survive that: only the trainer itself decodes on its GPU.
+        on_gpu = settings.decoder == "dali" and not workers and torch.cuda.is_available()
+        self._reader = PackReader(settings, tokenizer, torch.cuda.current_device() if on_gpu else None)
         self._taken = 0  # packs of this rank
         self._in_a_row = 0
         self._packs: Iterator[PackedBatch] | None = None
@@ -139,12 +133,28 @@ class PlannedStream(Iterator[PackedBatch]):
             if "DataLoader" not in str(error) or "Caught " in str(error):
                 raise
             raise UserError(f"a reader process hangs or died: {error}; {self._due()}") from error
+        self._check(batch)
         self._taken += 1
         self._in_a_row = 0 if batch.sample_ids else self._in_a_row + len(batch.rejected)
         if self._in_a_row >= self._settings.max_rejected_in_a_row:
             sample_id, reason = batch.rejected[-1]
             raise UserError(f"{self._in_a_row} samples in a row are broken, the last is {sample_id!r}: {reason}")
         return batch
+
+    def _check(self, batch: PackedBatch) -> None:
+        """Read = used + rejected, sample by sample: what the plan put into this pack is there, or named as rejected.
+
+        A plan holds every sample of an epoch, so what holds for each pack holds for all epochs of all ranks.
+        """
+        pack = self._plan.pack(self.next_number)
+        planned = Counter([*(sample.id for sample in pack.samples), *(sample for sample, _ in pack.rejected)])
+        found = Counter([*batch.sample_ids, *(sample for sample, _ in batch.rejected)])
+        if planned != found:
+            missing, foreign = ([*(a - b).elements()][:5] for a, b in ((planned, found), (found, planned)))
+            raise RuntimeError(
+                f"pack {pack.number} should account for {planned.total()} samples and does for {found.total()}; "
+                f"missing {missing}, not planned {foreign}"
+            )
 
     def _due(self) -> str:
         pack = self._plan.pack(self.next_number)
@@ -180,76 +190,6 @@ class PlannedStream(Iterator[PackedBatch]):
     def close(self) -> None:
         """Ends the reader processes."""
         self._packs = None
-
-
-class PackReader(Dataset[PackedBatch]):
-    """Reads planned packs; holds settings, tokenizer and open data sets, no position."""
-
-    def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
-        self._settings, self._tokenizer = settings, tokenizer
-        self._cutter = Cutter(settings, tokenizer)
-        self._stores: dict[Path, WebdatasetFileStore] = {}
-
-    def __getitem__(self, pack: PlannedPack) -> PackedBatch:
-        segments: list[Segment] = []
-        rejected = list(pack.rejected)
-        for sample in pack.samples:
-            try:
-                segments.append(self._segment(sample))
-            except BrokenSample as error:
-                rejected.append((sample.id, str(error)))
-        s = self._settings
-        if segments:
-            batch = assemble_pack(segments, s.pack_length, self._tokenizer.pad)
-        else:
-            batch = padding_pack(s.pack_length, self._tokenizer.pad, s.tile_size)
-        batch.rejected = rejected
-        return batch
-
-    def _segment(self, sample: PlannedSample) -> Segment:
-        stored = self._fetch(sample)
-        segment, cut = tokenise(stored, self._cutter)
-        if (len(segment.tokens), cut.total_tiles) != (sample.tokens, sample.tiles):
-            raise BrokenSample(
-                f"has {len(segment.tokens)} tokens and {cut.total_tiles} tiles, the catalogue says {sample.tokens} and "
-                f"{sample.tiles}: the shard was changed"
-            )
-        return add_tiles(segment, stored, cut, self._settings)
-
-    def _fetch(self, sample: PlannedSample) -> StoredSample:
-        conversation = parse_conversation({"json": self._file(sample, "json")})
-        images = tuple(self._file(sample, name) for name in conversation.images)
-        return StoredSample(conversation, images, tuple(self._place(sample, name) for name in conversation.videos))
-
-    def _file(self, sample: PlannedSample, ending: str) -> bytes:
-        """One file of a sample."""
-        with _delivered(sample, ending):
-            data, _ = self._store(sample)[f"{sample.key}.{ending}"]
-        return bytes(data)
-
-    def _place(self, sample: PlannedSample, ending: str) -> FileSlice:
-        """Where one file of a sample lies; a video is not read as a whole."""
-        with _delivered(sample, ending):
-            store = self._store(sample)
-            entry = store.sqlite_reader.get_sample_part(sample.key, ending)
-            return FileSlice(store.tar_filepaths[entry.tar_file_id], entry.raw_byte_offset, entry.raw_byte_size)
-
-    def _store(self, sample: PlannedSample) -> WebdatasetFileStore:
-        store = self._stores.get(sample.path)
-        if store is None:
-            store = self._stores[sample.path] = WebdatasetFileStore(EPath(sample.path))
-        return store
-
-
-@contextlib.contextmanager
-def _delivered(sample: PlannedSample, ending: str) -> Iterator[None]:
-    """What the data's machine cannot deliver is a broken sample, not the end of the run."""
-    try:
-        yield
-    except KeyError:
-        raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
-    except (OSError, tarfile.TarError) as error:
-        raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error
 
 
 class _Orders(Sampler[Any]):

@@ -51,6 +51,8 @@ class DataSettings:
     packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
         least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
     degrade: show a sample that is too long with fewer frames and tiles instead of rejecting it (``budget.py``).
+    decoder: ``pillow``, or ``dali``: plain JPEGs by NVIDIA DALI, on the GPU with workers 0, otherwise by its CPU mode
+        (``dali.py``); ``planned`` only.
     video: which frames of videos are shown, and in what words (``frames.VideoSettings``).
     plan_window: ``planned`` only: samples that are packed together; a smaller epoch is packed whole.
     attention_parity: ``planned`` only: length of a segment, in tokens, at which attention costs the language model as
@@ -78,6 +80,7 @@ class DataSettings:
     packing: Literal["balanced", "best_fit"] = "balanced"
     packing_delta: Annotated[int, Ge(0)] | None = None
     degrade: bool = False
+    decoder: Literal["pillow", "dali"] = "pillow"
     video: VideoSettings = field(default_factory=VideoSettings)
     plan_window: Positive = 1_000_000
     attention_parity: Positive = 65_000
@@ -98,6 +101,8 @@ class DataSettings:
             raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is best_fit")
         if len({source.repeat is None for source in self.sources}) > 1:
             raise ValueError("some sources have a repeat and others do not; give all of them one, or none")
+        if self.order == "buffer" and self.decoder == "dali":
+            raise ValueError("decoder=dali needs order=planned")
         if self.order == "buffer" and self.sources[0].repeat is not None:
             raise ValueError("repeat needs order=planned; order=buffer draws by weight")
         _ = self.tiling

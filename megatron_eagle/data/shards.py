@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.conversation import Conversation, parse_record
 from megatron_eagle.data.file_slice import VIDEO_ENDINGS, FileSlice
+from megatron_eagle.data.location import Location, locate_dataset, read_text
 from megatron_eagle.errors import UserError
 
 META_FOLDER = ".nv-meta"
@@ -68,11 +69,11 @@ def parse_entry(entry: Mapping[str, object]) -> StoredSample:
     return StoredSample(conversation, tuple(images), tuple(videos))
 
 
-def shard_counts(path: Path | str) -> dict[str, int]:
+def shard_counts(path: Location | str) -> dict[str, int]:
     """Samples of each shard, by file name; raises UserError if this is no prepared data set."""
-    file = Path(path) / INFO_FILE
+    file = locate_dataset(path) / INFO_FILE
     try:
-        counts = json.loads(file.read_text(encoding="utf-8"))["shard_counts"]
+        counts = json.loads(read_text(file))["shard_counts"]
     except FileNotFoundError:
         raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' (no {INFO_FILE})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,10 +81,10 @@ def shard_counts(path: Path | str) -> dict[str, int]:
     return dict(counts)
 
 
-def dataset_identity(path: Path | str) -> str:
+def dataset_identity(path: Location | str) -> str:
     """A string that is the same for the same shards, wherever they lie."""
     try:
-        return (Path(path) / IDENTITY_FILE).read_text(encoding="utf-8").strip()
+        return read_text(locate_dataset(path) / IDENTITY_FILE).strip()
     except OSError as error:
         raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' ({error})") from error
 
@@ -94,7 +95,7 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
     A held-out split must be whole, so a broken sample is a UserError here, not a skip.
     """
     for shard in shard_counts(path):
-        for key, entry in iterate_entries(Path(path) / shard):
+        for key, entry in iterate_entries(locate_dataset(path) / shard):
             try:
                 yield parse_entry(entry)
             except BrokenSample as error:
@@ -104,7 +105,7 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
 Entry = dict[str, bytes | FileSlice]
 
 
-def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iterator[tuple[str, Entry]]:
+def iterate_entries(shard: Location, endings: Collection[str] | None = None) -> Iterator[tuple[str, Entry]]:
     """(key, files by name ending) of each sample of a tar file, where a sample's files lie next to each other.
 
     Videos are not read, only their places. endings: the files that are read, all without it. Raises UserError if the
@@ -113,7 +114,7 @@ def iterate_entries(shard: Path, endings: Collection[str] | None = None) -> Iter
     key = ""
     entry: Entry = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 member_key, _, ending = member.name.partition(".")
                 if member_key != key and entry:

@@ -107,9 +107,11 @@ class Source:
 def _reject(conversation: Conversation, place: Mapping[str, Any], seen: dict[str, str]) -> str | None:
     """Why a parsed conversation cannot be stored."""
     try:
-        json.dumps(conversation.extra, ensure_ascii=False).encode()
+        json.dumps(conversation.extra, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         return f"a field holds text that is not Unicode: {error.reason}"
+    except ValueError:
+        return "a field holds NaN or an infinite number, which JSON does not have"
     where = " ".join(f"{name} {value}" for name, value in place.items())
     first = seen.setdefault(conversation.id, where)
     return None if first == where else f"duplicate id {conversation.id!r}, first seen in {first}"
@@ -203,8 +205,10 @@ def _tar_groups(path: Path) -> Iterator[_Group | str]:
                     group = None
                 group = group or _Group(key)
                 group.files[member.name] = FileSlice(path, member.offset_data, member.size)
+            if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:  # Python takes a cut-off header for the end
+                raise tarfile.ReadError("the end mark is missing")
     except (OSError, tarfile.TarError) as error:
-        after = f" after {group.key}" if group is not None else ""
+        after = f" after the first file of {group.key}" if group is not None else ""
         yield f"{path.name} is cut off or damaged{after}: {' '.join(str(error).split())}"
         return
     if group is not None:

@@ -73,13 +73,16 @@ def test_same_input_same_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
-    """Two good lines among every kind of bad one."""
+    """Three good lines among every kind of bad one."""
     folder = tmp_path_factory.mktemp("messy")
     whole = image_bytes((300, 200), "red", "JPEG")
     (folder / "good.jpg").write_bytes(whole)
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("this is no image")
     (folder / "folder.png").mkdir()
+    (folder / "zero.png").write_bytes(b"")
+    Image.new("1", (9500, 9500)).save(folder / "bomb.png")
+    (folder / "thin.png").write_bytes(image_bytes((1, 20_000), "red"))
     (folder.parent / "outside.png").write_bytes(image_bytes((10, 10), "red"))
     lines = [
         question("good", "<image>\nWhat?", "A square.", "good.jpg"),
@@ -98,6 +101,12 @@ def messy(tmp_path_factory):
         question("nul", "<image>", "?", "a\0.png"),
         b"[" * 100_000,
         question("also good \u00e9/..", "Text only?", "Yes."),
+        question("zero", "<image>", "?", "zero.png"),
+        question("bomb", "<image>", "?", "bomb.png"),
+        question("thin", "<image>How long?", "Very.", "thin.png"),
+        question("", "What?", "That.") | {"id": float("nan")},
+        question("inf", "What?", "That.", score=float("inf")),
+        question("number", "What?", "That.") | {"conversations": [{"from": "human", "value": float("nan")}]},
     ]
     return write_jsonl(folder, lines)
 
@@ -116,30 +125,36 @@ REASONS = {
     13: ("absolute", "absolute", "outside of the media root"),
     14: ("nul", "nul", "NUL"),
     15: ("deep", None, "not JSON"),
+    17: ("zero", "zero", "image zero.png: not an image"),
+    18: ("bomb", "bomb", "image of 9500x9500 has 90250000 pixels, the limit is 89478485"),
+    20: ("nan", None, "id is neither text nor a whole number: nan"),
+    21: ("inf", "inf", "NaN or an infinite number"),
+    22: ("number", "number", "turn 1 has a float as its value"),
 }
+GOOD = ["good", "also good \u00e9/..", "thin"]
 
 
 def test_every_bad_line_is_listed_and_the_good_ones_kept(messy, tmp_path):
     report = build_dataset(messy, tmp_path / "out", max_rejected=len(REASONS))
-    assert (report.read, report.written, report.rejected) == (15, 2, 13)
+    assert (report.read, report.written, report.rejected) == (21, 3, 18)
     entries = rejected(tmp_path / "out")
     assert [entry["line"] for entry in entries] == list(REASONS)
     for entry in entries:
         _, sample_id, reason = REASONS[entry["line"]]
         assert entry["id"] == sample_id and entry["file"] == str(messy)
         assert re.search(reason, entry["reason"]), entry
-    assert [s.conversation.id for s in iterate_samples(tmp_path / "out")] == ["good", "also good \u00e9/.."]
+    assert [s.conversation.id for s in iterate_samples(tmp_path / "out")] == GOOD
 
 
 def test_too_many_bad_lines_fail_and_leave_only_their_list(messy, tmp_path):
     out = tmp_path / "new" / "out"
-    with pytest.raises(UserError, match=r"13 of 15 samples are bad and 12 are allowed.*rejected\.jsonl") as caught:
-        build_dataset(messy, out, max_rejected=12)
+    with pytest.raises(UserError, match=r"18 of 21 samples are bad and 17 are allowed.*rejected\.jsonl") as caught:
+        build_dataset(messy, out, max_rejected=17)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 13
+    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 18
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    build_dataset(messy, out, max_rejected=13)
-    assert check_dataset(out) == 2
+    build_dataset(messy, out, max_rejected=18)
+    assert check_dataset(out) == 3
 
 
 def test_nothing_usable_is_an_error(tmp_path):

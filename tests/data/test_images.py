@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.images import decode_image, read_extension, read_size
+from megatron_eagle.data.images import decode_image, decode_pixels, read_extension, read_size
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -106,6 +106,18 @@ def test_size_comes_from_the_header():
         decode_image(header)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 20}, {"turned": 6}])
+def test_fast_jpeg_gives_the_same_pixels(mode, options):
+    noise = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
+    image = Image.fromarray(noise[..., 0] if mode == "L" else noise[..., : len(mode)])
+    exif = Image.Exif()
+    exif[0x0112] = options.get("turned", 1)
+    data = encode(image.convert(mode) if mode == "CMYK" else image, "JPEG", exif=exif, **options)
+    for file in (data, data + b"more"):
+        assert np.array_equal(decode_pixels(file), np.asarray(decode_image(file)))
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"GIF89a", b"hello, this is text", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0"]
 )
@@ -153,3 +165,4 @@ def test_damaged_files_decode_or_are_broken(data, changes, cut):
         assert "\n" not in str(error)
     else:
         assert image.mode == "RGB" and image.size == read_size(damaged)
+        assert np.array_equal(decode_pixels(damaged, max_pixels=10**6), np.asarray(image))

@@ -24,7 +24,8 @@ from megatron_eagle.data.conversation import encode_conversation
 from megatron_eagle.data.digest import digest_of, read_digest, read_steps
 from megatron_eagle.data.images import decode_image
 from megatron_eagle.data.inspection import write_page
-from megatron_eagle.data.planned import PackReader, PlannedStream
+from megatron_eagle.data.pack_reader import PackReader
+from megatron_eagle.data.planned import PlannedStream
 from megatron_eagle.data.settings import DataSettings, Source
 from megatron_eagle.data.shards import iterate_samples
 from megatron_eagle.data.stream import PackStream, open_stream
@@ -336,6 +337,22 @@ def test_a_shard_that_vanishes_and_one_that_is_cut(world, tmp_path):
         take(stream, count)
 
 
+class Loser(PackReader):
+    """A bug: a sample is dropped without a word."""
+
+    def __getitem__(self, pack):
+        return super().__getitem__(dataclasses.replace(pack, samples=pack.samples[1:]))
+
+
+def test_a_sample_that_is_neither_used_nor_rejected_stops_the_run(world):
+    tokenizer, a, _ = world
+    stream = PlannedStream(data_settings(a), tokenizer)
+    lost = stream.plan.pack(0).samples[0].id
+    stream._reader = Loser(data_settings(a), tokenizer)
+    with pytest.raises(RuntimeError, match=rf"pack 0 should account for \d+ samples .*missing \['{lost}'\]"):
+        next(stream)
+
+
 class Sleeper(PackReader):
     def __getitem__(self, pack):
         if pack.number == 3:
@@ -413,5 +430,8 @@ def test_data_commands(small_run, tmp_path, capsys):
     }
     assert len(digests) == 1 and "10 packs" in digests.pop()
     report = run("pack-report", str(recipe), "--ranks", "2", "--plot", str(tmp_path / "packs.png"))
-    assert "balanced | " in report and (tmp_path / "packs.png").exists()
-    assert "80 = 80 + 0" in run("inspect", str(recipe), "--out", str(tmp_path / "page"), "--shown", "2")
+    assert "balanced | " in report and (tmp_path / "packs.png").exists() and " dealt / bound" in report
+    assert "degraded or dropped, by source, in packs of" in report and ": 80 whole" in report
+    inspected = run("inspect", str(recipe), "--out", str(tmp_path / "page"), "--shown", "2")
+    assert "80 = 80 + 0" in inspected and "degraded or dropped, by source" in inspected
+    assert "Degraded or dropped</h2>" in (tmp_path / "page" / "index.html").read_text()

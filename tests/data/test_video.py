@@ -1,8 +1,12 @@
 """Videos: the right frames and no others decoded, whatever the container; words, budget, and what is broken."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +66,43 @@ def test_a_frame_far_ahead_costs_one_group(films):
     with VideoReader(films["mp4", "libx264"].read_bytes()) as reader:
         assert shown(reader, [15.5]) == [155]
         assert reader.decoded <= 12
+
+
+# Reads 512 frames of each file; prints how many were decoded, whether they were the right ones, and peak memory in MB.
+PEAK = """
+import json, re, sys
+from pathlib import Path
+import numpy as np
+from samples import frame_number
+from megatron_eagle.data.file_slice import FileSlice
+from megatron_eagle.data.frames import VideoSettings
+from megatron_eagle.data.video import VideoReader
+for name in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    with VideoReader(FileSlice.whole(Path(name))) as reader:
+        times = VideoSettings(max_frames=512).times(reader.info, min(512, reader.info.frames))
+        numbers = [round(t * reader.info.rate) for t in times]
+        right = [frame_number(np.asarray(f)) for f in reader.frames(times)] == [n % 4096 for n in numbers]
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    print(json.dumps([reader.decoded, right, numbers, peak]))
+"""
+
+
+def test_three_hours_take_no_more_memory_than_a_minute(tmp_path):
+    """10 800 frames, and half a gigabyte of ballast that nobody asks for; frames come from their own groups of 8."""
+    short = write_video(tmp_path / "short.mp4", 60, 1, codec="libx264", group=8)
+    long = write_video(tmp_path / "long.mp4", 10_800, 1, codec="libx264", group=8)
+    with open(long, "ab") as file:
+        file.write((500_000_000).to_bytes(4, "big") + b"free")
+        file.truncate(file.tell() + 500_000_000 - 8)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", PEAK, str(short), str(long)]
+    lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    (_, right, _, before), (decoded, right_too, numbers, after) = map(json.loads, lines)
+    print(f"{decoded} frames decoded for {len(numbers)}, peak {before:.0f} MB -> {after:.0f} MB")
+    assert right and right_too and len(numbers) == 512
+    assert decoded <= sum(number % 8 + 1 for number in numbers)
+    assert after - before < 30  # 2 measured; the file's index is part of it
 
 
 @pytest.mark.parametrize(("turned", "corner"), [(0, (2, 2)), (90, (-3, 2)), (180, (-3, -3)), (270, (2, -3))])

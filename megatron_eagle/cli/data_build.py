@@ -1,0 +1,113 @@
+"""``megatron-eagle data build``, ``join`` and ``check``: from files to a checked data set."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_eagle.cli.common import Verbs, verb
+
+if TYPE_CHECKING:
+    from megatron_eagle.data.build import BuildReport
+
+
+def add(actions: Verbs) -> None:
+    """Declare the actions and their arguments."""
+    build = verb(
+        actions,
+        "build",
+        "conversations, media with captions, or a WebDataset to Energon shards",
+        "SOURCE is one of\n"
+        '  a JSONL file, each line in the LLaVA/ShareGPT form {"id", "image" and "video": path or list of paths,\n'
+        '    "conversations": [{"from", "value"}]}; paths are relative to its folder;\n'
+        "  a folder of images and videos, each with a caption in a .txt of the same name, or a .json with a caption\n"
+        "    or a whole record;\n"
+        "  a tar file of such files, or a folder of tar files (WebDataset).\n"
+        "Bad samples are listed in OUT/rejected.jsonl with place, id and reason; the rest is kept. After a kill,\n"
+        "the same command goes on where it was. Many machines can share the work, each with its --part, and 'data\n"
+        "join' makes one data set of it.",
+        "  megatron-eagle data build samples.jsonl data/train --max-rejected 10\n"
+        "  megatron-eagle data build photographs/ data/photographs --prompt 'What is in the picture?'\n"
+        "  sbatch --array=1-16 --wrap 'megatron-eagle data build big.jsonl data/big --part $SLURM_ARRAY_TASK_ID/16'\n",
+    )
+    build.add_argument("source", type=Path, metavar="SOURCE")
+    build.add_argument("out", type=Path, metavar="OUT")
+    build.add_argument("--media-root", type=Path, default=None, help="folder of a JSONL's media (default: its own)")
+    build.add_argument("--prompt", help="question that a mere caption answers (default: 'Describe this in detail.')")
+    _add_max_rejected(build)
+    build.add_argument(
+        "--samples-per-shard", type=int, default=1000, help="samples of SOURCE for one tar file (default: 1000)"
+    )
+    build.add_argument("--workers", type=int, default=1, help="processes that read and decode (default: 1)")
+    build.add_argument("--part", type=_part, metavar="I/N", help="build only part I of N; then 'data join OUT'")
+    build.set_defaults(run=_data_build)
+    join = verb(
+        actions,
+        "join",
+        "one data set of parts that were built apart",
+        "Indexes and checks the shards that all parts of 'data build SOURCE OUT --part I/N' have made for OUT. The\n"
+        "result is byte for byte what one build would have made.",
+        "  megatron-eagle data join data/big\n",
+    )
+    join.add_argument("out", type=Path, metavar="OUT")
+    _add_max_rejected(join)
+    join.set_defaults(run=_data_join)
+    check = verb(
+        actions,
+        "check",
+        "open a built data set and count it",
+        "Opens every shard through Energon, reads every sample and compares the counts with the index.",
+        "  megatron-eagle data check data/train\n",
+    )
+    check.add_argument("folder", type=Path, metavar="FOLDER")
+    check.set_defaults(run=_data_check)
+
+
+def _add_max_rejected(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-rejected", type=int, default=0, help="fail when more samples than this are bad (default: 0)"
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """I/N."""
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/16")
+    return int(number), int(parts)
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.build import Part, build_dataset
+    from megatron_eagle.data.sources import DEFAULT_PROMPT
+
+    report = build_dataset(
+        options.source,
+        options.out,
+        media_root=options.media_root,
+        prompt=DEFAULT_PROMPT if options.prompt is None else options.prompt,
+        max_rejected=options.max_rejected,
+        samples_per_shard=options.samples_per_shard,
+        workers=options.workers,
+        part=Part(*options.part) if options.part else None,
+    )
+    what = f"{options.out}, part {options.part[0]}/{options.part[1]}" if options.part else options.out
+    print(f"{what}: {_counts(report)}")
+    if options.part:
+        print(f"when all {options.part[1]} parts are done: megatron-eagle data join {options.out}")
+
+
+def _data_join(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.build import join_parts
+
+    print(f"{options.out}: {_counts(join_parts(options.out, max_rejected=options.max_rejected))}")
+
+
+def _counts(report: "BuildReport") -> str:
+    before = f", {report.resumed} of {report.shards} shards were there already" if report.resumed else ""
+    return f"{report.read} samples read, {report.written} written, {report.rejected} rejected{before}"
+
+
+def _data_check(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.index import check_dataset
+
+    print(f"{options.folder}: {check_dataset(options.folder)} samples, all readable")
