@@ -1,37 +1,34 @@
-"""The two directions of conversion, and comparing any two checkpoints.
-
-A result is written into ``OUT.partial`` and gets its name only after its proof has passed. A conversion that was
-interrupted continues with the first shard that is not whole, provided that the source and the options are the same.
-"""
+"""The two directions of conversion, each with its proof."""
 
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from megatron_eagle.checkpoint import logits
 from megatron_eagle.checkpoint.assemble import Assembled, assemble
+from megatron_eagle.checkpoint.attempt import JOURNAL, finish, start
+from megatron_eagle.checkpoint.check import ORIGIN, dialect_of
 from megatron_eagle.checkpoint.export import write_configs
-from megatron_eagle.checkpoint.proof import Comparison, Proof, compare, digests
+from megatron_eagle.checkpoint.proof import Proof, compare, digests
 from megatron_eagle.checkpoint.released import Dialect, read_config, recognise, unused_reason
 from megatron_eagle.checkpoint.safetensors_folder import SafetensorsFolder, write_safetensors
-from megatron_eagle.checkpoint.tensors import TensorInfo, TensorSource, WithDtype
+from megatron_eagle.checkpoint.tensors import TensorSource, WithDtype
 from megatron_eagle.checkpoint.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
-from megatron_eagle.checkpoint.torch_dist import METADATA, TorchDist, write_torch_dist
-from megatron_eagle.checkpoint.views import AsHuggingFace, AsMegatron
+from megatron_eagle.checkpoint.torch_dist import Place, TorchDist
+from megatron_eagle.checkpoint.torch_dist_writer import write_torch_dist
+from megatron_eagle.checkpoint.views import AsHuggingFace, AsMegatron, Only, Weights
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.model.weights import EMBEDDING
 from megatron_eagle.training.checkpoint import (
     DESCRIPTION,
     Description,
@@ -39,12 +36,10 @@ from megatron_eagle.training.checkpoint import (
     find_latest,
     read_description,
 )
+from megatron_eagle.training.index import METADATA
 from megatron_eagle.training.sharded_state import CONTENT
 
 TOKENIZER = "tokenizer"
-ORIGIN = "origin.json"  # how the released checkpoint that a Megatron one came from names its tensors
-_JOURNAL = "conversion.json"
-_VOCABULARY_TABLES = (EMBEDDING, "language.output_layer.weight")
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def hf_to_megatron(
 
     tile_size, tokens, seed: for a new one; Eagle's tokens that the tokenizer lacks, and the connector's draw.
     """
-    partial = _start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
+    partial = start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
     clock = _Clock()
     folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
     released: TensorSource
@@ -90,7 +85,7 @@ def hf_to_megatron(
     (partial / ORIGIN).write_text(json.dumps(asdict(dialect), indent=1), encoding="utf-8")
     clock.lap("conversion")
     back = AsHuggingFace(TorchDist(partial), config, dialect)
-    trip = compare(_Only(rounded, theirs.used), back, "round trip")
+    trip = compare(Only(rounded, theirs.used), back, "round trip")
     clock.lap("round trip")
     difference, largest = _logits(options, partial, config, rounded, dialect)
     clock.lap("logits")
@@ -111,7 +106,7 @@ def hf_to_megatron(
         logits_skipped=None if options.logits else "--no-logits was given",
         seconds=clock.finish("digests"),
     )
-    return _finish(proof, partial, out)
+    return finish(proof, partial, out)
 
 
 def megatron_to_hf(
@@ -129,8 +124,8 @@ def megatron_to_hf(
     """
     checkpoint = find_latest(checkpoint) or checkpoint
     config = TypeAdapter(EagleConfig).validate_python(read_description(checkpoint).model)
-    dialect = _dialect(checkpoint, config, kind)
-    partial = _start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
+    dialect = dialect_of(checkpoint, config, kind)
+    partial = start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
     clock = _Clock()
     stored = TorchDist(checkpoint)
     view: TensorSource = AsHuggingFace(stored, config, dialect)
@@ -148,8 +143,8 @@ def megatron_to_hf(
     if effective_numbers(found) != effective_numbers(config):
         raise UserError(f"{partial} would be read back as another model: {found}")
     back = AsMegatron(target, found, found_dialect)
-    ours = _Weights(stored, config, list(back.infos), options.dtype)
-    trip = compare(ours, _Weights(back, config, list(back.infos), None), "round trip")
+    ours = Weights(stored, config, list(back.infos), options.dtype)
+    trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
     clock.lap("round trip")
     difference, largest = _logits(options, checkpoint, config, target if not options.dtype else view, dialect)
     clock.lap("logits")
@@ -158,7 +153,7 @@ def megatron_to_hf(
         source=str(checkpoint),
         target=str(out),
         source_sha256=digests(_weight_files(checkpoint)),
-        target_sha256=digests([file for file in partial.iterdir() if file.name != _JOURNAL and file.is_file()]),
+        target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
         model=asdict(config),
         round_trip=trip,
         unused=_unused_of_training(stored, config, dialect),
@@ -169,79 +164,7 @@ def megatron_to_hf(
         logits_skipped=None if options.logits else "--no-logits was given",
         seconds=clock.finish("digests"),
     )
-    return _finish(proof, partial, out)
-
-
-def check(first: Path, second: Path) -> Comparison:
-    """Compare the weights of two checkpoints of any kind under the names of a released model."""
-    sides = [_open(path) for path in (first, second)]
-    released = [side for side in sides if isinstance(side, SafetensorsFolder)]
-    if len(released) == 2:
-        return compare(released[0], released[1])
-    dialect_of = [_released_dialect(path) for path in (first, second)]
-    dialect = next((found for found in dialect_of if found), None)
-    views = [side if isinstance(side, SafetensorsFolder) else _view(side, dialect) for side in sides]
-    return compare(views[0], views[1])
-
-
-def _open(path: Path) -> Any:
-    path = find_latest(path) or path
-    return TorchDist(path) if (path / METADATA).is_file() else SafetensorsFolder(path)
-
-
-def _released_dialect(path: Path) -> Dialect | None:
-    path = find_latest(path) or path
-    if (path / METADATA).is_file():
-        return None
-    folder = SafetensorsFolder(path)
-    return recognise(folder.infos, read_config(path), str(path))[1]
-
-
-def _view(stored: TorchDist, dialect: Dialect | None) -> AsHuggingFace:
-    config = TypeAdapter(EagleConfig).validate_python(read_description(stored.folder).model)
-    return AsHuggingFace(stored, config, dialect or _dialect(stored.folder, config, None))
-
-
-def _dialect(checkpoint: Path, config: EagleConfig, kind: Literal["A", "B"] | None) -> Dialect:
-    file = checkpoint / ORIGIN
-    if file.is_file():
-        origin = TypeAdapter(Dialect).validate_json(file.read_bytes())
-        if kind in (None, origin.format):
-            return origin
-    alone = len(config.encoders) == 1 and config.encoders[0]["kind"] == "siglip"
-    return Dialect.published(config, kind or ("B" if alone else "A"))
-
-
-def _start(out: Path, sources: Sequence[Path], options: dict[str, Any]) -> Path:
-    """The folder to write into; what an earlier attempt with the same source and options left there is kept."""
-    if out.exists():
-        raise UserError(f"{out} exists already; give another folder or remove it")
-    partial = out.with_name(f"{out.name}.partial")
-    journal = {"options": {name: str(value) for name, value in options.items()}, "sources": _fingerprint(sources)}
-    file = partial / _JOURNAL
-    if partial.exists():
-        if not file.is_file():
-            raise UserError(f"{partial} exists and was not left by a conversion; remove it")
-        if json.loads(file.read_text(encoding="utf-8")) != journal:
-            shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(journal, indent=1), encoding="utf-8")
-    return partial
-
-
-def _fingerprint(sources: Sequence[Path]) -> list[str]:
-    files = [file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))]
-    states = [(file, file.stat()) for file in files if file.is_file()]
-    return [f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states]
-
-
-def _finish(proof: Proof, partial: Path, out: Path) -> Proof:
-    proof.write(partial)
-    if proof.failures:
-        raise UserError(f"the proof failed, see {partial / 'proof.md'}: {'; '.join(proof.failures)[:500]}")
-    (partial / _JOURNAL).unlink()
-    partial.rename(out)
-    return proof
+    return finish(proof, partial, out)
 
 
 def _logits(
@@ -293,8 +216,6 @@ def _unused(released: TensorSource, used: set[str]) -> dict[str, str | None]:
 
 def _unused_of_training(stored: TorchDist, config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
     """Every tensor that is no weight: the optimizer's, in one line; anything else has no reason to be there."""
-    from megatron_eagle.checkpoint.torch_dist import Place
-
     weights = {Place.of(name).key for name in dialect.sources(config)}
     rest = sorted(stored.names - weights)
     optimizer = [name for name in rest if name.startswith("optimizer.")]
@@ -315,28 +236,6 @@ def _dtype_changes(before: TensorSource, after: TensorSource) -> dict[str, int]:
 
 def _weight_files(folder: Path) -> list[Path]:
     return [folder / METADATA, *folder.glob("*.distcp")]
-
-
-class _Only:
-    """Those tensors of a source that went into a conversion."""
-
-    def __init__(self, source: TensorSource, names: set[str]) -> None:
-        self.infos: Mapping[str, TensorInfo] = {name: info for name, info in source.infos.items() if name in names}
-        self.read = source.read
-
-
-class _Weights:
-    """Parameters by their Megatron names, without the vocabulary's padding, whose rows mean nothing."""
-
-    def __init__(self, source: Any, config: EagleConfig, names: list[str], dtype: torch.dtype | None) -> None:
-        self._source, self._rows, self._dtype = source, config.language.vocab_size, dtype
-        infos = {name: source.info(name) if isinstance(source, TorchDist) else source.infos[name] for name in names}
-        self.infos: Mapping[str, TensorInfo] = infos
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
-        tensor = tensor[: self._rows] if name in _VOCABULARY_TABLES else tensor
-        return tensor.to(self._dtype) if self._dtype else tensor
 
 
 class _Clock:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.tensors import Progress, TensorInfo, TensorSource, check_relative
+from megatron_eagle.checkpoint.tensors import Progress, TensorInfo, TensorSource
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.index import check_relative
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as transformers and the released checkpoints

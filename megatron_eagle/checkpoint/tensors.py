@@ -7,14 +7,11 @@ parts are all a ``TensorSource``; conversion, comparison and proof know nothing 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-from megatron_eagle.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,6 @@ class WithDtype:
 
     def read(self, name: str) -> Tensor:
         return self._source.read(name).to(self.infos[name].dtype)
-
-
-def check_relative(path: str, where: str) -> None:
-    """Refuse a file name that an index could use to point out of its own folder."""
-    kinds = (PurePosixPath(path), PureWindowsPath(path))
-    if not path or any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds) or "\0" in path:
-        raise UserError(f"{where} names the file {path!r}, which is not inside its folder")
 
 
 class Progress:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.eagle import parameter_shapes
 from megatron_eagle.model.hf_names import Source
+from megatron_eagle.model.weights import EMBEDDING
+
+_VOCABULARY_TABLES = (EMBEDDING, "language.output_layer.weight")
 
 
 class AsHuggingFace:
@@ -75,3 +79,25 @@ class AsMegatron:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{', '.join(source.names)} do not fit together: {error}") from None
         return TensorInfo(tuple(whole.shape), whole.dtype)
+
+
+class Only:
+    """Those tensors of a source that went into a conversion."""
+
+    def __init__(self, source: TensorSource, names: set[str]) -> None:
+        self.infos: Mapping[str, TensorInfo] = {name: info for name, info in source.infos.items() if name in names}
+        self.read = source.read
+
+
+class Weights:
+    """Parameters by their Megatron names, without the vocabulary's padding, whose rows mean nothing."""
+
+    def __init__(self, source: Any, config: EagleConfig, names: list[str], dtype: torch.dtype | None) -> None:
+        self._source, self._rows, self._dtype = source, config.language.vocab_size, dtype
+        infos = {name: source.info(name) if isinstance(source, TorchDist) else source.infos[name] for name in names}
+        self.infos: Mapping[str, TensorInfo] = infos
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        tensor = tensor[: self._rows] if name in _VOCABULARY_TABLES else tensor
+        return tensor.to(self._dtype) if self._dtype else tensor

@@ -118,7 +118,7 @@ def _options(options: argparse.Namespace) -> "Options":
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megatron_eagle.checkpoint.convert import check
+    from megatron_eagle.checkpoint.check import check
 
     comparison = check(options.first, options.second)
     for line in comparison.lines():

@@ -28,7 +28,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.training import checksums
+from megatron_eagle.training import checksums, index
 from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.sharded_state import (
     load_engine,
@@ -153,6 +153,7 @@ def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
 
 def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     checksums.verify(checkpoint)
+    index.verify(checkpoint)
     try:
         return dist_checkpointing.load(template, str(checkpoint))
     except (CheckpointingException, OSError, KeyError) as error:

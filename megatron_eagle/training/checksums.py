@@ -42,8 +42,8 @@ def verify(folder: Path) -> None:
 
     A checkpoint without checksums (an older one, or one that is being put together by hand) passes.
     """
-    rank, size = _place()
-    found = [line for part in _gather(damage(folder, rank, size)) for line in part]
+    rank, size = place()
+    found = [line for part in gather(damage(folder, rank, size)) for line in part]
     if found:
         raise UserError(
             f"{folder} is damaged: {'; '.join(sorted(set(found)))}. "
@@ -76,11 +76,13 @@ def _damage_of(file: Path, length: int, value: int) -> str | None:
         return f"{file.name} cannot be read ({error.strerror})"
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) outside a run."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _gather(ours: Any) -> list[Any]:
+def gather(ours: Any) -> list[Any]:
+    """Every process's value, in every process."""
     if not dist.is_initialized():
         return [ours]
     parts: list[Any] = [None] * dist.get_world_size()

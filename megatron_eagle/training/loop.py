@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ from megatron_eagle.training.checkpoint import (
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
-from megatron_eagle.training.saving import Saver
+from megatron_eagle.training.saving import SaveFailed, Saver
 from megatron_eagle.training.stopping import StoppedEarly, Watch
 from megatron_eagle.training.throughput import useful_flops, utilisation
 
@@ -213,6 +213,9 @@ class StageRun:
         if not due and not self.saver.pending:
             return
         with self.watch.saving(), self._doing("saving a checkpoint"):
+            if leaving:
+                with suppress(SaveFailed):  # the next one is what matters now
+                    self.saver.finish()
             if due:
                 self.saver.start(self._description(engine), engine, stream.state() if stream else None)
             else:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizer_folder import write_qwen_like
 
 from megatron_eagle.checkpoint.assemble import interpolate
-from megatron_eagle.checkpoint.convert import Options, check, hf_to_megatron, megatron_to_hf
+from megatron_eagle.checkpoint.check import check
+from megatron_eagle.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_eagle.checkpoint.released import Dialect
 from megatron_eagle.data.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError

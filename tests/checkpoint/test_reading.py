@@ -9,13 +9,18 @@ import checkpoint_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from worlds import WorldError
 
 from megatron_eagle.checkpoint.convert import Options, hf_to_megatron
+from megatron_eagle.checkpoint.logits import logits_of_rank, probe_batch
 from megatron_eagle.checkpoint.released import Dialect, recognise
 from megatron_eagle.checkpoint.safetensors_folder import INDEX, SafetensorsFolder, write_safetensors
 from megatron_eagle.checkpoint.tensors import TensorInfo
 from megatron_eagle.checkpoint.torch_dist import TorchDist
 from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.training import index
 
 
 class Given:
@@ -111,16 +116,42 @@ def test_shards_of_megatron_missing_and_truncated(checkpoint, tmp_path):
         TorchDist(folder)
 
 
-def test_metadata_that_would_run_code_is_refused(checkpoint, tmp_path):
+class MakesFolder:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def load_as_training_does(worlds, folder):
+    config = cases.reduced("eagle2-1b")
+    worlds(1).run(logits_of_rank, str(folder), config, Layout(), probe_batch(config))
+
+
+def test_metadata_that_would_run_code_is_refused(worlds, checkpoint, tmp_path):
     folder, ran = copy(checkpoint, tmp_path), tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(ran),)
-
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    load_as_training_does(worlds, folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(MakesFolder(ran)))
     with pytest.raises(UserError, match=r"\.metadata is damaged: it asks for posix\.mkdir"):
         TorchDist(folder)
+    with pytest.raises(WorldError, match=r"UserError: .*\.metadata is damaged: it asks for posix\.mkdir"):
+        load_as_training_does(worlds, folder)
+    assert not ran.exists()
+
+
+def test_objects_that_would_run_code_are_refused(worlds, checkpoint, tmp_path):
+    """Megatron loads what is no tensor with a plain unpickler."""
+    folder, ran = copy(checkpoint, tmp_path), tmp_path / "ran"
+    torch.save([MakesFolder(ran)], folder / "evil.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    place = next(at for at in metadata.storage_data if "_extra_state" in at.fqn)
+    metadata.storage_data[place] = _StorageInfo("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(WorldError, match=r"UserError: .*evil\.distcp holds .*, which cannot be loaded without running"):
+        load_as_training_does(worlds, folder)
     assert not ran.exists()
 
 
@@ -128,8 +159,9 @@ def test_metadata_cannot_leave_its_folder(checkpoint, tmp_path):
     folder = copy(checkpoint, tmp_path)
     file = folder / ".metadata"
     file.write_bytes(file.read_bytes().replace(b"__0_0.distcp", b"../../secret"))
-    with pytest.raises(UserError, match="not inside its folder"):
-        TorchDist(folder)
+    for read in (TorchDist, index.verify):
+        with pytest.raises(UserError, match="not inside its folder"):
+            read(folder)
 
 
 def test_a_model_that_does_not_fit_is_refused_by_name():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizer_folder import QWEN_TOKENS, write_qwen_like
 
-from megatron_eagle.checkpoint.convert import Options, check, hf_to_megatron, megatron_to_hf
+from megatron_eagle.checkpoint.check import check
+from megatron_eagle.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_eagle.checkpoint.released import Dialect
 from megatron_eagle.data.tokenizer import EAGLE_TOKENS
 from megatron_eagle.errors import UserError
@@ -154,7 +155,7 @@ def test_proof_says_what_was_left_out_and_rounded(tmp_path):
 
 
 def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
-    from megatron_eagle.checkpoint import torch_dist
+    from megatron_eagle.checkpoint import torch_dist_writer
 
     config = cases.reduced("eagle2-1b")
     cases.write_released(tmp_path / "hf", config, Dialect.published(config, "B"))
@@ -170,7 +171,7 @@ def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
         return counted
 
     small = {"shard_bytes": 100_000}
-    write = torch_dist.write_torch_dist
+    write = torch_dist_writer.write_torch_dist
     monkeypatch.setattr("megatron_eagle.checkpoint.convert.write_torch_dist", lambda *a, **k: write(*a, **k, **small))
     monkeypatch.setattr(torch, "save", stop_after(60))
     with pytest.raises(KeyboardInterrupt):

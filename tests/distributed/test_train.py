@@ -369,6 +369,51 @@ def test_saving_beside_training_changes_nothing_and_its_stall_is_logged(small_ru
         assert all(torch.equal(one.read(name), other.read(name)) for name in ("connector.linear_fc1.weight",))
 
 
+def train_until_a_signal(recipe_path: str, runs: str) -> str:
+    """Rank 1 alone gets the signal, amid saves of every step; returns what the run says at its end."""
+    import threading
+    from datetime import timedelta
+
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.platform import install
+    from megatron_eagle.training.loop import RunFolder, StageRun
+    from megatron_eagle.training.stopping import StoppedEarly, Watch
+
+    recipe, platform, watch = load_recipe(Path(recipe_path)), install(), Watch()
+    groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
+    watch.stop_on(signal.SIGUSR1)
+
+    def ask() -> None:
+        while count_lines(Path(runs)) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if groups.rank == 1:
+        threading.Thread(target=ask, daemon=True).start()
+    try:
+        StageRun(recipe, recipe.stage("first"), RunFolder(Path(runs) / recipe.name), platform, groups, watch).train()
+    except StoppedEarly as stopped:
+        return str(stopped)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    return "went through"
+
+
+def test_a_signal_leaves_a_whole_checkpoint_of_the_last_step(small_run, worlds, tmp_path: Path) -> None:
+    from megatron_eagle.training import checksums
+    from megatron_eagle.training.checkpoint import find_latest, read_description
+
+    stage = {**small_run.settings()["stages"][0], "steps": 100_000, "checkpoint_every": 1}
+    recipe = str(small_run.write_recipe(tmp_path / "r.yaml", layout={"pp": 2}, stages=[stage]))
+    said = worlds(2).run(train_until_a_signal, recipe, str(tmp_path))
+    steps = count_lines(tmp_path)
+    assert said == [f"first was asked to stop: saved step {steps}"] * 2 and steps >= 3
+    folder = tmp_path / "small" / "checkpoints" / "first"
+    latest = find_latest(folder)
+    checksums.verify(latest)
+    assert read_description(latest).step == steps and not list(folder.glob("*.partial"))
+
+
 def test_damaged_checkpoint_description_is_named(tmp_path: Path) -> None:
     from megatron_eagle.training.checkpoint import read_description
 
