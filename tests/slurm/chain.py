@@ -112,11 +112,13 @@ def losses(runs: Path) -> Losses:
     return [(entry["stage"], entry["step"], entry["loss"], entry["sample_digest"]) for entry in entries]
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def command(
+    *arguments: str, environment: dict[str, str] | None = None, seconds: float = 240
+) -> "subprocess.CompletedProcess[str]":
     """``megatron-eagle`` with these arguments."""
     variables = (environment or dict(os.environ)) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "megatron_eagle", *arguments]
-    return subprocess.run(line, env=variables, text=True, capture_output=True, timeout=240, check=False)
+    return subprocess.run(line, env=variables, text=True, capture_output=True, timeout=seconds, check=False)
 
 
 def submit(slurm: ThrowawaySlurm, recipe: Path, cluster: Path, runs: Path, *more: str) -> SubmittedChain:
@@ -135,7 +137,7 @@ def submit(slurm: ThrowawaySlurm, recipe: Path, cluster: Path, runs: Path, *more
 def without_slurm(recipe: Path, runs: Path) -> Losses:
     """The same stages in four processes that no scheduler started: what every chain has to arrive at."""
     for stage in STAGES:
-        done = command("train", str(recipe), "--stage", stage, "--runs", str(runs), "--processes", "4")
+        done = command("train", str(recipe), "--stage", stage, "--runs", str(runs), "--processes", "4", seconds=900)
         assert done.returncode == 0, done.stderr
     return losses(runs)
 
