@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,17 @@ class SubmittedChain:
         return max((entry[1] for entry in losses(self.runs) if entry[0] == stage), default=0)
 
     def until_step(self, stage: str, step: int) -> None:
-        self.slurm.until(lambda: self.step(stage) >= step or self.is_over(), f"{stage} at step {step}", 300, 0.02)
+        asked = [time.monotonic()]
+
+        def is_there() -> bool:
+            if self.step(stage) >= step:
+                return True
+            if time.monotonic() < asked[0] + 1:
+                return False
+            asked[0] = time.monotonic()
+            return self.is_over()
+
+        self.slurm.until(is_there, f"{stage} at step {step}", 600, 0.03)
 
     def is_over(self) -> bool:
         return all(self.slurm.state(job) in ENDS for job in self.jobs.values())
