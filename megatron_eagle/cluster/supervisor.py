@@ -29,6 +29,7 @@ from megatron_eagle.training.stopping import HANG_EXIT_CODE, SILENT, STACKS_FOLL
 USER_ERROR = 2  # exit code of the command line after a UserError
 BAD_NODE = 4  # exit code of ``megatron-eagle doctor``
 NO_SPACE = "No space left on device"
+WAITING = "torch/distributed/"  # a process whose innermost call is there waits for others
 _TASK = re.compile(r"^srun: error: (?P<node>[^:\s]+): tasks? (?P<ranks>[\d,\-]+): (?P<end>.+)$", re.MULTILINE)
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _COLLATERAL = re.compile(r"^srun: .*Terminating (StepId|job step)", re.MULTILINE)
@@ -177,6 +178,10 @@ def _hang(stacks: dict[int, str]) -> Finding:
         cause = f"hang: the others waited for {names} (no stack: stopped, or its node is gone)"
         return Finding("failed", cause, tuple(sorted(nodes)))
     places = {rank: _innermost(text) for rank, text in stacks.items()}
+    busy = [rank for rank, place in sorted(places.items()) if WAITING not in place]
+    if 0 < len(busy) < len(places) / 2:
+        names = ", ".join(f"{headings[rank]} at {places[rank]}" for rank in busy)
+        return Finding("failed", f"hang: the others waited for {names}")
     usual, count = Counter(places.values()).most_common(1)[0]
     odd = [rank for rank, place in sorted(places.items()) if place != usual]
     if odd and count > len(places) / 2:
@@ -189,7 +194,11 @@ def _innermost(stacks: str) -> str:
     """Where the main thread stood: faulthandler writes it last, innermost call first."""
     main = stacks.rpartition("Thread 0x")[2]
     frame = _FRAME.search(main)
-    return f"{frame['function']} ({Path(frame['file']).name}:{frame['line']})" if frame else "an unknown place"
+    if frame is None:
+        return "an unknown place"
+    file = frame["file"]
+    short = WAITING + Path(file).name if f"/{WAITING}" in file else Path(file).name
+    return f"{frame['function']} ({short}:{frame['line']})"
 
 
 def _say(task: dict[str, str]) -> str:

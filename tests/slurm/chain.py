@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,17 @@ class SubmittedChain:
         return max((entry[1] for entry in losses(self.runs) if entry[0] == stage), default=0)
 
     def until_step(self, stage: str, step: int) -> None:
-        self.slurm.until(lambda: self.step(stage) >= step or self.is_over(), f"{stage} at step {step}", 300, 0.02)
+        asked = [time.monotonic()]
+
+        def is_there() -> bool:
+            if self.step(stage) >= step:
+                return True
+            if time.monotonic() < asked[0] + 1:
+                return False
+            asked[0] = time.monotonic()
+            return self.is_over()
+
+        self.slurm.until(is_there, f"{stage} at step {step}", 600, 0.03)
 
     def is_over(self) -> bool:
         return all(self.slurm.state(job) in ENDS for job in self.jobs.values())
@@ -112,11 +123,13 @@ def losses(runs: Path) -> Losses:
     return [(entry["stage"], entry["step"], entry["loss"], entry["sample_digest"]) for entry in entries]
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def command(
+    *arguments: str, environment: dict[str, str] | None = None, seconds: float = 240
+) -> "subprocess.CompletedProcess[str]":
     """``megatron-eagle`` with these arguments."""
     variables = (environment or dict(os.environ)) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "megatron_eagle", *arguments]
-    return subprocess.run(line, env=variables, text=True, capture_output=True, timeout=240, check=False)
+    return subprocess.run(line, env=variables, text=True, capture_output=True, timeout=seconds, check=False)
 
 
 def submit(slurm: ThrowawaySlurm, recipe: Path, cluster: Path, runs: Path, *more: str) -> SubmittedChain:
@@ -135,7 +148,7 @@ def submit(slurm: ThrowawaySlurm, recipe: Path, cluster: Path, runs: Path, *more
 def without_slurm(recipe: Path, runs: Path) -> Losses:
     """The same stages in four processes that no scheduler started: what every chain has to arrive at."""
     for stage in STAGES:
-        done = command("train", str(recipe), "--stage", stage, "--runs", str(runs), "--processes", "4")
+        done = command("train", str(recipe), "--stage", stage, "--runs", str(runs), "--processes", "4", seconds=900)
         assert done.returncode == 0, done.stderr
     return losses(runs)
 

@@ -14,7 +14,7 @@ def test_the_throwaway_slurm_runs_on_both_nodes(slurm: ThrowawaySlurm) -> None:
     assert sorted(slurm.run("srun", "-N2", "bash", "-c", "echo $SLURMD_NODENAME").split()) == ["n1", "n2"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_one_submit_arrives_at_a_trained_and_exported_model(
     slurm: ThrowawaySlurm, recipe: Path, expected: list, tmp_path: Path
 ) -> None:
@@ -26,7 +26,7 @@ def test_one_submit_arrives_at_a_trained_and_exported_model(
     chain = submit(slurm, recipe, cluster, tmp_path, "--export", str(exported))
     chain.until_step("stage1.5", 3)
     kill_rank(chain, chain.jobs["stage1.5"], random.Random(0))
-    assert chain.wait(600) == dict.fromkeys([*STAGES, "export"], "COMPLETED"), chain.logs()
+    assert chain.wait(900) == dict.fromkeys([*STAGES, "export"], "COMPLETED"), chain.logs()
     assert losses(tmp_path) == expected
     ends = [(event["stage"], event["outcome"], event["step"]) for event in chain.events("ended")]
     assert [end[:2] for end in ends] == [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eagle.cli import main
 from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import read_status, table
 from megatron_eagle.errors import UserError
@@ -49,3 +50,21 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "sta')
     assert [row.stage for row in read_status(tmp_path)] == ["a"]
+
+
+def test_watching_ends_with_the_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)
+    append_event(tmp_path, "started", stage="a", job="7", nodes="n1", step=0, log_offset=0)
+    append_event(tmp_path, "ended", stage="a", step=10, outcome="complete", cause="", bad_nodes=[])
+    with pytest.raises(SystemExit) as end:
+        main(["status", str(tmp_path), "--watch", "--every", "60"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.startswith("\033[H\033[Jstage  job  state") and said.count("complete") == 1
+
+
+def test_an_end_without_a_word_is_said(tmp_path: Path) -> None:
+    """The batch script was killed, or could not write any more: nobody noted why."""
+    append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)
+    append_event(tmp_path, "started", stage="a", job="7", nodes="n1", step=0, log_offset=0)
+    (row,) = read_status(tmp_path)
+    assert (row.state, row.why) == ("not in the queue", "ended without a word")

@@ -20,11 +20,12 @@ srun: launch/slurm: _step_signal: Terminating StepId=4.1
 srun: error: n2: task 2: Terminated
 srun: error: n2: task 3: Killed
 """
+TORCH = "/site-packages/torch/distributed"
 HEAD = {rank: f"rank {rank} on n{1 + rank // 2}, process 1\n" for rank in range(4)}
 
 
-def dump(rank: int, place: str) -> str:
-    frames = f'Thread 0x01 (most recent call first):\n  File "/a/{place}.py", line 7 in {place}\n'
+def dump(rank: int, place: str, folder: str = "/a") -> str:
+    frames = f'Thread 0x01 (most recent call first):\n  File "{folder}/{place}.py", line 7 in {place}\n'
     return f"{HEAD[rank]}Timeout (0:05:00)!\n{frames}"
 
 
@@ -54,6 +55,15 @@ def dump(rank: int, place: str) -> str:
         ),
         (86, False, "", {r: dump(r, "wait" if r else "read") for r in HEAD}, "failed", "rank 0 on n1 at read (rea", ()),
         (86, False, "", {r: dump(r, "wait") for r in HEAD}, "failed", "stacks of all 4 ranks", ()),
+        (
+            86,
+            False,
+            "",
+            {0: dump(0, "recv", TORCH), 1: dump(1, "read"), 2: dump(2, "wait", TORCH), 3: dump(3, "reduce", TORCH)},
+            "failed",
+            "hang: the others waited for rank 1 on n1 at read (read.py:7)",
+            (),
+        ),
         (1, False, "", {}, "failed", "exit code 1", ()),
     ],
 )

@@ -132,12 +132,14 @@ class ThrowawaySlurm:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def until(self, is_so: Callable[[], bool], what: str, seconds: float = 60, poll: float = 0.2) -> None:
-        """Wait until ``is_so``, starting requeued jobs meanwhile."""
-        deadline = time.monotonic() + seconds
+        """Wait until ``is_so``, starting requeued jobs meanwhile; that asks Slurm, so not at every look."""
+        deadline, ask = time.monotonic() + seconds, 0.0
         while not is_so():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {seconds} s: {what}\n{self.run('squeue', check=False)}")
-            self.start_requeued_jobs()
+            if time.monotonic() > ask:
+                self.start_requeued_jobs()
+                ask = time.monotonic() + 0.5
             time.sleep(poll)
 
     def start_node(self, node: str, *wrapper: str) -> None:
