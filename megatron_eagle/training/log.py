@@ -34,7 +34,8 @@ class StepRecord:
     tiles: image tiles encoded, thumbnails included.
     tile_balance: mean / max tiles over the processes that encode, with spread encoders; None otherwise.
     tflops: useful operations, 1e12 a second and process; mfu: their share of the stated peak, None where there is none.
-    seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream.
+    seconds: wall-clock time of the step; data_wait: the part of it spent waiting for the stream. checkpoint_stall: time
+        that training stood still before this step to save the one before; not part of ``seconds``.
     sample_digest: ``sample_digest`` of the step's sample ids; equal digests mean equal data.
     rejected_total: samples skipped in this stage so far, those of this step included.
     rejected: (sample id, reason) of the samples skipped since the step before.
@@ -57,6 +58,7 @@ class StepRecord:
     tile_balance: float | None = None
     tflops: float | None = None
     mfu: float | None = None
+    checkpoint_stall: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -88,6 +90,7 @@ class StepRecord:
             "tiles": self.tiles,
             "seconds": self.seconds,
             "data_wait_fraction": self.data_wait / self.seconds,
+            "checkpoint_stall": self.checkpoint_stall,
             "rejected_total": self.rejected_total,
             **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
             **{name: value for name in ("tflops", "mfu") if (value := getattr(self, name)) is not None},
@@ -222,13 +225,22 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"loss {record.loss:7.4f}",
             f"lr {record.learning_rate:.2e}",
             f"grad norm {record.grad_norm:8.3f}",
-            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s",
+            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s" + _rate(record),
             f"padding {100 * record.padding_fraction:4.1f} %",
             f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
+            *([f"checkpoint stall {record.checkpoint_stall:.1f} s"] if record.checkpoint_stall else []),
             f"ETA {format_duration(seconds_left)}",
         )
     )
+
+
+def _rate(record: StepRecord) -> str:
+    """Useful operations of each process; of a CPU in a unit that leaves something in front of the point."""
+    if record.tflops is None:
+        return ""
+    rate = f"{record.tflops:6.1f} TFLOP/s" if record.tflops >= 1 else f"{1000 * record.tflops:6.1f} GFLOP/s"
+    return f"  {rate} a rank" + ("" if record.mfu is None else f"  MFU {100 * record.mfu:4.1f} %")
 
 
 def _balance(tile_balance: float | None) -> str:

@@ -42,7 +42,7 @@ from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
 from megatron_eagle.training.stopping import StoppedEarly, Watch
-from megatron_eagle.training.throughput import useful_flops, utilisation
+from megatron_eagle.training.throughput import stated_peak, useful_flops, utilisation
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class StageRun:
         self.rejected_total = 0
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
+        self.checkpoint_stall = 0.0  # seconds, since the step before
 
     def train(self) -> None:
         """Everything between joining the run and leaving it."""
@@ -196,7 +197,7 @@ class StageRun:
                     log.step(record)
                 stop = self.watch.after_step(self.platform.device)
                 if stop or self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
-                    with self.watch.saving():
+                    with self.watch.saving(), self._standing_still():
                         self._save(engine, stream, stage_folder)
                 if stop and self.step < self.stage.steps:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
@@ -205,6 +206,13 @@ class StageRun:
                 log.close()
             if stream:
                 stream.close()
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Time what keeps training from its next step, for the record of that step."""
+        started = time.perf_counter()
+        yield
+        self.checkpoint_stall = time.perf_counter() - started
 
     def _one_step(self, engine: Engine, stream: Stream | None) -> StepRecord | None:
         """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
@@ -268,6 +276,7 @@ class StageRun:
             return None
         rejected = [item for part in counts for item in part.rejected]
         self.rejected_total += len(rejected)
+        stall, self.checkpoint_stall = self.checkpoint_stall, 0.0
         seconds = time.perf_counter() - started
         return StepRecord(
             stage=self.stage.name,
@@ -283,6 +292,7 @@ class StageRun:
             seconds=seconds,
             **utilisation(sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device),
             data_wait=waited,
+            checkpoint_stall=stall,
             sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
             rejected_total=self.rejected_total,
             rejected=rejected,
@@ -337,11 +347,12 @@ class StageRun:
     def _opening_line(self, engine: Engine, start: Path | None) -> str:
         layout, stage = self.recipe.stage_layout(self.stage), self.stage
         origin = "random weights" if start is None else str(start)
+        peak = stated_peak(self.platform.device)
         return (
             f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {', '.join(stage.trainable)} "
             f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
             f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} encoder={layout.encoder} "
-            f"on {self.platform.device.type}"
+            f"on {self.platform.device.type}{f', MFU of {peak / 1e12:.0f} TFLOP/s' if peak else ''}"
         )
 
     def _say(self, line: str) -> None:
