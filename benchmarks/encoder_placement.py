@@ -3,12 +3,15 @@
     python benchmarks/encoder_placement.py
 
 Plays Megatron's 1F1B schedule event by event with the floating-point work of each stage as its duration. What it takes
-for granted is said in docs/encoder_placement.md, where its output stands. No GPU and no Megatron needed.
+for granted is said in docs/encoder_placement.md, where its output stands. No GPU needed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from megatron_eagle.planning.schedule import Pass
+from megatron_eagle.planning.simulator import simulate
 
 # TFLOP, forward, for one tile: SigLIP-So400m at 448 pixels; ConvNeXt-XXL at 512; connector 40.4M x 256 tokens x 2.
 ENCODERS = {"SigLIP": 0.974, "SigLIP + ConvNeXt": 0.974 + 1.584}
@@ -34,31 +37,11 @@ class Outcome:
 
 def one_forward_one_backward(forward: Sequence[float], packs: int) -> float:
     """Seconds until the last backward pass of the 1F1B schedule is through; ``forward`` seconds of each stage."""
-    stages = len(forward)
-    orders = []
-    for stage in range(stages):
-        warm_up = min(stages - stage - 1, packs)
-        order = [("F", pack) for pack in range(warm_up)]
-        for pack in range(packs - warm_up):
-            order += [("F", warm_up + pack), ("B", pack)]
-        orders.append(order + [("B", pack) for pack in range(packs - warm_up, packs)])
-    done: dict[tuple[str, int, int], float] = {}
-    clock, position = [0.0] * stages, [0] * stages
-    while len(done) < 2 * packs * stages:
-        for stage, order in enumerate(orders):
-            while position[stage] < len(order):
-                kind, pack = order[position[stage]]
-                if kind == "F":
-                    needs = [("F", stage - 1, pack)] if stage else []
-                else:
-                    needs = [("F", stage, pack)] + ([("B", stage + 1, pack)] if stage + 1 < stages else [])
-                if not all(need in done for need in needs):
-                    break
-                start = max([clock[stage], *(done[need] for need in needs)])
-                clock[stage] = start + forward[stage] * (1 if kind == "F" else BACKWARD)
-                done[kind, stage, pack] = clock[stage]
-                position[stage] += 1
-    return max(clock)
+
+    def duration(stage: int, event: Pass) -> float:
+        return forward[stage] * (1 if event.kind == "forward" else BACKWARD)
+
+    return simulate(len(forward), None, packs, duration).seconds
 
 
 def on_stage_zero(encoder: float, layers: Sequence[int]) -> Outcome:

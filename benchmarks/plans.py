@@ -49,16 +49,18 @@ def page():
     """The page, part by part."""
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.plan import describe_layout
-    from megatron_eagle.planning.published import BRACKET, PUBLISHED, as_published, matching_tokens
+    from megatron_eagle.planning.published import BRACKET, PUBLISHED, Software, as_published, matching_tokens, software
     from megatron_eagle.planning.report import assumptions, markdown
     from megatron_eagle.planning.samples import Mix
+    from megatron_eagle.planning.timing import link_rate
     from megatron_eagle.recipe import load_recipe
 
     hardware, mix = load_hardware("h100"), Mix()
     yield "# Plans of the published models on H100\n"
     yield (
         "Computed, not measured: `python benchmarks/plans.py docs/plans.md` writes this page; see docs/planning.md.\n\n"
-        f"{assumptions(hardware, mix)} Hours are for the steps of `examples/*/recipe.yaml`. Layouts are the\n"
+        f"{assumptions(hardware)} Packs: {mix.describe()}.\n"
+        "Hours are for the steps of `examples/*/recipe.yaml`. Layouts are the\n"
         "fastest that fit of a few, with the recipe's batch; a dash means that the batch cannot be shared "
         "out or nothing fits, with the\n"
         "smallest peak seen.\n"
@@ -89,31 +91,68 @@ def page():
         header = ["stage", "pack", "GPUs", "layout", "recompute", "GB", "MFU", "tokens/s/GPU", "hours", "GPU-hours"]
         yield f"## {model}\n\n{markdown(header, rows)}\n"
     recipe = load_recipe(Path("examples/eagle2-9b/recipe.yaml"))
+    stages = {name: recipe.stage(name) for name in PUBLISHED}
     rows = []
-    for name, published in PUBLISHED.items():
-        stage = recipe.stage(name)
-        hours = [f"{as_published(recipe, stage, hardware, Mix(tokens)):.1f}" for tokens in (*BRACKET, 2000)]
-        matches = [matching_tokens(recipe, stage, hardware, hidden) for hidden in (0.0, 0.5, 1.0)]
+    for used in software(hardware):
+        cells = [matching_tokens(recipe, stage, hardware, used) for stage in stages.values()]
+        inside = all(cell is not None for cell in cells)
+        found = ["-" if cell is None else f"{cell:,.0f}" for cell in cells]
+        rows.append([f"{used.efficiency:.0%}", f"{used.traffic / 1e9:.0f}", *found, "yes" if inside else ""])
+    yield (
+        "## The published hours of Eagle 2\n\n"
+        "Samples, GPUs and hours of Eagle2-9B's stages are published (arXiv 2501.14818), tokens per sample are not.\n"
+        f"Bracket: {BRACKET[0]:,.0f} to {BRACKET[1]:,.0f}. An image costs 256 tokens a tile: a 2 x 2 grid with its\n"
+        "thumbnail and a short text make the lower end; twelve tiles, the thumbnail and a long text the upper one,\n"
+        "which is also what a pack of stage 1 holds.\n\n"
+        "Computed for what the released code does: ZeRO-3, whole layers recomputed, no other parallelism. Unknown are\n"
+        "also two numbers of that software: which share of the planner's achievable rates it reached, and how fast\n"
+        "ZeRO-3 moved weights over the time that computing did not hide (280 GB/s are rings through all eight\n"
+        "adapters of a node, 35 GB/s through one). Below, the tokens per sample at which each published time comes\n"
+        "out; a dash means at none in the bracket. Three times cannot fix five numbers; the last column says which\n"
+        "pairs explain all three.\n"
+    )
+    header = ["share of the rates", "ZeRO-3 GB/s", *(f"{n}: {p.gpus} x {p.hours:g} h" for n, p in PUBLISHED.items())]
+    yield markdown([*header, "all inside"], rows)
+    chosen = Software(0.6, link_rate(hardware, 256))
+    rows = []
+    for name, stage in stages.items():
+        published = PUBLISHED[name]
+        tokens = matching_tokens(recipe, stage, hardware, chosen)
+        hours, mfu = as_published(recipe, stage, hardware, tokens, chosen)
+        plan, _ = best(recipe, stage, published.gpus, hardware, Mix(tokens))
+        own = plan.hours(published.samples)
         rows.append(
             [
                 name,
                 f"{published.samples / 1e6:.1f} M",
                 f"{published.gpus} x {published.hours:g} h",
-                hours[0],
-                hours[2],
-                hours[1],
-                " / ".join("-" if value is None else f"{value:,.0f}" for value in matches),
+                f"{tokens:,.0f}",
+                f"{hours:.1f}",
+                f"{mfu:.0%}",
+                f"{describe_layout(plan.layout)}, {plan.recompute}",
+                f"{plan.mfu:.0%}",
+                f"{own:.1f}",
+                f"{published.gpus * published.hours:,.0f}",
+                f"{published.gpus * own:,.0f}",
             ]
         )
     yield (
-        "## The published hours of Eagle 2\n\n"
-        "Tokens per sample are not published. With ZeRO-3 as in the released code, half of its traffic hidden,\n"
-        "recomputation of whole layers and no other parallelism, Eagle2-9B would take the hours below for samples of\n"
-        "1500, 2000 and 4000 tokens. The last column is the length at which the published hours come out, "
-        "with none / half / all of the\n"
-        "traffic hidden; a dash means at no length between 500 and 8000.\n"
+        f"\nWith {chosen.efficiency:.0%} of the rates and {chosen.traffic / 1e9:.0f} GB/s, and what the fastest of "
+        "the layouts above would need for\nthe same samples on the same GPUs, at the planner's own rates, which no "
+        "GPU has confirmed for this code:\n"
     )
-    yield markdown(["stage", "samples", "published", "h at 1500", "h at 2000", "h at 4000", "tokens that match"], rows)
+    header = [
+        "stage",
+        "samples",
+        "published",
+        "tokens a sample",
+        "hours so",
+        "MFU so",
+        "layout instead",
+        "MFU",
+        "hours",
+    ]
+    yield markdown([*header, "published GPU-hours", "instead"], rows)
 
 
 def main():

@@ -189,8 +189,8 @@ class _Redirection(MetaPathFinder):
         def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if args or kwargs or not _inside_megatron(sys._getframe(1).f_globals.get("__name__", "")):
                 return type_of(tensor, *args, **kwargs)
-            self._note("Tensor.type()")  # the optimizers sort parameters by this string
-            return type_of(tensor).replace("torch.", "torch.cuda.", 1)
+            self._note("Tensor.type()")  # the optimizers sort parameters by this string, also those without memory
+            return type_of(tensor).replace("torch.", "torch.cuda.", 1).replace(".meta.", ".", 1)
 
         torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
         torch.Tensor.type = type_  # type: ignore[method-assign, assignment]

@@ -1,8 +1,9 @@
-"""``megatron-eagle bench``: some steps of a recipe on synthetic packs, against the plan."""
+"""``megatron-eagle bench``: some steps of a recipe, against the plan; or the rates of this machine, for the planner."""
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import (
     Verbs,
@@ -13,6 +14,9 @@ from megatron_eagle.cli.common import (
     verb,
 )
 
+if TYPE_CHECKING:
+    from megatron_eagle.recipe import Recipe
+
 
 def add(verbs: Verbs) -> None:
     """Declare the verb and its arguments."""
@@ -20,39 +24,79 @@ def add(verbs: Verbs) -> None:
         verbs,
         "bench",
         "measure some steps of a recipe and write a dated report beside the plan",
-        "Trains on synthetic packs, without data or checkpoints, and writes Markdown and JSON.",
-        "  megatron-eagle bench examples/tiny/recipe.yaml --stage stage1.5 --processes 2 --gpu cpu\n",
+        "Trains some steps without a checkpoint, on synthetic packs or the stage's own, and writes Markdown, JSON and\n"
+        "PNG: time by phase, memory and utilisation beside what the plan says of the same packs. --calibrate measures\n"
+        "this machine instead and writes a hardware profile for `plan --gpu` and `bench --gpu`.",
+        "  megatron-eagle bench examples/tiny/recipe.yaml --stage stage1.5 --processes 2 --calibrate my_cpu.yaml\n"
+        "  megatron-eagle bench examples/tiny/recipe.yaml --stage stage1.5 --processes 2 --gpu my_cpu.yaml\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")
     parser.add_argument("--steps", type=int, default=5, help="steps to measure, after one to warm up (default: 5)")
-    parser.add_argument("--gpu", default="h100", help="hardware profile to predict with (default: h100)")
+    parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
     parser.add_argument("--batch", type=int, default=None, help="packs in a step, instead of the recipe's")
     parser.add_argument(
-        "--tokens-per-sample", type=float, default=2000.0, help="mean length of samples (default: 2000)"
+        "--layers", type=int, default=None, help="decoder layers, instead of the model's, evenly over the stages"
+    )
+    parser.add_argument("--packs", choices=("synthetic", "data"), default="synthetic", help="default: synthetic")
+    parser.add_argument(
+        "--tokens-per-sample", type=float, default=2000.0, help="mean length of synthetic samples (default: 2000)"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/reports"), help="folder of the report")
     parser.add_argument("--compare", type=Path, default=None, help="JSON of an earlier report to set beside")
+    parser.add_argument("--profile", action="store_true", help="also write a torch profiler trace of one more step")
+    parser.add_argument("--calibrate", type=Path, default=None, metavar="OUT.yaml", help="measure this machine instead")
     add_launch_arguments(parser)
     parser.set_defaults(run=_bench)
 
 
 def _bench(options: argparse.Namespace) -> None:
     platform = open_platform(options)
-    from megatron_eagle.planning.hardware import load_hardware
+    from megatron_eagle.errors import UserError
+    from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
     from megatron_eagle.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    stage = recipe.stage(options.stage)
-    if options.batch:
-        recipe = replace(recipe, stages=(replace(stage, batch=options.batch),))
-        stage = recipe.stages[0]
-    hardware = load_hardware(options.gpu)
-    become_part_of_a_run(options.processes)
-    from megatron_eagle.planning.bench import run_bench, write_report
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: at least one step has to be measured")
+    recipe, reduced = _reduced(load_recipe(options.recipe, options.overrides), options)
+    stage, hardware = recipe.stage(options.stage), load_hardware(options.gpu)
+    if options.calibrate:
+        become_part_of_a_run(options.processes)
+        from megatron_eagle.planning.calibrate import calibrate
 
-    measured = run_bench(recipe, stage, platform, hardware, Mix(options.tokens_per_sample), options.steps)
+        found = calibrate(recipe, stage, platform, hardware)
+        if found is not None:
+            options.calibrate.write_text(hardware_as_yaml(found), encoding="utf-8")
+            print(f"{options.calibrate}: {found.sources['products']}", flush=True)
+        return
+    from megatron_eagle.planning.bench_report import read_measurement
+
+    if options.compare:
+        read_measurement(options.compare)  # refused now rather than after the measurement
+    become_part_of_a_run(options.processes)
+    from megatron_eagle.planning.bench import run_bench
+    from megatron_eagle.planning.bench_report import report_name, write_report
+
+    samples = Mix(options.tokens_per_sample) if options.packs == "synthetic" else None
+    trace = options.out / "trace.json.gz" if options.profile else None
+    measured = run_bench(recipe, stage, platform, hardware, samples, options.steps, trace=trace, reduced=reduced)
     if measured is not None:
         path = write_report(measured, options.out, options.compare)
-        print(path.read_text() + f"\n{path}", flush=True)
+        print(path.read_text(encoding="utf-8") + f"\n{path}", flush=True)
+        if trace:
+            print(trace.rename(options.out / f"{report_name(measured)}-trace.json.gz"), flush=True)
+
+
+def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", list[str]]:
+    """The recipe with the stage and model that were asked for, and what differs from it."""
+    stage, reduced = recipe.stage(options.stage), []
+    if options.batch and options.batch != stage.batch:
+        reduced.append(f"{options.batch} packs a step instead of {stage.batch}")
+        stage = replace(stage, batch=options.batch)
+    model = recipe.model
+    if options.layers:
+        reduced.append(f"{options.layers} decoder layers instead of {model.eagle().language.num_hidden_layers}")
+        model = replace(model, language={**model.language, "num_hidden_layers": options.layers})
+        stage = replace(stage, layout=replace(recipe.stage_layout(stage), layers_per_stage=None))
+    return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage)), reduced

@@ -14,8 +14,9 @@ def add(verbs: Verbs) -> None:
         "plan",
         "say what a recipe needs on a number of GPUs, before it runs",
         "Counts the bytes of every process and the operations of every pack, simulates the pipeline, and says whether\n"
-        "each stage fits and how long it takes. --search looks for the best layouts instead; --dry-run builds every\n"
-        "distinct process without memory and checks that all of them would issue the same exchanges. No GPU is needed.",
+        "each stage fits and how long it takes. Packs are those of the stage's own data sets where they are on this\n"
+        "machine, else made up. --search looks for the best layouts instead; --dry-run takes every distinct process\n"
+        "through a step without memory and checks that all processes meet in every exchange. No GPU is needed.",
         "  megatron-eagle plan examples/eagle2-9b/recipe.yaml --gpus 256 --gpu h100\n"
         "  megatron-eagle plan examples/eagle2-9b/recipe.yaml --gpus 1024 --stage stage1.5 --search\n",
     )
@@ -25,15 +26,17 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
     parser.add_argument("--stage", default=None, help="plan this stage only")
     parser.add_argument(
-        "--tokens-per-sample", type=float, default=2000.0, help="mean length of samples (default: 2000)"
+        "--tokens-per-sample", type=float, default=None, help="mean length of made-up samples (default: 2000)"
     )
-    parser.add_argument("--visual", type=float, default=0.8, help="share of a sample's tokens that are tiles (0.8)")
+    parser.add_argument("--visual", type=float, default=None, help="share of their tokens that are tiles (0.8)")
     parser.add_argument("--batch", type=int, default=None, help="packs in a step, instead of the recipe's")
     parser.add_argument("--pack-length", type=int, default=None, help="tokens of a pack, instead of the recipe's")
     parser.add_argument("--ranks", action="store_true", help="also list the memory of every pipeline stage")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--search", action="store_true", help="find the ten best layouts")
-    mode.add_argument("--dry-run", action="store_true", help="build every distinct process and check its exchanges")
+    mode.add_argument(
+        "--dry-run", action="store_true", help="walk every distinct process through a step and let all meet"
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -44,8 +47,15 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.plan import plan_stage
-    from megatron_eagle.planning.report import assumptions, memory_table, search_table, stage_table, time_line
-    from megatron_eagle.planning.samples import Mix
+    from megatron_eagle.planning.report import (
+        assumptions,
+        memory_table,
+        search_table,
+        stage_line,
+        stage_table,
+        time_line,
+    )
+    from megatron_eagle.planning.samples import Mix, samples_of
     from megatron_eagle.planning.search import search
     from megatron_eagle.recipe import load_recipe
 
@@ -63,17 +73,27 @@ def _plan(options: argparse.Namespace) -> None:
         for stage in stages:
             print(dry_run(recipe, stage, options.gpus or stage.gpus or 0).text(), flush=True)
         return
-    hardware, mix = load_hardware(options.gpu), Mix(options.tokens_per_sample, options.visual)
-    print(assumptions(hardware, mix) + "\n")
+    hardware = load_hardware(options.gpu)
+    given = {"tokens_per_sample": options.tokens_per_sample, "visual": options.visual}
+    mix = Mix(**{name: value for name, value in given.items() if value is not None})
+    asked_for_made_up = any(value is not None for value in given.values())
+    samples = {stage.name: mix if asked_for_made_up else samples_of(recipe, stage, mix) for stage in stages}
+    print(assumptions(hardware))
+    for stage in stages:
+        print(f"{stage.name}: {samples[stage.name].describe()}")
     if options.search:
         for stage in stages:
             gpus = options.gpus or stage.gpus or 0
-            table = search_table(search(recipe, stage, gpus, hardware, mix))
-            print(f"{stage.name} on {gpus} {hardware.name}\n\n{table}\n")
+            table = search_table(search(recipe, stage, gpus, hardware, samples[stage.name]))
+            print(f"\n{stage.name} on {gpus} {hardware.name}\n\n{table}")
         return
-    plans = [plan_stage(recipe, stage, options.gpus or stage.gpus or 0, hardware, mix) for stage in stages]
-    print(stage_table(plans))
+    plans = [
+        plan_stage(recipe, stage, options.gpus or stage.gpus or 0, hardware, samples[stage.name]) for stage in stages
+    ]
+    print("\n" + stage_table(plans))
     for plan in plans:
         print(f"\n{plan.stage.name} on {plan.gpus} GPUs: {time_line(plan)}")
+        if plan.layout.pp > 1:
+            print(stage_line(plan))
         if options.ranks:
             print("\n" + memory_table(plan))

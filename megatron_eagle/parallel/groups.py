@@ -93,7 +93,7 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         device = platform.device if platform.backend == "nccl" else None
         dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
     try:
-        dp_size = layout.data_parallel_size(dist.get_world_size())
+        layout.data_parallel_size(dist.get_world_size())
     except ValueError as error:
         raise UserError(str(error)) from None
     parallel_state.initialize_model_parallel(
@@ -103,11 +103,13 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
         context_parallel_size=layout.cp,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    cp_rank = parallel_state.get_context_parallel_rank()
-    dp_rank = parallel_state.get_data_parallel_rank()
-    places = _gather_places(Place(dp_rank, pp_rank, cp_rank, tp_rank), platform.device)
+    places = _gather_places(_own_place(), platform.device)
+    return split(layout, places, timeout)
+
+
+def split(layout: Layout, places: list[Place], timeout: timedelta) -> Groups:
+    """The groups of a run whose processes stand at ``places``, by global rank; Megatron's own must exist already."""
+    dp_size, own = layout.data_parallel_size(len(places)), _own_place()
     if layout.cp > 1:
         _make_context_levels(layout, places, timeout)
     replicas = [[rank for rank, place in enumerate(places) if place.dp == number] for number in range(dp_size)]
@@ -117,18 +119,18 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tp_rank=tp_rank,
-        pp_rank=pp_rank,
-        cp_rank=cp_rank,
-        dp_rank=dp_rank,
+        tp_rank=own.tp,
+        pp_rank=own.pp,
+        cp_rank=own.cp,
+        dp_rank=own.dp,
         tp_size=layout.tp,
         pp_size=layout.pp,
         cp_size=layout.cp,
         dp_size=dp_size,
         dp=parallel_state.get_data_parallel_group(),
         replica=replica,
-        replica_places=tuple(places[rank] for rank in replicas[dp_rank]),
-        reader_rank=min(hosts[dp_rank]),  # Megatron numbers tp and cp fastest
+        replica_places=tuple(places[rank] for rank in replicas[own.dp]),
+        reader_rank=min(hosts[own.dp]),  # Megatron numbers tp and cp fastest
         encoder_hosts=_one_group_of(hosts, timeout),
         everyone=everyone,
         # Eagle has no experts, so Megatron's group of processes that share them is each process by itself.
@@ -142,6 +144,15 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _own_place() -> Place:
+    return Place(
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+    )
 
 
 def _gather_places(own: Place, device: torch.device) -> list[Place]:

@@ -6,12 +6,14 @@ and frees before it returns is not seen; neither does a caching allocator's roun
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megatron_eagle.training.engine import Engine
 
 
 class TensorAccounting(TorchDispatchMode):
@@ -57,3 +59,34 @@ class TensorAccounting(TorchDispatchMode):
 
 def _plain(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor)
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all ``tensors``, those that share memory counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held_bytes(engine: Engine) -> dict[str, int]:
+    """What a training process holds all the time: ``weights``, ``gradients`` and ``optimizer`` states.
+
+    The engine has made a step: Adam's moments exist from then on.
+    """
+    owners = engine.gradient_owners()
+    gradients = [buffer.grad_data for owner in owners for buffer in owner.buffers]
+    weights = [p.data for module, _ in engine.weight_owners() for p in module.parameters()]
+    weights += [buffer.param_data for owner in owners for buffer in owner.buffers if buffer.param_data is not None]
+    held = {t.untyped_storage()._cdata for t in weights}
+    state: list[torch.Tensor] = []
+    for part in engine.optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner is None:
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                tensors = [parameter.data, *(v for v in inner.state[parameter].values() if torch.is_tensor(v))]
+                state += [t for t in tensors if t.untyped_storage()._cdata not in held]
+    return {
+        "weights": storage_bytes(weights),
+        "gradients": storage_bytes(gradients),
+        "optimizer": storage_bytes(state),
+    }

@@ -22,6 +22,9 @@ from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
 from megatron_eagle.model.hosting import Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
 
+# Float32 copies of all pixels that live at once while tiles are normalised, before anything is encoded.
+PIXEL_COPIES = {"siglip": 2, "convnext": 3}
+
 
 @dataclass(frozen=True)
 class Held:
@@ -114,12 +117,28 @@ class Activations:
         embedding = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
         copied = self.precision == "bf16" or language.padded_vocab_size != language.vocab_size
         weight_gradient = embedding if self.parts.language else 0.0
+        # The gradient of the norm's output comes whole and, with sequence parallelism, is then summed into its part.
+        whole = self.embedding(pack) * (self._split > 1)
         scratch = 28 * tokens  # targets, masks and maxima
         return Held(
             self._norm(pack) + 4 * logits + scratch,
             logits * self.number if self.precision == "bf16" else 0.0,
-            max(copied * logits * self.number, weight_gradient + self.hidden(pack)),
+            max(copied * logits * self.number, weight_gradient + whole + self.hidden(pack)),
         )
+
+    def tied_gradient(self) -> tuple[float, float]:
+        """(from the output layer's backward pass on, at the end of the embedding's) for a weight that is both: the one
+        gradient waits for the other, and then there are both and their sum."""
+        language = self.config.language
+        if not (language.tie_word_embeddings and self.parts.language):
+            return 0.0, 0.0
+        one = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
+        return one, 3 * one
+
+    def messages_ahead(self, pack: Pack) -> float:
+        """Interleaved stages take the next message while they compute and have the last one still on its way, in both
+        directions."""
+        return 4 * self.hidden(pack) if self.layout.vpp else 0.0
 
     def _tokens(self, pack: Pack) -> float:
         return pack.length / self.layout.cp
@@ -222,22 +241,26 @@ class Activations:
         tokens, hidden, tp = siglip.patches_per_side**2, siglip.hidden_size, self.encoder_tp
         inner, heads = siglip.intermediate_size / tp, hidden / tp
         pixels = 3 * siglip.image_size**2 * self.number
+        prepared = PIXEL_COPIES["siglip"] * 3 * siglip.image_size**2 * 4.0
         core = (3 * heads + heads) * self.number + 4 * siglip.num_attention_heads / tp
         norm = 2 * hidden * self.number + 8
         layer = tokens * (2 * norm + core + (heads + 2 * inner) * self.number)
         moment = tokens * (2 * inner + hidden) * self.number
         kept = tokens * hidden * self.number if self._repeats_layers else layer
         if not self.parts.vision:
-            return Held(0.0, tokens * (3 * hidden + 3 * inner) * self.number)
+            return Held(0.0, max(prepared, tokens * (3 * hidden + 3 * inner) * self.number))
         again = layer - kept
-        ends = tokens * hidden * self.number + pixels
-        return Held(kept * siglip.num_hidden_layers + ends, again, again + moment)
+        layers = Held(kept * siglip.num_hidden_layers + tokens * hidden * self.number, again, again + moment)
+        return Held(pixels, prepared - pixels).then(layers)
 
     def _convnext(self, convnext: ConvNextConfig) -> Held:
         side, sizes, tp = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes, self.encoder_tp
         again = self._repeats_layers
-        total = Held(3.0 * convnext.image_size**2 * self.number + side**2 * sizes[0] * self.number)
-        largest = 0.0
+        pixels = 3.0 * convnext.image_size**2
+        prepared = PIXEL_COPIES["convnext"] * pixels * 4.0
+        total = Held(pixels * self.number, prepared - pixels * self.number)
+        total = total.then(Held(side**2 * sizes[0] * self.number))
+        largest = prepared
         for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
             if number:  # the norm's input and output
                 total = total.then(Held(side**2 * sizes[number - 1] * self.number * (1 if again else 2)))
@@ -245,7 +268,8 @@ class Activations:
             inner = side**2 * EXPANSION * size / tp * self.number
             block = side**2 * (4 * size * self.number + 8) + 2 * inner
             largest = max(largest, block + inner)
-            moment = side**2 * size * self.number + 1.5 * inner  # one to two are measured, by precision
+            # The gradient of the block's output, of its second product's output and of its GELU's output.
+            moment = 2 * side**2 * size * self.number + inner
             if again:
                 kept = side**2 * size * self.number
                 total = total.then(Held(depth * kept, block - kept, block - kept + moment))

@@ -1,65 +1,95 @@
-"""Builds every distinct process of a job on this machine, without memory and without the others.
+"""Walks a job of hundreds of processes through one step on this machine, without a GPU and without the others.
 
-A fake process group stands for the job's hundreds of processes; under PyTorch's fake tensors the real code - model,
-Megatron's gradient buffers, its distributed optimizer - is built as it would be on the cluster, and no byte is
-allocated. What comes out must equal the planner's account exactly. The exchanges between pipeline stages follow from
-the order of passes (``schedule.py``, which the tests hold against recordings of Megatron's schedules): every receive
-needs its send, in the same order on both sides.
+Every distinct process is built by the trainer's own code and taken through a whole step - packs handed round, encoders,
+pipeline, gradient sums, optimizer - on tensors without memory (``on_paper.py``). Its bytes must equal the planner's
+account exactly. What it would exchange is written down, repeated for all processes of its kind, and played out for the
+whole job (``rendezvous.py``): every collective must find all its members, in order and with fitting sizes, and every
+message its receiver. Replicas whose packs hold no tile are among them, because those are the ones that hang jobs.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.layout import Layout
+from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.parallel.groups import Groups, destroy, split
+from megatron_eagle.parallel.groups import Place as Coordinates
+from megatron_eagle.parallel.hand_round import hand_round
+from megatron_eagle.planning.accounting import held_bytes
+from megatron_eagle.planning.activations import Pack
 from megatron_eagle.planning.memory import Place, persistent
+from megatron_eagle.planning.on_paper import Call, OnPaper
+from megatron_eagle.planning.rendezvous import Program, as_seen_by, meet
+from megatron_eagle.planning.samples import Mix, synthetic
 from megatron_eagle.planning.schedule import passes
+from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.training.engine import build_engine
+from megatron_eagle.training.loss import normalise_weights
+
+WALKED_OF_A_REPLICA = 8  # processes; of larger replicas only the first two tensor-parallel ranks of each place
+_BACKEND = "on_paper"
 
 
 @dataclass(frozen=True)
-class Built:
-    """One process: bytes as built, and as planned."""
+class Walked:
+    """One process: bytes as built and as planned (weights, gradients, optimizer), and its exchanges in a step."""
 
     rank: int
-    place: Place
+    pp: int
+    with_tiles: bool
     built: tuple[int, int, int]
     planned: tuple[int, int, int]
+    calls: tuple[Call, ...]
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was built for a stage of ``gpus`` processes, and how many exchanges of the pipeline were matched."""
+    """A stage of ``gpus`` processes: those that were walked, and how many exchanges of all met in ``packs`` packs."""
 
     stage: str
     gpus: int
-    processes: list[Built]
-    exchanges: int
+    packs: int
+    packs_in_step: int
+    walked: list[Walked]
+    met: int
     seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return all(process.built == process.planned for process in self.walked)
 
     def text(self) -> str:
         """One line a process and one for the whole."""
         lines = [
-            f"{self.stage}: rank {p.rank} (pp {p.place.pp}): weights {p.built[0]:,} gradients {p.built[1]:,} optimizer "
-            f"{p.built[2]:,} bytes{'' if p.built == p.planned else f', PLANNED {p.planned}'}"
-            for p in self.processes
+            f"{self.stage}: rank {p.rank} (pp {p.pp}{'' if p.with_tiles else ', packs without tiles'}): weights "
+            f"{p.built[0]:,} gradients {p.built[1]:,} optimizer {p.built[2]:,} bytes, {len(p.calls):,} exchanges"
+            f"{'' if p.built == p.planned else f', PLANNED {p.planned}'}"
+            for p in self.walked
         ]
-        same = all(p.built == p.planned for p in self.processes)
-        verdict = "equal to the plan" if same else "NOT equal to the plan"
+        verdict = "equal to the plan" if self.equal else "NOT equal to the plan"
+        shortened = "" if self.packs == self.packs_in_step else f" (of {self.packs_in_step})"
         lines.append(
-            f"{self.stage}: {len(self.processes)} distinct processes of {self.gpus} built in {self.seconds:.1f} s, "
-            f"{verdict}; {self.exchanges} pipeline exchanges of a step, every one met"
+            f"{self.stage}: {len(self.walked)} distinct processes of {self.gpus} walked through a step of {self.packs} "
+            f"packs{shortened} a replica in {self.seconds:.1f} s; bytes {verdict}; all {self.met:,} exchanges of the "
+            f"{self.gpus} processes met"
         )
         return "\n".join(lines)
 
 
 def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
-    """Build the first process of every pipeline stage, and the last of the job; check the pipeline's exchanges."""
+    """Walk every distinct process of ``stage`` on ``gpus`` GPUs and let all of them meet.
+
+    Raises rendezvous.Unmet with rank and operation if one waits in vain, UserError if the layout does not fit.
+    """
     layout = recipe.stage_layout(stage)
     try:
         replicas = layout.data_parallel_size(gpus)
@@ -68,19 +98,28 @@ def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
     if stage.batch % replicas:
         raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
     started = time.perf_counter()
-    per_stage = gpus // layout.pp
-    ranks = sorted({*(pp * per_stage for pp in range(layout.pp)), gpus - 1})
-    processes = []
-    for rank in ranks:
-        tp_cp = rank % (layout.tp * layout.cp)
-        dp = rank % per_stage // (layout.tp * layout.cp)
-        place = Place(
-            rank // per_stage, dp * layout.cp + tp_cp // layout.tp, rank // per_stage * layout.tp * layout.cp, rank
-        )
-        planned = persistent(recipe, stage, gpus, place)[:3]
-        processes.append(Built(rank, place, _build(recipe, stage, gpus, rank), planned))
-    exchanges = match_exchanges(layout.pp, layout.vpp, stage.batch // replicas)
-    return DryRun(stage.name, gpus, processes, exchanges, time.perf_counter() - started)
+    # The kernels of Transformer Engine cannot be built without a GPU; what is exchanged does not depend on them.
+    recipe = replace(recipe, model=replace(recipe.model, transformer_impl="local"))
+    each = stage.batch // replicas
+    packs = min(each, 2 * layout.pp * (layout.vpp or 1))
+    match_exchanges(layout.pp, layout.vpp, each)
+    places = coordinates(layout, gpus)
+    walked, _ = walk_replicas(recipe, stage, places, packs)
+    programs = [_program(rank, walked, places) for rank in range(gpus)]
+    met = meet(programs, messages_wait=layout.vpp is None)
+    return DryRun(stage.name, gpus, packs, each, list(walked.values()), met, time.perf_counter() - started)
+
+
+def coordinates(layout: Layout, gpus: int) -> list[Coordinates]:
+    """Where each global rank stands; Megatron counts tp fastest, then cp, dp and pp."""
+    replicas = layout.data_parallel_size(gpus)
+    return [
+        Coordinates(dp=dp, pp=pp, cp=cp, tp=tp)
+        for pp in range(layout.pp)
+        for dp in range(replicas)
+        for cp in range(layout.cp)
+        for tp in range(layout.tp)
+    ]
 
 
 def match_exchanges(pp: int, vpp: int | None, microbatches: int) -> int:
@@ -104,14 +143,83 @@ def match_exchanges(pp: int, vpp: int | None, microbatches: int) -> int:
     return sum(map(len, sent.values()))
 
 
-@contextmanager
-def _fake_world(recipe: Recipe, stage: Stage, gpus: int, rank: int) -> Iterator[None]:
-    """Megatron's process groups as process ``rank`` of ``gpus`` would have them, with nobody at the other end."""
-    from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def walk_replicas(
+    recipe: Recipe, stage: Stage, places: list[Coordinates], packs: int
+) -> tuple[dict[Coordinates, Walked], list[list[Pack]]]:
+    """Processes of the first replica, whose packs but one have tiles, and of the second, whose packs have none.
 
+    Returns them by place, and the packs of both replicas.
+    """
     layout = recipe.stage_layout(stage)
-    dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())
+    limit = layout.tp if layout.model_parallel_size <= WALKED_OF_A_REPLICA else 2
+    shapes = [_shapes(recipe, stage, packs, with_tiles) for with_tiles in (True, False)]
+    mail: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    walked = {
+        place: _walk(recipe, stage, places, rank, shapes[place.dp], mail)
+        for rank, place in enumerate(places)
+        if place.dp < len(shapes) and place.tp < limit
+    }
+    return walked, shapes
+
+
+def _shapes(recipe: Recipe, stage: Stage, count: int, with_tiles: bool) -> list[Pack]:
+    shapes, _ = Mix().packs(count, stage.pack_length, tokens_per_tile(recipe.model.eagle()))
+    shapes = [shapes[number % len(shapes)] for number in range(count)]
+    empty = {count - 1} if with_tiles and count > 1 else set() if with_tiles else set(range(count))
+    return [replace(pack, tiles=0) if number in empty else pack for number, pack in enumerate(shapes)]
+
+
+def _program(rank: int, walked: dict[Coordinates, Walked], places: list[Coordinates]) -> Program:
+    """Even replicas do as the first, odd ones as the second, whose packs hold no tile."""
+    place = places[rank]
+    like = replace(place, dp=place.dp % 2)
+    exact = like in walked
+    if not exact:
+        like = replace(like, tp=1)
+    process = walked[like]
+    return Program(as_seen_by(process.calls, process.rank, rank, places), exact)
+
+
+def _walk(
+    recipe: Recipe,
+    stage: Stage,
+    places: list[Coordinates],
+    rank: int,
+    shapes: list[Pack],
+    mail: dict[tuple[int, ...], list[torch.Tensor]],
+) -> Walked:
+    config, layout, gpus = recipe.model.eagle(), recipe.stage_layout(stage), len(places)
+    cost, place = tokens_per_tile(config), places[rank]
+    batches = [synthetic(pack, config.tile_size, cost, torch.device("meta")) for pack in shapes]
+    with _alone_in_the_world(layout, places, rank) as groups, OnPaper(mail) as paper:
+        engine = build_engine(recipe, stage, Platform(torch.device("meta"), "gloo"), groups)
+        own = hand_round((lambda: batches) if groups.is_reader else list, groups, torch.device("cpu"))
+        own = normalise_weights(own, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
+        engine.forward_backward(own)
+        engine.update()
+    held = held_bytes(engine)
+    replica = (place.pp * layout.cp + place.cp) * layout.tp + place.tp
+    planned = persistent(recipe, stage, gpus, Place(place.pp, place.dp * layout.cp + place.cp, replica, rank))[:3]
+    return Walked(
+        rank,
+        place.pp,
+        any(pack.tiles for pack in shapes),
+        (held["weights"], held["gradients"], held["optimizer"]),
+        planned,
+        tuple(call for call in paper.calls if len(call.members) > 1),
+    )
+
+
+@contextmanager
+def _alone_in_the_world(layout: Layout, places: list[Coordinates], rank: int) -> Iterator[Groups]:
+    """Process groups as process ``rank`` would have them, with nobody at the other end."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
+
+    if _BACKEND not in dist.Backend.backend_list:
+        create: Any = _create_fake_pg
+        dist.Backend.register_backend(_BACKEND, create, extended_api=True, devices=["cpu", "meta"])
+    dist.init_process_group(_BACKEND, rank=rank, world_size=len(places), store=FakeStore())
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
@@ -120,89 +228,10 @@ def _fake_world(recipe: Recipe, stage: Stage, gpus: int, rank: int) -> Iterator[
             context_parallel_size=layout.cp,
             create_gloo_process_groups=False,
         )
-        alone = dist.new_group([rank])
-        parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = [alone, alone]  # nothing is exchanged
-        yield
+        # The optimizer asks for gloo's groups, for checkpoints, which are not written here.
+        stand_in = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = stand_in
+        parallel_state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO = stand_in
+        yield split(layout, places, timedelta(minutes=1))
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-def _build(recipe: Recipe, stage: Stage, gpus: int, rank: int) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer) bytes of process ``rank``, as the trainer would build it."""
-    from megatron.core import parallel_state, tensor_parallel
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from megatron_eagle.model.eagle import build_eagle
-    from megatron_eagle.model.tile_encoder import build_tile_encoder
-    from megatron_eagle.training.engine import freeze_all_but
-
-    layout, config = recipe.stage_layout(stage), recipe.model.eagle()
-    options: dict[str, Any] = {"precision": recipe.precision, "recompute": recipe.model.recompute, "seed": None}
-    with _fake_world(recipe, stage, gpus, rank), FakeTensorMode(allow_non_fake_inputs=True):
-        tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
-        modules: list[torch.nn.Module] = []
-        for number in range(layout.vpp or 1):
-            chunk = number if layout.vpp else None
-            first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk)
-            last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk)
-            modules.append(build_eagle(config, layout, pre_process=first, post_process=last, vp_stage=chunk, **options))
-        copies: list[torch.nn.Module] = []
-        if layout.encoder == "spread":
-            alone = parallel_state.get_expert_model_parallel_group()
-            copies.append(build_tile_encoder(config, alone=alone, copies=alone, **options))
-        for module in (*modules, *copies):
-            freeze_all_but([module], stage.trainable)
-        return _count(recipe, stage, modules, copies)
-
-
-def _count(
-    recipe: Recipe, stage: Stage, modules: list[torch.nn.Module], copies: list[torch.nn.Module]
-) -> tuple[int, int, int]:
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_eagle.training.engine import gradient_buckets
-
-    settings, weights, gradients, states = recipe.optimizer, 0, 0, 0
-    each = 12 if recipe.precision == "bf16" else 8
-    alone, everyone = parallel_state.get_expert_model_parallel_group(), dist.group.WORLD
-    groups = ProcessGroupCollection(
-        **dict.fromkeys(("tp", "pp", "cp", "ep", "mp", "expt_dp", "tp_ep_pp"), alone),
-        **dict.fromkeys(("dp", "dp_cp", "intra_dist_opt"), everyone),
-    )
-    megatron_config = modules[0].config
-    for number, module in enumerate([*modules, *copies]):
-        spread = number >= len(modules)
-        parameters = list(module.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        size = parameters[0].element_size()
-        plain = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-        if trained:
-            buckets = gradient_buckets(settings, overlap=settings.overlap and not spread)
-            wrapped = DistributedDataParallel(
-                megatron_config,
-                buckets,
-                module,
-                disable_bucketing=number > 0,
-                **({"pg_collection": groups} if spread else {}),
-            )
-            for buffer in wrapped.buffers:
-                gradients += buffer.grad_data.numel() * buffer.grad_data.element_size()
-                held = buffer.numel if settings.distributed else sum(p.numel() for p in trained)
-                plain += held
-                states += each * (_shard(buffer) if settings.distributed else held)
-        weights += plain * size
-    return weights, gradients, states
-
-
-def _shard(buffer: Any) -> int:
-    """Elements of trained parameters that Megatron's distributed optimizer gives this process."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    kept = 0
-    for number in range(len(buffer.buckets)):
-        ranges = DistributedOptimizer._build_model_gbuf_range(buffer, number)["param_map"]
-        kept += sum(part["param"].size for part in ranges.values())
-    return kept
+        destroy()

@@ -32,7 +32,9 @@ class Hardware:
     memory_bytes_per_second: of HBM. memory_share: what element-wise passes reach of it.
     gpus_per_node: processes that meet over ``inside_bytes_per_second``; all others over ``outside_bytes_per_second``
         (one direction, per GPU). link_share: what collectives reach of either. latency: seconds of one exchange.
-    launch: seconds that one decoder or encoder layer takes at least, forward, however little it has to do.
+    launch: seconds that one decoder or encoder layer takes at least, forward, however little it has to do;
+        launches_ahead: whether that runs beside the computing (a GPU computes one kernel while the next are launched)
+        or adds to it (a CPU).
     checkpoint_bytes_per_second: writing, per node.
     sources: for each of these, where its number comes from.
     """
@@ -52,11 +54,16 @@ class Hardware:
     link_share: Share
     latency: Rate
     launch: Rate
+    launches_ahead: bool
     checkpoint_bytes_per_second: Rate
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
-        numbers = {name for name, value in vars(self).items() if isinstance(value, (int, float))}
+        numbers = {
+            name
+            for name, value in vars(self).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
         unexplained = sorted(numbers - set(self.sources))
         if unexplained:
             raise ValueError(f"profile '{self.name}' gives no source for {', '.join(unexplained)}")

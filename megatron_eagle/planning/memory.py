@@ -117,6 +117,14 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: Place) -> t
     return weights, gradients, states, largest * 4
 
 
+def gradient_buffers(recipe: Recipe, stage: Stage, world_size: int, pp_rank: int) -> list[tuple[int, int, bool]]:
+    """(elements, processes that share them, whether it is that of spread encoders) of each gradient buffer."""
+    config, layout, settings = recipe.model.eagle(), recipe.stage_layout(stage), recipe.optimizer
+    key, parts = json.dumps(asdict(config), sort_keys=True), Parts.of(stage.trainable)
+    all_owned = _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, pp_rank)
+    return [(owned.buffer.elements, owned.ranks, owned.copy) for owned in all_owned if owned.buffer.elements]
+
+
 @lru_cache(maxsize=4096)
 def _owned(
     key: str, layout: Layout, parts: Parts, distributed: bool, overlap: bool, world_size: int, pp_rank: int
@@ -152,9 +160,10 @@ def _tiles_held(sizes: Activations, place: Place, packs: Sequence[Pack]) -> int:
 def _walk(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[float, str]:
     """The most that a step adds, and where."""
     layout = sizes.layout
-    peak, where, live = 0.0, "forward of pack 1", 0.0
+    peak, where, live = 0.0, "forward of pack 1", sizes.messages_ahead(packs[0])
     if layout.encoder == "spread":
-        live, peak, where = _encode(sizes, place, packs)
+        kept, peak, where = _encode(sizes, place, packs)
+        live += kept
     held = {
         (number, chunk): _microbatch(sizes, place.pp, chunk, pack)
         for number, pack in enumerate(packs)
@@ -203,7 +212,11 @@ def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: Pack) -> Hel
     if place == 0:
         whole = _first(sizes, pack).then(whole)
     if place == count - 1:
-        return whole.then(sizes.head(pack))
+        whole = whole.then(sizes.head(pack))
+        waiting, both = sizes.tied_gradient() if place == 0 else (0.0, 0.0)
+        # Beyond what is saved, and by then none of that is left: the head's own backward pass counts its gradient.
+        behind_head = whole.saved - sizes.head(pack).saved + waiting + layer.backward
+        return Held(whole.saved, whole.forward, max(whole.backward, behind_head - whole.saved, both - whole.saved))
     hidden = sizes.hidden(pack)  # the output, kept until its gradient has come back
     return Held(whole.saved + hidden, whole.forward, whole.backward + hidden)
 

@@ -14,9 +14,9 @@ from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.spread import Shares
 from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import Hardware
-from megatron_eagle.planning.memory import BYTES, Memory, Place, memory_of, persistent
+from megatron_eagle.planning.memory import BYTES, GRADIENT_BYTES, Memory, Place, gradient_buffers, memory_of, persistent
 from megatron_eagle.planning.parameters import layers_of_chunks
-from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.schedule import Pass
 from megatron_eagle.planning.simulator import Timeline, simulate
 from megatron_eagle.planning.timing import Timing
@@ -29,8 +29,9 @@ REPLICAS_SIMULATED = 4
 class StagePlan:
     """What a stage of a recipe needs on a number of GPUs.
 
-    memory: of the fullest process of each pipeline stage. seconds: of a step; pipeline, encoders, reduction and update
-    are its parts. flops: useful operations of one step over all GPUs. samples: in one step.
+    memory: of the fullest process of each pipeline stage; memory_of_first: of rank 0. seconds: of a step; pipeline,
+    encoders, reduction and update are its parts; gradient_sums: the part of ``reduction`` before the update.
+    flops: useful operations of one step over all GPUs. samples: in one step.
     """
 
     stage: Stage
@@ -39,11 +40,13 @@ class StagePlan:
     gpus: int
     hardware: Hardware
     memory: tuple[Memory, ...]
+    memory_of_first: Memory
     timeline: Timeline
     seconds: float
     pipeline: float
     encoders: float
     reduction: float
+    gradient_sums: float
     update: float
     flops: StepFlops
     useful_tokens: float
@@ -81,7 +84,7 @@ class StagePlan:
 
 
 def plan_stage(
-    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix, simulated: int = REPLICAS_SIMULATED
+    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples, simulated: int = REPLICAS_SIMULATED
 ) -> StagePlan:
     """Plan ``stage`` of ``recipe`` on ``gpus`` GPUs; UserError if they cannot be split as the layout says.
 
@@ -113,7 +116,7 @@ def plan_stage(
     slowest = max(runs, key=lambda run: run[0].seconds + run[1])
     fullest = max((packs[number::shown] for number in range(shown)), key=lambda own: sum(p.tiles for p in own))
     memory = tuple(memory_of(recipe, stage, gpus, Place(pp), fullest) for pp in range(layout.pp))
-    reduction, update = _behind(recipe, stage, gpus, timing)
+    reduction, sums, update = _behind(recipe, stage, gpus, timing)
     useful = sum((pack.useful() for pack in packs), Work(0, 0, 0)) * (replicas / shown)
     pipeline, encoders = slowest[0].seconds, slowest[1]
     return StagePlan(
@@ -123,11 +126,13 @@ def plan_stage(
         gpus=gpus,
         hardware=hardware,
         memory=memory,
+        memory_of_first=memory_of(recipe, stage, gpus, Place(0), packs[::shown]),
         timeline=slowest[0],
         seconds=pipeline + encoders + reduction + update,
         pipeline=pipeline,
         encoders=encoders,
         reduction=reduction,
+        gradient_sums=sums,
         update=update,
         flops=step_flops(config, sizes.parts, useful),
         useful_tokens=useful.tokens,
@@ -160,17 +165,20 @@ def _replica(timing: Timing, packs: Sequence[Pack], gpus: int) -> tuple[Timeline
     return timeline, timing.spread(own, total)
 
 
-def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[float, float]:
-    """Seconds behind the last backward pass: gradient sums and new weights, then Adam; of the largest stage."""
-    layout = recipe.stage_layout(stage)
-    ranks = layout.data_parallel_size(gpus) * layout.cp
-    most = (0.0, 0.0)
+def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[float, float, float]:
+    """(gradient sums and new weights, gradient sums alone, Adam), seconds of the slowest pipeline stage."""
+    layout, overlap = recipe.stage_layout(stage), recipe.optimizer.overlap
+    most = (0.0, 0.0, 0.0)
     for pp in range(layout.pp):
-        _, gradients, states, _ = persistent(recipe, stage, gpus, Place(pp))
-        weights = gradients / 4 * BYTES[recipe.precision]
+        _, _, states, _ = persistent(recipe, stage, gpus, Place(pp))
         each = 12 if recipe.precision == "bf16" else 8
-        reduction = timing.gradients(gradients, weights, ranks, overlap=recipe.optimizer.overlap)
-        most = max(most, (reduction, timing.update(states / each)))
+        sums = weights = 0.0
+        for elements, ranks, copy in gradient_buffers(recipe, stage, gpus, pp):
+            stride = 1 if copy else layout.tp
+            hidden = overlap and not copy
+            sums += timing.gradients(elements * GRADIENT_BYTES, ranks, stride, overlap=hidden)
+            weights += timing.gradients(elements * BYTES[recipe.precision], ranks, stride, overlap=False)
+        most = max(most, (sums + weights, sums, timing.update(states / each)))
     return most
 
 

@@ -8,19 +8,18 @@ import yaml
 from megatron_eagle.layout import Layout
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.plan import StagePlan, describe_layout
-from megatron_eagle.planning.samples import Mix
 from megatron_eagle.training.log import format_duration
 
 GB = 1e9
 
 
-def assumptions(hardware: Hardware, mix: Mix) -> str:
+def assumptions(hardware: Hardware) -> str:
     """What the numbers rest on."""
     return (
         f"{hardware.name}: {hardware.peak_flops / 1e12:.0f} TFLOP/s stated peak; products at {hardware.products:.0%} "
         f"of it, attention {hardware.attention:.0%}, convolutions {hardware.convolutions:.0%}; "
         f"{hardware.memory_bytes / GB:.0f} GB less {hardware.reserved_bytes / GB:.1f} GB for what is no tensor. "
-        f"Samples of {mix.tokens_per_sample:.0f} tokens, {mix.visual:.0%} of them tiles. Reading keeps up."
+        f"Reading keeps up."
     )
 
 
@@ -84,6 +83,17 @@ def time_line(plan: StagePlan) -> str:
         f"step {plan.seconds:.2f} s: pipeline {plan.pipeline:.2f}, spread encoders {plan.encoders:.2f}, gradient sums "
         f"{plan.reduction:.2f}, update {plan.update:.3f}; {plan.flops.total / 1e15:.2f} useful PFLOP, {encoder:.0%} of "
         f"them in the encoders; padding {1 - plan.useful_tokens / plan.tokens:.1%}"
+    )
+
+
+def stage_line(plan: StagePlan) -> str:
+    """Why a pipeline waits: how much of the step each of its stages computes, and what the fullest costs the others."""
+    busy = plan.timeline.busy
+    shares = ", ".join(f"stage {number} {seconds / plan.pipeline:.0%}" for number, seconds in enumerate(busy))
+    where = "on stage 0" if plan.layout.encoder == "tensor" else "spread over all processes, outside the pipeline"
+    return (
+        f"pipeline, encoders {where}: {shares} of the time busy; at most {plan.timeline.balance:.0%} of the stages can "
+        f"be busy at once (balance), {1 - plan.timeline.bubble:.0%} are"
     )
 
 

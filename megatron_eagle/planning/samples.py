@@ -1,4 +1,4 @@
-"""Packs to plan with, when the data itself is not at hand: ragged as real ones, made by the project's own packing.
+"""Packs to plan with: the data's own where it is at hand, else ragged ones made by the project's own packing.
 
 Tokens per sample of Eagle 2's data are not published, so they are a parameter, as is the share of them that tiles make.
 Lengths are spread log-normally; a sample's tiles are its visual tokens rounded to whole tiles.
@@ -7,13 +7,81 @@ Lengths are spread log-normally; a sample's tiles are its visual tokens rounded 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import exp
+from pathlib import Path
+from typing import Protocol
 
+import torch
+
+from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.data.knapsack import pack_balanced
+from megatron_eagle.data.packing import Segment, assemble_pack
+from megatron_eagle.data.plan import Plan
+from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.planning.activations import Pack
+from megatron_eagle.recipe import Recipe, Stage
 
 SPREAD = 0.6  # standard deviation of the logarithm: nine samples in ten lie within a factor of 2.7 of the median
+
+
+class Samples(Protocol):
+    """Where packs come from."""
+
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+        """(``count`` packs of ``length`` tokens, samples in them)."""
+
+    def describe(self) -> str:
+        """Half a sentence for the assumptions of a plan."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Packs of known shapes, one after another and from the first again."""
+
+    shapes: tuple[Pack, ...]
+
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+        chosen = [self.shapes[number % len(self.shapes)] for number in range(count)]
+        if any(pack.length != length for pack in chosen):
+            raise ValueError(f"packs of {sorted({pack.length for pack in chosen})} tokens, asked for {length}")
+        return chosen, sum(len(pack.segments) - bool(pack.padding) for pack in chosen)
+
+    def describe(self) -> str:
+        return f"{len(self.shapes)} given packs"
+
+
+@dataclass(frozen=True)
+class DataOf:
+    """The packs that a stage will train on, from its data sets' own lengths and the recipe's packing."""
+
+    recipe: Recipe
+    stage: Stage
+
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+        made, samples = [], 0
+        for number in range(count):
+            held = self._plan.pack(number).samples
+            segments, samples = [sample.tokens for sample in held], samples + len(held)
+            padding = length - sum(segments)
+            tiles = sum(sample.tiles for sample in held)
+            made.append(Pack(tuple(segments + [padding] if padding else segments), tiles, padding))
+        return made, samples
+
+    @cached_property
+    def _plan(self) -> Plan:
+        recipe, stage = self.recipe, self.recipe.stage(self.stage.name)
+        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+        return Plan(recipe.data_settings(self.stage), tokenizer, recipe.seed + recipe.stages.index(stage))
+
+    def describe(self) -> str:
+        return f"those of the stage's own data ({', '.join(source.path for source in self.stage.blend)})"
+
+
+def samples_of(recipe: Recipe, stage: Stage, otherwise: "Mix") -> Samples:
+    """The stage's own data if all of it and the tokenizer are on this machine, ``otherwise`` if not."""
+    here = [Path(recipe.tokenizer.path), *(Path(source.path) for source in stage.blend)]
+    return DataOf(recipe, stage) if all(path.exists() for path in here) else otherwise
 
 
 @dataclass(frozen=True)
@@ -25,8 +93,10 @@ class Mix:
     seed: int = 1
 
     def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
-        """(``count`` packs of ``length`` tokens, samples in them)."""
         return _packs(self, count, length, tokens_per_tile)
+
+    def describe(self) -> str:
+        return f"samples of {self.tokens_per_sample:.0f} tokens, {self.visual:.0%} of them tiles"
 
     def draw(self, count: int, length: int, tokens_per_tile: int) -> tuple[list[Pack], int]:
         """As ``packs``, made anew."""
@@ -62,3 +132,16 @@ class Mix:
 def _packs(mix: Mix, count: int, length: int, tokens_per_tile: int) -> tuple[tuple[Pack, ...], int]:
     packs, samples = mix.draw(count, length, tokens_per_tile)
     return tuple(packs), samples
+
+
+def synthetic(pack: Pack, side: int, cost: int, device: torch.device | None = None) -> PackedBatch:
+    """A pack of the given shape; all tiles stand in the segments that have room for them. device: of the pixels."""
+    segments, left = [], pack.tiles
+    sizes = pack.segments[:-1] if pack.padding else pack.segments
+    for number, size in enumerate(sizes):
+        own = min(left, size // cost)
+        left -= own
+        tokens = torch.arange(size) % 300 + 1
+        tiles = torch.zeros(own, 3, side, side, dtype=torch.uint8, device=device)
+        segments.append(Segment(str(number), tokens, tokens.clone(), torch.arange(own) * cost, tiles))
+    return assemble_pack(segments, pack.length, 0)

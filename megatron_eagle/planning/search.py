@@ -19,7 +19,7 @@ from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import Place, memory_of
 from megatron_eagle.planning.plan import StagePlan, plan_stage
-from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
 from megatron_eagle.recipe import Recipe, Stage
 
@@ -29,7 +29,9 @@ TILES_AT_A_TIME = (None, 8)
 SHORTEST_SHARE = 2048  # tokens of a pack that context parallelism leaves to a process; less is not worth its exchange
 
 
-def search(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix, keep: int = 10) -> list[StagePlan]:
+def search(
+    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples, keep: int = 10
+) -> list[StagePlan]:
     """The ``keep`` fastest layouts of ``stage`` on ``gpus`` GPUs that fit, best first; empty if none does."""
     best: list[StagePlan] = []
     for layout, recompute in candidates(recipe, stage, gpus, hardware, mix):
@@ -49,7 +51,9 @@ def with_layout(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any) ->
     return replace(recipe, model=replace(recipe.model, recompute=recompute), stages=stages)
 
 
-def candidates(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Mix) -> Iterator[tuple[Layout, str]]:
+def candidates(
+    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples
+) -> Iterator[tuple[Layout, str]]:
     """(layout, recompute) of everything worth timing: possible, and not refused by a look at its memory."""
     config = recipe.model.eagle()
     cost = tokens_per_tile(config)

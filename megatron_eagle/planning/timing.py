@@ -64,8 +64,7 @@ class Timing:
             once = Seconds(once.forward, once.backward + core.forward)
         elif self.sizes.recompute in ("full", "offload"):
             once = Seconds(once.forward, once.backward + once.forward)
-        launch = self.hardware.launch
-        return Seconds(max(once.forward, launch), max(once.backward, 2 * launch if parts.any else 0.0))
+        return self._launched(once, 1)
 
     def head(self, pack: Pack) -> Seconds:
         """Logits and cross entropy."""
@@ -94,9 +93,9 @@ class Timing:
             layers += sum(numbers.depths) if convolves else numbers.num_hidden_layers
         if self.sizes.layout.encoder_chunk is not None and parts.vision:
             total = Seconds(total.forward, total.backward + total.forward)
-        if not parts.features_need_gradient:
-            return Seconds(max(total.forward, layers * self.hardware.launch), 0.0)
-        return Seconds(max(total.forward, layers * self.hardware.launch), total.backward)
+        if not parts.vision:  # the connector's backward pass is short
+            return Seconds(self._launched(total, layers).forward, total.backward * parts.features_need_gradient)
+        return self._launched(total, layers)
 
     def table(self, stage: int, packs: Sequence[Pack]) -> list[Seconds]:
         """A virtual stage's passes over each of ``packs``."""
@@ -129,12 +128,11 @@ class Timing:
         link = self._link(self.sizes.layout.pp * gpus // max(1, self.sizes.layout.pp))
         return self.sizes.hidden(pack) / link + self.hardware.latency
 
-    def gradients(self, buffer_bytes: float, weight_bytes: float, ranks: int, *, overlap: bool) -> float:
-        """Gradient sums and, behind the optimizer, the new weights: a ring over ``ranks`` processes."""
+    def gradients(self, size: float, ranks: int, stride: int, *, overlap: bool) -> float:
+        """Gradient sums, or new weights, of ``size`` bytes: a ring over ``ranks`` processes, ``stride`` apart."""
         if ranks == 1:
             return 0.0
-        span = self.sizes.layout.tp * ranks
-        seconds = (buffer_bytes + weight_bytes) * (ranks - 1) / ranks / self._link(span)
+        seconds = size * (ranks - 1) / ranks / ring_rate(self.hardware, ranks, stride) + self.hardware.latency
         return seconds * (1 - HIDDEN_BY_BACKWARD if overlap else 1.0)
 
     def update(self, shard: float) -> float:
@@ -144,6 +142,14 @@ class Timing:
     def _compute(self, flops: Flops, share: float) -> Seconds:
         rate = self.hardware.peak_flops * share
         return Seconds(flops.forward / rate, flops.backward / rate)
+
+    def _launched(self, work: Seconds, layers: int) -> Seconds:
+        """``work`` of ``layers`` layers with what starting it costs: once forward, twice backward."""
+        start = self.hardware.launch * layers
+        starts = Seconds(start, 2 * start if self.sizes.parts.any else 0.0)
+        if self.hardware.launches_ahead:
+            return Seconds(max(work.forward, starts.forward), max(work.backward, starts.backward))
+        return work + starts
 
     def _elementwise(self, saved: float) -> Seconds:
         rate = self.hardware.memory_bytes_per_second * self.hardware.memory_share
@@ -171,7 +177,23 @@ class Timing:
         return Seconds(once, once)
 
     def _link(self, span: int) -> float:
-        """Bytes a second between processes whose ranks lie within ``span`` of each other."""
-        inside = span <= self.hardware.gpus_per_node
-        rate = self.hardware.inside_bytes_per_second if inside else self.hardware.outside_bytes_per_second
-        return rate * self.hardware.link_share
+        return link_rate(self.hardware, span)
+
+
+def link_rate(hardware: Hardware, span: int) -> float:
+    """Bytes a second between two processes whose ranks lie within ``span`` of each other."""
+    inside = span <= hardware.gpus_per_node
+    rate = hardware.inside_bytes_per_second if inside else hardware.outside_bytes_per_second
+    return rate * hardware.link_share
+
+
+def ring_rate(hardware: Hardware, ranks: int, stride: int) -> float:
+    """Bytes a second at which a collective of large tensors moves through each of ``ranks`` members.
+
+    Between nodes the members on one node share its adapters: rings run through all of them (NCCL's channels; the bus
+    bandwidth of nccl-tests), up to what the links inside the node carry. stride: distance of neighbours in rank.
+    """
+    node = hardware.gpus_per_node
+    if ranks * stride <= node:
+        return link_rate(hardware, node)
+    return min(link_rate(hardware, node + 1) * max(1, node // stride), link_rate(hardware, node))

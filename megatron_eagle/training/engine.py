@@ -161,7 +161,7 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             vp_stage=chunk,
             device=platform.device,
-            seed=recipe.seed,
+            seed=_seed(recipe, platform),
         )
         chunks.append(model)
     return chunks
@@ -177,8 +177,13 @@ def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncod
         recompute=recipe.model.recompute,
         kernels=recipe.model.kernels_on(platform.device.type),
         device=platform.device,
-        seed=recipe.seed,
+        seed=_seed(recipe, platform),
     )
+
+
+def _seed(recipe: Recipe, platform: Platform) -> int | None:
+    """What weights are drawn from; on the meta device there are none to draw."""
+    return None if platform.device.type == "meta" else recipe.seed
 
 
 def freeze_all_but(models: Sequence[torch.nn.Module], trainable: Sequence[str]) -> None:

@@ -225,7 +225,7 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"loss {record.loss:7.4f}",
             f"lr {record.learning_rate:.2e}",
             f"grad norm {record.grad_norm:8.3f}",
-            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s",
+            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s" + _rate(record),
             f"padding {100 * record.padding_fraction:4.1f} %",
             f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
@@ -233,6 +233,14 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             *([f"checkpoint stall {record.checkpoint_stall_s:.1f} s"] if record.checkpoint_stall_s >= 0.05 else []),
         )
     )
+
+
+def _rate(record: StepRecord) -> str:
+    """Useful operations of each process; of a CPU in a unit that leaves something in front of the point."""
+    if record.tflops is None:
+        return ""
+    rate = f"{record.tflops:6.1f} TFLOP/s" if record.tflops >= 1 else f"{1000 * record.tflops:6.1f} GFLOP/s"
+    return f"  {rate} a rank" + ("" if record.mfu is None else f"  MFU {100 * record.mfu:4.1f} %")
 
 
 def _balance(tile_balance: float | None) -> str:

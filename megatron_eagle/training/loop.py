@@ -42,7 +42,7 @@ from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
 from megatron_eagle.training.saving import SaveFailed, Saver
 from megatron_eagle.training.stopping import StoppedEarly, Watch
-from megatron_eagle.training.throughput import useful_flops, utilisation
+from megatron_eagle.training.throughput import stated_peak, useful_flops, utilisation
 
 
 @dataclass(frozen=True)
@@ -349,11 +349,12 @@ class StageRun:
     def _opening_line(self, engine: Engine, start: Path | None) -> str:
         layout, stage = self.recipe.stage_layout(self.stage), self.stage
         origin = "random weights" if start is None else str(start)
+        peak = stated_peak(self.platform.device)
         return (
             f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {', '.join(stage.trainable)} "
             f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
             f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} encoder={layout.encoder} "
-            f"on {self.platform.device.type}"
+            f"on {self.platform.device.type}{f', MFU of {peak / 1e12:.0f} TFLOP/s' if peak else ''}"
         )
 
     def _say(self, line: str) -> None:

@@ -13,7 +13,15 @@ from megatron_eagle.data.batch import PackedBatch
 from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.flops import Parts, Work, step_flops
 
-STATED_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # NVIDIA's data sheets, dense bf16
+# NVIDIA's data sheets, dense bf16; the first name that is part of the device's counts.
+STATED_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
 
 
 def useful_flops(config: EagleConfig, trainable: Sequence[str], batches: Sequence[PackedBatch]) -> float:

@@ -9,10 +9,10 @@ from pydantic import TypeAdapter
 
 from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.parallel.hand_round import hand_round
-from megatron_eagle.planning.accounting import TensorAccounting
+from megatron_eagle.planning.accounting import TensorAccounting, held_bytes, storage_bytes
 from megatron_eagle.platform import install
 from megatron_eagle.recipe import Recipe
-from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.engine import build_engine
 from megatron_eagle.training.loss import normalise_weights
 
 SETTINGS: dict[str, Any] = {
@@ -76,33 +76,6 @@ def packs_of(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> list
     return packs
 
 
-def storage_bytes(tensors: Any) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def persistent(engine: Engine) -> dict[str, int]:
-    """Bytes of weights, gradient buffers and optimizer state of this process."""
-    owners = engine.gradient_owners()
-    gradients = [buffer.grad_data for owner in owners for buffer in owner.buffers]
-    weights = [p.data for module, _ in engine.weight_owners() for p in module.parameters()]
-    weights += [buffer.param_data for owner in owners for buffer in owner.buffers if buffer.param_data is not None]
-    held = {t.untyped_storage()._cdata for t in weights}
-    state: list[torch.Tensor] = []
-    for part in engine.optimizer.chained_optimizers:
-        inner = part.optimizer
-        if inner is None:
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                tensors = [parameter.data, *(v for v in inner.state[parameter].values() if torch.is_tensor(v))]
-                state += [t for t in tensors if t.untyped_storage()._cdata not in held]
-    return {
-        "weights": storage_bytes(weights),
-        "gradients": storage_bytes(gradients),
-        "optimizer": storage_bytes(state),
-    }
-
-
 def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[str, int]:
     """Runs in every process of a world: two steps, the second one under account."""
     platform = install()
@@ -121,7 +94,7 @@ def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[
         start = seen.live
         engine.update()
     return {
-        **persistent(engine),
+        **held_bytes(engine),
         "inputs": storage_bytes(t for batch in batches for t in vars(batch).values() if torch.is_tensor(t)),
         "activations": train_peak,
         "left": start,

@@ -1,6 +1,7 @@
 """The planner's bytes against what training processes really hold, on every rank of many layouts.
 
-Weights, gradient buffers and optimizer states must be equal to the byte; the peak of all tensors within 5 %.
+Weights, gradient buffers and optimizer states must be equal to the byte; the peak of all tensors, and the part of it
+that a step adds, within 5 % (measured: 1.7 % and less).
 """
 
 import pytest
@@ -22,6 +23,7 @@ CASES = {
         ({}, {"trainable": ["connector"]}, EVEN),
         ({}, {"trainable": ["language"]}, ([[512]] * 4, [0] * 4)),
         ({}, {"distributed": False}, RAGGED),
+        ({}, {"recompute": "full", "precision": "bf16"}, EVEN),
     ],
     2: [
         (UNEVEN, {}, RAGGED),
@@ -32,6 +34,8 @@ CASES = {
         ({"tp": 2, "sequence_parallel": True}, {"precision": "bf16", "recompute": "full"}, RAGGED),
         ({"cp": 2}, {}, RAGGED),
         ({"cp": 2, "ulysses": 2}, {}, RAGGED),
+        (UNEVEN, {"recompute": "full"}, RAGGED),
+        ({**UNEVEN, "encoder": "spread"}, {"recompute": "full"}, RAGGED),
     ],
     4: [
         ({"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}, RAGGED),
@@ -58,6 +62,8 @@ def compare(worlds, size, layout, changes, packs):
         exact = (expected.weights, expected.gradients, expected.optimizer)
         assert exact == (got["weights"], got["gradients"], got["optimizer"]), f"rank {rank} of {layout} {changes}"
         total = sum(exact) + got["inputs"] + max(got["activations"], got["update"])
+        activations = got["activations"]
+        assert expected.activations == pytest.approx(activations, rel=0.05), f"rank {rank} of {layout} {changes}"
         assert expected.peak == pytest.approx(total, rel=0.05), f"rank {rank} of {layout} {changes}"
 
 
@@ -78,8 +84,11 @@ def test_bytes_of_every_process_in_all_layouts(worlds, size):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"pp": 2, "encoder": "spread"}, {"tp": 2}])
-def test_a_tenth_of_a_billion_weights(worlds, layout):
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"pp": 2}, {"pp": 2, "encoder": "spread"}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}]
+)
+def test_a_tenth_of_a_billion_weights(worlds, layout, recompute):
     language = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 12}
-    size = 1 if not layout else 2
-    compare(worlds, size, layout, {"language": {**language, "num_key_value_heads": 4, "vocab_size": 16000}}, RAGGED)
+    language |= {"num_key_value_heads": 4, "vocab_size": 16000}
+    compare(worlds, 2 if layout else 1, layout, {"language": language, "recompute": recompute}, RAGGED)

@@ -1,5 +1,9 @@
 """The order of passes against a recording of what Megatron's schedules run, and what the simulator makes of it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,8 +40,19 @@ def record(recipe):
     return groups.pp_rank, events
 
 
+QUICK = [(2, 2, None, 5), (2, 2, 2, 8), (4, 4, None, 8), (4, 2, 2, 4), (4, 4, 2, 8)]
+# More, fewer and as many packs as stages; interleaved schedules want a multiple of pp.
+MORE = [(4, 4, None, count) for count in (1, 2, 3, 4, 5, 11)] + [
+    (4, 4, 2, 4),
+    (4, 4, 2, 12),
+    (4, 2, 4, 6),
+    (2, 2, 4, 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("size", "pp", "vpp", "batch"), [(2, 2, None, 5), (2, 2, 2, 8), (4, 4, None, 8), (4, 2, 2, 4), (4, 4, 2, 8)]
+    ("size", "pp", "vpp", "batch"),
+    [*QUICK, *MORE[1:3], *(pytest.param(*case, marks=pytest.mark.long) for case in (*MORE[:1], *MORE[3:]))],
 )
 def test_the_order_that_megatron_runs(worlds, size, pp, vpp, batch):
     recipe = recipe_of({"pp": pp, "vpp": vpp}, **{**SMALL, "batch": batch})
@@ -78,6 +93,18 @@ def test_a_pipeline_is_as_slow_as_its_slowest_stage():
     assert stuck.balance == pytest.approx(0.47, abs=0.005)
     assert spread.balance == 1.0
     assert stuck.seconds / spread.seconds > 2.0
+
+
+def test_the_benchmark_of_encoder_placement_says_the_same_as_its_page():
+    """The command that docs/encoder_placement.md names: 47 % at pp=4 with two encoders, twice as fast when spread."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "benchmarks/encoder_placement.py"]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("| SigLIP")]
+    page = (root / "docs" / "encoder_placement.md").read_text()
+    assert len(rows) == 20 and all(row in page for row in rows)
+    assert "| SigLIP + ConvNeXt | 4 | stage 0 | 7-7-7-7 | 47% | 47.3 | 47% | 1.00x |" in rows
+    assert "| SigLIP + ConvNeXt | 4 | spread | 7-7-7-7 | 100% | 23.7 | 94% | 2.00x |" in rows
 
 
 def test_times_may_differ_by_pack():

@@ -69,6 +69,18 @@ def test_the_progress_line_holds_every_number_a_reader_looks_for():
     assert "\n" not in line and "\r" not in line
 
 
+def test_the_progress_line_says_how_well_the_machine_is_used():
+    gpu = progress_line(record(7, tflops=412.34, mfu=0.4169, checkpoint_stall_s=2.5), seconds_left=1)
+    assert " 412.3 TFLOP/s a rank  MFU 41.7 %" in gpu and "checkpoint stall 2.5 s" in gpu
+    cpu = progress_line(record(7, tflops=0.0123), seconds_left=1)
+    assert "  12.3 GFLOP/s a rank" in cpu and "MFU" not in cpu and "stall" not in cpu
+    assert record(7, tflops=1.5, mfu=0.2, checkpoint_stall_s=2.5).scalars().items() >= {
+        ("tflops", 1.5),
+        ("mfu", 0.2),
+        ("checkpoint_stall_s", 2.5),
+    }
+
+
 def test_lines_of_a_stage_line_up():
     early = progress_line(record(1, steps=400, loss=11.9), 10)
     late = progress_line(record(399, steps=400, loss=0.013), 10)
