@@ -37,11 +37,16 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Spread:
-    """Slowest rank over mean, averages over steps: packs in order, dealt by cost, and the bound for any dealing."""
+    """Slowest rank over mean, averages over steps: packs in order, dealt by cost, and the bound for any dealing.
+
+    tiles: most tiles of a rank over mean, of the same dealing; None without tiles. They cost a rank time only if it
+        encodes its own (``tile_cost`` then makes them part of the cost that is dealt by).
+    """
 
     in_order: float
     dealt: float
     bound: float
+    tiles: float | None
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,40 @@ def _measure(
     seconds = time.process_time() - started
     useful = sum(int(tokens[own].sum()) for own in packs)
     costs = pack_costs(packs, tokens, tiles, bounds.length, bounds.attention_parity, bounds.tile_cost)
-    costs = costs[np.random.default_rng(0).permutation(len(costs))]
+    tiles_of = np.array([tiles[own].sum() for own in packs], dtype=np.float64)
+    order = np.random.default_rng(0).permutation(len(costs))
+    costs, tiles_of = costs[order], tiles_of[order]
     return PackingResult(
         name=name,
         seconds=seconds,
         packs=len(packs),
         padding=1 - useful / (len(packs) * bounds.length),
         costs=costs,
-        spread={each: spread for each in PACKS_PER_RANK if (spread := _spread(costs, ranks, each)) is not None},
+        spread={
+            each: spread for each in PACKS_PER_RANK if (spread := _spread(costs, tiles_of, ranks, each)) is not None
+        },
     )
 
 
-def _spread(costs: NDArray[np.float64], ranks: int, each: int) -> Spread | None:
+def _spread(costs: NDArray[np.float64], tiles: NDArray[np.float64], ranks: int, each: int) -> Spread | None:
     """None if there is not one step's worth of packs."""
     batch = ranks * each
-    steps = [costs[first : first + batch] for first in range(0, len(costs) - batch + 1, batch)][:STEPS]
+    firsts = range(0, len(costs) - batch + 1, batch)[:STEPS]
+    steps = [costs[first : first + batch] for first in firsts]
     if not steps:
         return None
     in_order = [slowest_over_mean(own, [range(rank, batch, ranks) for rank in range(ranks)]) for own in steps]
-    dealt = [slowest_over_mean(own, deal(own, ranks)) for own in steps]
+    shares = [deal(own, ranks) for own in steps]
+    dealt = [slowest_over_mean(own, share) for own, share in zip(steps, shares, strict=True)]
+    with_tiles = [(tiles[f : f + batch], s) for f, s in zip(firsts, shares, strict=True) if tiles[f : f + batch].any()]
+    of_tiles = [slowest_over_mean(own, share) for own, share in with_tiles]
     bounds = [least_slowest_over_mean(own, ranks) for own in steps]
-    return Spread(float(np.mean(in_order)), float(np.mean(dealt)), float(np.mean(bounds)))
+    return Spread(
+        float(np.mean(in_order)),
+        float(np.mean(dealt)),
+        float(np.mean(bounds)),
+        float(np.mean(of_tiles)) if of_tiles else None,
+    )
 
 
 def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
@@ -117,14 +135,20 @@ def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
     sizes = sorted({each for result in results for each in result.spread})
     heads = [f"{each} a rank: in order / dealt / bound" for each in sizes]
     lines = [
-        f"slowest of {ranks} ranks over their mean, and what it took to pack",
+        f"slowest of {ranks} ranks over their mean, and what it took to pack; no dealing can go below the bound, since "
+        "every rank has as many packs and one of them has the heaviest",
         " | ".join(["algorithm", "packs an epoch", "padding", "CPU seconds", *heads]),
     ]
     for r in results:
         own = [r.spread.get(each) for each in sizes]
-        spreads = [f"{s.in_order:.4f} / {s.dealt:.4f} / {s.bound:.4f}" if s else "-" for s in own]
+        spreads = [_cell(s) if s else "-" for s in own]
         lines.append(" | ".join([r.name, str(r.packs), f"{r.padding:.3%}", f"{r.seconds:.1f}", *spreads]))
     return "\n".join(lines)
+
+
+def _cell(spread: Spread) -> str:
+    tiles = "" if spread.tiles is None else f" (tiles {spread.tiles:.4f})"
+    return f"{spread.in_order:.4f} / {spread.dealt:.4f} / {spread.bound:.4f}{tiles}"
 
 
 def plot(results: Sequence[PackingResult], tokens: Ints, title: str, path: Path) -> None:

@@ -74,6 +74,8 @@ class VideoReader:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise BrokenSample("no video stream in the file")
+        if streams[0].codec_context is None:
+            raise BrokenSample("video of a codec that is not known")
         return container, streams[0]
 
     def __enter__(self) -> "VideoReader":

@@ -73,3 +73,6 @@ def test_a_bound_on_tiles_costs_little_padding():
     fewest = max(tiles.sum() / 64, tokens.sum() / 16384)
     for r in compare_packings(tokens, tiles, bounds):
         assert r.packs <= 1.03 * fewest
+    result = compare_packings(tokens, tiles, bounds, ranks=8)[0]
+    assert result.spread[4].tiles is not None and 1.0 <= result.spread[4].tiles < 1.2
+    assert f"(tiles {result.spread[4].tiles:.4f})" in table([result], 8)

@@ -5,12 +5,15 @@ import random
 import shutil
 
 import pytest
-from samples import make_dataset, make_records, make_tokenizer, question
+from samples import make_dataset, make_records, make_tokenizer, question, write_video
 
+from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.build import build_dataset
+from megatron_eagle.data.frames import VideoSettings
 from megatron_eagle.data.planned import PlannedStream
 from megatron_eagle.data.settings import DataSettings, Source
 from megatron_eagle.data.stream import PackStream
+from megatron_eagle.data.video import VideoReader
 from megatron_eagle.errors import UserError
 
 FAST, LONG = 120, 10_000
@@ -126,6 +129,25 @@ def shards_add_up(folder, tokenizer, rounds, seed):
         shutil.rmtree(copy)
 
 
+def videos_end_well(folder, count, seed):
+    """Every damaged video gives all frames asked for, or a reason of one line."""
+    rng, chosen = random.Random(seed), VideoSettings(max_frames=16)
+    kinds = [("mp4", "mpeg4"), ("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("ts", "libx264")]
+    films = [write_video(folder / f"{codec}.{ending}", 60, codec=codec).read_bytes() for ending, codec in kinds]
+    read = used = rejected = 0
+    for _ in range(count):
+        read += 1
+        try:
+            with VideoReader(mutate_bytes(rng, rng.choice(films)), max_pixels=4_000_000) as reader:
+                times = chosen.times(reader.info, chosen.wanted(reader.info))
+                assert len([*reader.frames(times)]) == len(chosen.words(0, reader.info, times))
+            used += 1
+        except BrokenSample as error:
+            assert str(error) and "\n" not in str(error)
+            rejected += 1
+    assert read == used + rejected and used > count // 10 and rejected > count // 10
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("fuzz"))
@@ -137,6 +159,15 @@ def test_damaged_lines_and_images(tokenizer, tmp_path):
 
 def test_damaged_shards(tokenizer, tmp_path):
     shards_add_up(tmp_path, tokenizer, FAST // SAMPLES, seed=0)
+
+
+def test_damaged_videos(tmp_path):
+    videos_end_well(tmp_path, FAST, seed=0)
+
+
+@pytest.mark.long
+def test_10_000_damaged_videos(tmp_path):
+    videos_end_well(tmp_path, LONG, seed=1)
 
 
 @pytest.mark.long
