@@ -99,4 +99,6 @@ def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", l
         reduced.append(f"{options.layers} decoder layers instead of {model.eagle().language.num_hidden_layers}")
         model = replace(model, language={**model.language, "num_hidden_layers": options.layers})
         stage = replace(stage, layout=replace(recipe.stage_layout(stage), layers_per_stage=None))
-    return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage)), reduced
+    # Data are drawn by the seed and the number of the stage, which is the first now.
+    seed = recipe.seed + recipe.stages.index(recipe.stage(options.stage))
+    return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage), seed=seed), reduced

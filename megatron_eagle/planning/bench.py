@@ -26,6 +26,7 @@ from megatron_eagle.parallel.hand_round import hand_round
 from megatron_eagle.planning.accounting import TensorAccounting, held_bytes, storage_bytes
 from megatron_eagle.planning.activations import Pack
 from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.memory import Place, memory_of
 from megatron_eagle.planning.plan import StagePlan, describe_layout, plan_stage
 from megatron_eagle.planning.samples import Given, Samples, synthetic
 from megatron_eagle.platform import Platform
@@ -122,6 +123,7 @@ def _summary(
     reduced: Sequence[str],
 ) -> Measurement:
     mean = statistics.mean(map(sum, times))
+    own = [_shape(batch) for batch in whole[:: groups.dp_size]]
     rate = useful_flops(recipe.model.eagle(), stage.trainable, whole) / mean / groups.world_size
     useful = sum(batch.useful_tokens for batch in whole)
     return Measurement(
@@ -147,7 +149,7 @@ def _summary(
             "forward and backward": plan.pipeline + plan.encoders + plan.gradient_sums,
             "update": plan.update + plan.reduction - plan.gradient_sums,
         },
-        predicted_bytes=plan.memory_of_first.peak,
+        predicted_bytes=memory_of(recipe, stage, groups.world_size, Place(0), own).peak,
         profile=hardware.name,
         reduced=list(reduced),
     )
@@ -163,7 +165,7 @@ def _packs(recipe: Recipe, stage: Stage, samples: Samples | None) -> tuple[list[
         return [packs[number % len(packs)] for number in range(stage.batch)], f"synthetic, {samples.describe()}"
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
     settings = replace(recipe.data_settings(stage), order="planned")
-    stream = PlannedStream(settings, tokenizer, seed=recipe.seed)
+    stream = PlannedStream(settings, tokenizer, seed=recipe.seed + recipe.stages.index(recipe.stage(stage.name)))
     try:
         return [next(stream) for _ in range(stage.batch)], "the first of the stage's own data"
     finally:

@@ -23,15 +23,16 @@ from megatron_eagle.planning.timing import Timing
 from megatron_eagle.recipe import Recipe, Stage
 
 REPLICAS_SIMULATED = 4
+PACKS_DRAWN = 32  # at least, over the replicas that are simulated: fewer do not show how packs differ
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """What a stage of a recipe needs on a number of GPUs.
 
-    memory: of the fullest process of each pipeline stage; memory_of_first: of rank 0. seconds: of a step; pipeline,
-    encoders, reduction and update are its parts; gradient_sums: the part of ``reduction`` before the update.
-    flops: useful operations of one step over all GPUs. samples: in one step.
+    memory: of the fullest process of each pipeline stage. seconds: of a step; pipeline, encoders, reduction and update
+    are its parts; gradient_sums: the part of ``reduction`` before the update. flops: useful operations of one step over
+    all GPUs. samples: in one step.
     """
 
     stage: Stage
@@ -40,7 +41,6 @@ class StagePlan:
     gpus: int
     hardware: Hardware
     memory: tuple[Memory, ...]
-    memory_of_first: Memory
     timeline: Timeline
     seconds: float
     pipeline: float
@@ -88,7 +88,7 @@ def plan_stage(
 ) -> StagePlan:
     """Plan ``stage`` of ``recipe`` on ``gpus`` GPUs; UserError if they cannot be split as the layout says.
 
-    simulated: replicas whose packs are drawn; the slowest sets the pace.
+    simulated: replicas whose packs are drawn, at least; the slowest sets the pace.
     """
     layout, config = recipe.stage_layout(stage), recipe.model.eagle()
     try:
@@ -106,7 +106,8 @@ def plan_stage(
         recipe.model.recompute,
         recipe.model.transformer_impl,
     )
-    each, shown = stage.batch // replicas, min(replicas, simulated)
+    each = stage.batch // replicas
+    shown = min(replicas, max(simulated, -(-PACKS_DRAWN // each)))
     packs, samples = mix.packs(each * shown, stage.pack_length, tokens_per_tile(config))
     if not packs:
         raise UserError(f"stage '{stage.name}': no sample fits into a pack of {stage.pack_length} tokens")
@@ -126,7 +127,6 @@ def plan_stage(
         gpus=gpus,
         hardware=hardware,
         memory=memory,
-        memory_of_first=memory_of(recipe, stage, gpus, Place(0), packs[::shown]),
         timeline=slowest[0],
         seconds=pipeline + encoders + reduction + update,
         pipeline=pipeline,

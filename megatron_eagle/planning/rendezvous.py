@@ -148,7 +148,7 @@ def _all_through(programs: Sequence[Program], position: list[int]) -> None:
     waiting = [rank for rank, program in enumerate(programs) if position[rank] < len(program.calls)]
     if not waiting:
         return
-    first = min(waiting, key=lambda rank: len(programs[rank].calls) - position[rank])
+    first = max(waiting, key=lambda rank: len(programs[rank].calls) - position[rank])
     call = programs[first].calls[position[first]]
     absent = [rank for rank in call.members if rank not in waiting]
     elsewhere = [rank for rank in call.members if rank != first and rank in waiting]

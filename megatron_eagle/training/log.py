@@ -6,7 +6,6 @@ from that of an uninterrupted one. Used on a single rank; the trainer gathers th
 """
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.dashboards import open_tensorboard, open_wandb
 
 METRICS_FILE = "metrics.jsonl"
 ETA_WINDOW = 32
@@ -171,8 +171,8 @@ class TrainingLog:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
-            self._tensorboard = _open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
-            self._wandb = _open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
+            self._tensorboard = open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
+            self._wandb = open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
         except BaseException:
             self._file.close()
             raise
@@ -290,28 +290,3 @@ def _drop_later_steps(path: Path, stage: str, resumed_at: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)
-
-
-def _open_tensorboard(folder: Path, resumed_at: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("TensorBoard was asked for and is not installed: pip install tensorboard") from error
-    # purge_step makes TensorBoard forget the steps that the process before us logged after its last checkpoint.
-    return SummaryWriter(str(folder), purge_step=resumed_at + 1)
-
-
-def _open_wandb(folder: Path, project: str, stage: str, resumed_at: int) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise UserError(f"W&B (project {project!r}) was asked for and is not installed: pip install wandb") from error
-    identity_file = folder / f"wandb-{stage}.id"
-    identity = identity_file.read_text().strip() if resumed_at > 0 and identity_file.is_file() else None
-    name = f"{folder.name}-{stage}"
-    run = wandb.init(project=project, group=folder.name, name=name, dir=str(folder), id=identity, resume="allow")
-    identity_file.write_text(run.id + "\n")
-    # A resumed run logs steps again; with a step axis of our own W&B takes them instead of refusing to go backwards.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
