@@ -23,6 +23,7 @@ from megatron_eagle.layout import STRICT, Layout, Positive
 from megatron_eagle.model.config import EagleConfig, QwenConfig, check_layout
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.model.presets import PRESETS
+from megatron_eagle.overrides import apply_override
 
 Part = Literal["vision", "connector", "language"]
 Rate = Annotated[float, Gt(0)]
@@ -251,58 +252,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of keys, it holds a {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     try:
         return TypeAdapter(Recipe).validate_python(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_lines(error)}") from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}' is not of the form key.key=value")
-    *parents, last = key.split(".") if not key.startswith("stages.") else _split_stage_key(raw, key)
-    node: Any = raw
-    for parent in parents:
-        node = _child(node, parent, override)
-    value = yaml.safe_load(text)
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"override '{override}': '{'.'.join(parents)}' holds a single value, not keys")
-
-
-def _split_stage_key(raw: dict[str, Any], key: str) -> list[str]:
-    """Split ``stages.<name>.<rest>``; names may hold dots ("stage1.5"), so the longest name that fits is taken."""
-    rest = key.removeprefix("stages.")
-    names = [str(stage["name"]) for stage in raw.get("stages", []) if isinstance(stage, dict) and "name" in stage]
-    for name in sorted(names, key=len, reverse=True):
-        if rest.startswith(name + "."):
-            return ["stages", name, *rest[len(name) + 1 :].split(".")]
-    return ["stages", *rest.split(".")]
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    if isinstance(node, dict):
-        if node.get(key) is None:
-            node[key] = {}
-        return node[key]
-    raise UserError(f"override '{override}': '{key}' is below a single value")
-
-
-def _index(items: list[Any], key: str, override: str) -> int:
-    for number, item in enumerate(items):
-        if isinstance(item, dict) and str(item.get("name")) == key:
-            return number
-    if key.isdigit() and int(key) < len(items):
-        return int(key)
-    known = ", ".join(str(item["name"]) for item in items if isinstance(item, dict) and "name" in item)
-    raise UserError(f"override '{override}': no entry '{key}' among {len(items)}" + (f" ({known})" if known else ""))
 
 
 def _first_lines(error: ValidationError) -> str:

@@ -45,7 +45,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
     become_part_of_a_run(options.processes)
     from megatron_eagle.evaluation.score import evaluate
-    from megatron_eagle.training.loop import RunFolder
+    from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
     evaluate(

@@ -60,7 +60,8 @@ def _train(options: argparse.Namespace) -> None:
     recipe.stage(options.stage)
     become_part_of_a_run(options.processes)
     watch = _open_watch(options.stacks, options.hang)
-    from megatron_eagle.training.loop import RunFolder, train_stage
+    from megatron_eagle.training.loop import train_stage
+    from megatron_eagle.training.run_folder import RunFolder
     from megatron_eagle.training.stopping import STOPPED_EXIT_CODE, StoppedEarly
 
     try:

@@ -30,7 +30,7 @@ from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
 from megatron_eagle.training.checkpoint import find_latest, load_weights, read_description, require_same_model
 from megatron_eagle.training.engine import build_chunks
-from megatron_eagle.training.loop import RunFolder
+from megatron_eagle.training.run_folder import RunFolder
 
 PREDICTIONS = "predictions.jsonl"
 ACCURACY = "accuracy.json"

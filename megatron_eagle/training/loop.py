@@ -11,10 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,6 @@ from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.parallel.hand_round import hand_round
-from megatron_eagle.parallel.spread import Shares, tile_balance
 from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
 from megatron_eagle.training.checkpoint import (
@@ -37,22 +35,14 @@ from megatron_eagle.training.checkpoint import (
     read_description,
     require_same_model,
 )
+from megatron_eagle.training.counts import gather_counts, step_loss
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.run_folder import RunFolder
 from megatron_eagle.training.saving import SaveFailed, Saver
 from megatron_eagle.training.stopping import StoppedEarly, Watch
-from megatron_eagle.training.throughput import stated_peak, useful_flops, utilisation
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where everything of a run lies: ``<runs>/<recipe name>/``."""
-
-    path: Path
-
-    def stage_checkpoints(self, stage_name: str) -> Path:
-        return self.path / "checkpoints" / stage_name
+from megatron_eagle.training.throughput import stated_peak, utilisation
 
 
 def train_stage(
@@ -122,7 +112,7 @@ class StageRun:
                 raise UserError(
                     f"{resume_from} is at step {self.step}, stage '{self.stage.name}' has only {self.stage.steps} steps"
                 )
-        first_weights = None if resume_from else self._first_weights()
+        first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
         if resume_from and description:
@@ -139,29 +129,6 @@ class StageRun:
         for line in damaged:
             self._say(f"passed over: {line}")
         return found
-
-    def _first_weights(self) -> Path | None:
-        """The checkpoint this stage starts from: the stage before, or the recipe's initial weights."""
-        before = self.recipe.stage_before(self.stage)
-        if before is None:
-            given = self.recipe.model.initial_weights
-            checkpoint = Path(given) if given else None
-        else:
-            checkpoint = find_latest(self.run_folder.stage_checkpoints(before.name))
-            if checkpoint is None:
-                raise UserError(
-                    f"stage '{self.stage.name}' starts from '{before.name}', which has no checkpoint in "
-                    f"{self.run_folder.stage_checkpoints(before.name)}; train it first"
-                )
-        if checkpoint is None:
-            return None
-        description = read_description(checkpoint)
-        require_same_model(checkpoint, description, self.recipe.model.eagle())
-        if before is not None and not description.complete:
-            raise UserError(
-                f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"
-            )
-        return checkpoint
 
     def _open_stream(self, position: bytes | None) -> Stream | None:
         """The reader's stream of packs; a failure on one reader is everybody's."""
@@ -269,50 +236,35 @@ class StageRun:
         waited: float,
         started: float,
     ) -> StepRecord | None:
-        own = loss if self.groups.is_last_stage and self.groups.tp_rank == 0 else 0.0
-        total = torch.tensor([own], dtype=torch.float64, device=self.platform.device)
-        dist.all_reduce(total)
-        if not math.isfinite(float(total)):
+        total = step_loss(loss, self.groups, self.platform.device)
+        if not math.isfinite(total):
             ids = [identity for batch in batches for identity in batch.sample_ids]
             self.saver.finish()  # every process is here
-            raise RuntimeError(
-                f"{self.stage.name} step {self.step}: loss is {float(total)}; samples of this replica: {ids}"
-            )
-        if not self.groups.is_reader:
+            raise RuntimeError(f"{self.stage.name} step {self.step}: loss is {total}; samples of this replica: {ids}")
+        counts = gather_counts(self.recipe.model.eagle(), self.stage.trainable, batches, self.groups)
+        if counts is None:
             return None
-        flops = useful_flops(self.recipe.model.eagle(), self.stage.trainable, batches)
-        counts = _gather([_Counts.of(batches, flops)], self.groups)
-        if self.groups.rank != 0:
-            return None
-        rejected = [item for part in counts for item in part.rejected]
-        self.rejected_total += len(rejected)
+        self.rejected_total += len(counts.rejected)
         seconds = time.perf_counter() - started
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
             steps=self.stage.steps,
-            loss=float(total),
+            loss=total,
             learning_rate=engine.learning_rate,
             grad_norm=grad_norm,
-            useful_tokens=sum(part.useful_tokens for part in counts),
+            useful_tokens=counts.useful_tokens,
             tokens=self.stage.batch * self.stage.pack_length,
-            tiles=sum(part.tiles for part in counts),
-            tile_balance=self._tile_balance([part.tiles for part in counts]),
+            tiles=counts.tiles,
+            tile_balance=counts.tile_balance,
             seconds=seconds,
-            **utilisation(sum(part.flops for part in counts), seconds, self.groups.world_size, self.platform.device),
+            **utilisation(counts.flops, seconds, self.groups.world_size, self.platform.device),
             data_wait=waited,
             checkpoint_stall_s=self.saver.take_stall(),
-            sample_digest=sample_digest([identity for part in counts for identity in part.sample_ids]),
+            sample_digest=sample_digest(counts.sample_ids),
             rejected_total=self.rejected_total,
-            rejected=rejected,
+            rejected=counts.rejected,
         )
-
-    def _tile_balance(self, tiles_per_replica: Sequence[int]) -> float | None:
-        """How evenly the tiles of the step were spread over all processes; None where they are not spread."""
-        if not self.groups.spread_encoders:
-            return None
-        shares = [Shares.of(tiles, self.groups.replica_size) for tiles in tiles_per_replica]
-        return tile_balance([count for share in shares for count in share.per_rank])
 
     def _description(self, engine: Engine) -> Description:
         return Description(
@@ -360,33 +312,3 @@ class StageRun:
     def _say(self, line: str) -> None:
         if self.groups.rank == 0:
             print(line, flush=True)
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """What one replica read in a step."""
-
-    sample_ids: list[str]
-    useful_tokens: int
-    tiles: int
-    flops: float
-    rejected: list[tuple[str, str]]
-
-    @staticmethod
-    def of(batches: Sequence[PackedBatch], flops: float) -> "_Counts":
-        return _Counts(
-            sample_ids=[identity for batch in batches for identity in batch.sample_ids],
-            useful_tokens=sum(batch.useful_tokens for batch in batches),
-            tiles=sum(len(batch.tile_slots) for batch in batches),
-            flops=flops,
-            rejected=[item for batch in batches for item in batch.rejected],
-        )
-
-
-def _gather(own: list[Any], groups: Groups) -> list[Any]:
-    """The readers' values; only readers call this, their data-parallel group is all of them."""
-    if groups.dp_size == 1:
-        return own
-    parts: list[Any] = [None] * groups.dp_size
-    dist.all_gather_object(parts, own[0], group=groups.dp)
-    return parts

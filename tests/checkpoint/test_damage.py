@@ -63,7 +63,8 @@ def damage_and_train(recipe_path, runs, fallback):
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.platform import install
     from megatron_eagle.recipe import load_recipe
-    from megatron_eagle.training.loop import RunFolder, StageRun
+    from megatron_eagle.training.loop import StageRun
+    from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path))
     platform = install()

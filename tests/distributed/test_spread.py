@@ -253,7 +253,7 @@ def score(recipe_path: str, runs: str, data: str, out: str) -> None:
     from megatron_eagle.evaluation.score import evaluate
     from megatron_eagle.platform import install
     from megatron_eagle.recipe import load_recipe
-    from megatron_eagle.training.loop import RunFolder
+    from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path))
     folder = RunFolder(Path(runs) / recipe.name)

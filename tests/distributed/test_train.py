@@ -29,7 +29,8 @@ def train(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = 
 
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.platform import install
-    from megatron_eagle.training.loop import RunFolder, StageRun
+    from megatron_eagle.training.loop import StageRun
+    from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path), overrides)
     platform = install()
@@ -48,7 +49,7 @@ def weights(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] 
     from megatron_eagle.platform import install
     from megatron_eagle.training.checkpoint import find_latest, load_weights
     from megatron_eagle.training.engine import build_chunks
-    from megatron_eagle.training.loop import RunFolder
+    from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path), overrides)
     platform = install()
@@ -376,7 +377,8 @@ def train_until_a_signal(recipe_path: str, runs: str) -> str:
 
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.platform import install
-    from megatron_eagle.training.loop import RunFolder, StageRun
+    from megatron_eagle.training.loop import StageRun
+    from megatron_eagle.training.run_folder import RunFolder
     from megatron_eagle.training.stopping import StoppedEarly, Watch
 
     recipe, platform, watch = load_recipe(Path(recipe_path)), install(), Watch()
