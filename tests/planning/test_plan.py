@@ -8,6 +8,8 @@ import yaml
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
+from megatron_eagle.model.flops import Parts
+from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware, profile_names
 from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.planning.published import (
@@ -18,10 +20,10 @@ from megatron_eagle.planning.published import (
     matching_tokens,
     software,
 )
-from megatron_eagle.planning.report import layout_as_yaml, search_table, stage_table
+from megatron_eagle.planning.report import layout_as_yaml, search_table, stage_line, stage_table
 from megatron_eagle.planning.samples import Mix
 from megatron_eagle.planning.search import search, with_layout
-from megatron_eagle.planning.timing import link_rate, ring_rate
+from megatron_eagle.planning.timing import Timing, link_rate, ring_rate
 from megatron_eagle.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -42,6 +44,8 @@ def test_spreading_the_encoders_balances_the_pipeline():
     """Even layers, two encoders on the first of four stages: about 47 % (44 % with the output layer on the last)."""
     stuck, spread = planned(Layout(pp=4)), planned(Layout(pp=4, encoder="spread"))
     assert 0.40 < stuck.timeline.balance < 0.50
+    assert "encoders on stage 0: stage 0 100%, stage 1 2" in stage_line(stuck) and "43% of" in stage_line(stuck)
+    assert "outside the pipeline: stage 0 6" in stage_line(spread)
     assert spread.timeline.balance > 0.75
     evened = planned(Layout(pp=4, encoder="spread", layers_per_stage=(8, 8, 7, 5)))
     assert evened.timeline.balance > 0.95
@@ -66,6 +70,30 @@ def test_a_ring_between_nodes_runs_through_all_their_adapters():
     assert ring_rate(H100, 8, 1) == ring_rate(H100, 4, 2) == 450e9 * 0.7
     assert ring_rate(H100, 256, 1) == pytest.approx(8 * 50e9 * 0.7)
     assert ring_rate(H100, 32, 8) == pytest.approx(50e9 * 0.7)
+
+
+def test_copies_of_spread_encoders_are_summed_up_also_where_there_is_one_replica():
+    few = eagle().stage("stage1.5")
+    recipe = replace(eagle(), stages=(replace(few, batch=8),))
+    one = {"layers_per_stage": (8, 8, 7, 5), "pp": 4}
+    plans = []
+    for layout in (Layout(**one), Layout(**one, encoder="spread")):
+        variant = with_layout(recipe, recipe.stages[0], layout, "full")
+        plans.append(plan_stage(variant, variant.stages[0], 4, H100, Mix()))
+    assert plans[0].reduction == 0.0
+    copy = 1.29e9  # parameters (docs/encoder_placement.md), 4 bytes of gradient and 2 of weight, 3/4 of them move
+    assert plans[1].reduction == pytest.approx(copy * (4 + 2) * 0.75 / (450e9 * 0.7), 0.02)
+
+
+def test_starting_a_layer_costs_a_cpu_time_of_its_own_and_a_gpu_none():
+    config = eagle().model.eagle()
+    sizes = Activations(config, Layout(), Parts(True, True, True))
+    work = Pack((4096,), 0)
+    ahead = Timing(sizes, H100).layer(work)
+    slow = Timing(sizes, replace(H100, launches_ahead=False)).layer(work)
+    assert slow.forward == pytest.approx(ahead.forward + H100.launch)
+    assert slow.backward == pytest.approx(ahead.backward + 2 * H100.launch)
+    assert Timing(sizes, replace(H100, launch=1.0)).layer(work).forward == 1.0
 
 
 def test_what_does_not_fit_says_so():
