@@ -1,10 +1,10 @@
 """What a microbatch leaves behind between its forward and its backward pass, and what each needs on top for a moment.
 
-Derived from what autograd saves in this project's modules, tensor by tensor. ``local`` is what the CPU runs, and what
-the tests measure: the norms keep their input in float32, keys and values are copied for every query head that shares
-them, and a SwiGLU keeps five tensors. ``transformer_engine`` keeps less: its norms need only
-their input and output, and the
-attention kernel reads shared heads in place. The difference is written down per module, not fitted.
+Derived from what autograd saves in this project's modules, tensor by tensor. ``impl: local`` with ``kernels: torch``
+is what the CPU runs, and what the tests measure: the norms keep their input in float32, a SwiGLU keeps five tensors,
+keys and values are copied for every query head that shares them, logits are whole and in float32. Transformer Engine's
+norms need only their input and output; this project's kernels read shared heads in place and make the loss of some rows
+at a time. The difference is written down per module, not fitted.
 
 All sizes are bytes on one process.
 """
@@ -19,11 +19,13 @@ from megatron_eagle.model.encoders.convnext import EXPANSION
 from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
 from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
 from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
-from megatron_eagle.model.hosting import Precision, Recompute, TransformerImpl
+from megatron_eagle.model.hosting import Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
 
 # Float32 copies of all pixels that live at once while tiles are normalised, before anything is encoded.
 PIXEL_COPIES = {"siglip": 2, "convnext": 3}
+# Rows whose logits exist at a time in eagle_kernels.linear_cross_entropy (its rows_per_chunk).
+ROWS_OF_LOGITS = 4096
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Activations:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     impl: TransformerImpl = "local"
+    kernels: Kernels = "torch"
 
     @property
     def _repeats_layers(self) -> bool:
@@ -112,6 +115,8 @@ class Activations:
 
     def head(self, pack: Pack) -> Held:
         """The last norm, the logits and their cross entropy."""
+        if self.kernels == "triton":
+            return self._head_in_kernel(pack)
         language, tokens = self.config.language, self._tokens(pack)
         logits = tokens * language.padded_vocab_size / self.layout.tp
         embedding = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
@@ -125,6 +130,19 @@ class Activations:
             logits * self.number if self.precision == "bf16" else 0.0,
             max(copied * logits * self.number, weight_gradient + whole + self.hidden(pack)),
         )
+
+    def _head_in_kernel(self, pack: Pack) -> Held:
+        """The same where gradients are made with the loss: they wait for the backward pass, the logits do not."""
+        language, tokens = self.config.language, self._tokens(pack)
+        columns = language.padded_vocab_size / self.layout.tp
+        rows = min(tokens, ROWS_OF_LOGITS)
+        weight = columns * language.hidden_size if self.parts.language else 0.0
+        whole = self.embedding(pack)  # hidden states and their gradient are whole, even with sequence parallelism
+        chunk = rows * (columns + 2 * language.hidden_size) * self.number
+        gathered = whole if self._split > 1 else 0.0
+        norm = self._norm(pack) - self.hidden(pack) * self.parts.language  # no product behind it needs its output
+        saved = norm + whole + 4 * weight + 8 * tokens
+        return Held(saved, chunk + gathered, whole + weight * self.number + self.hidden(pack))
 
     def tied_gradient(self) -> tuple[float, float]:
         """(from the output layer's backward pass on, at the end of the embedding's) for a weight that is both: the one
@@ -172,19 +190,19 @@ class Activations:
         """Queries, the whole pack's keys and values, the output, and the rotary table that turned them."""
         language, tokens, length = self.config.language, self._tokens(pack), pack.length
         heads = language.hidden_size / self.layout.tp
-        shared = self.impl == "local"  # a copy for every query head
+        shared = self.kernels == "torch"  # a copy for every query head
         keys = heads if shared else self._key_channels
         rotary = 4 * tokens * language.head_dim * self.number
         places = length / self.layout.ulysses if self.layout.cp > 1 else tokens
         exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0
         saved = (2 * tokens * heads + 2 * places * keys) * self.number + rotary + exchanged
         saved += 4 * tokens * language.num_attention_heads / self.layout.tp
-        return saved + (self._masks(pack) if self.impl == "local" and self.layout.cp > 1 else 0.0)
+        return saved + (self._masks(pack) if self.kernels == "torch" and self.layout.cp > 1 else 0.0)
 
     def _core_inputs(self, pack: Pack) -> float:
         """What recomputing the attention core starts from: queries, keys, and the product that values are a view of."""
         heads = self.config.language.hidden_size / self.layout.tp
-        values = heads + 2 * self._key_channels if self.impl == "local" else self._key_channels
+        values = heads + 2 * self._key_channels if self.kernels == "torch" else self._key_channels
         rotary = 4 * self.config.language.head_dim
         return self._tokens(pack) * (heads + self._key_channels + values + rotary) * self.number
 
@@ -241,7 +259,7 @@ class Activations:
         tokens, hidden, tp = siglip.patches_per_side**2, siglip.hidden_size, self.encoder_tp
         inner, heads = siglip.intermediate_size / tp, hidden / tp
         pixels = 3 * siglip.image_size**2 * self.number
-        prepared = PIXEL_COPIES["siglip"] * 3 * siglip.image_size**2 * 4.0
+        prepared = pixels if self.kernels == "triton" else PIXEL_COPIES["siglip"] * 3 * siglip.image_size**2 * 4.0
         core = (3 * heads + heads) * self.number + 4 * siglip.num_attention_heads / tp
         norm = 2 * hidden * self.number + 8
         layer = tokens * (2 * norm + core + (heads + 2 * inner) * self.number)
@@ -257,7 +275,7 @@ class Activations:
         side, sizes, tp = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes, self.encoder_tp
         again = self._repeats_layers
         pixels = 3.0 * convnext.image_size**2
-        prepared = PIXEL_COPIES["convnext"] * pixels * 4.0
+        prepared = pixels * self.number if self.kernels == "triton" else PIXEL_COPIES["convnext"] * pixels * 4.0
         total = Held(pixels * self.number, prepared - pixels * self.number)
         total = total.then(Held(side**2 * sizes[0] * self.number))
         largest = prepared

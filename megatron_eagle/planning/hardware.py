@@ -69,6 +69,11 @@ class Hardware:
             raise ValueError(f"profile '{self.name}' gives no source for {', '.join(unexplained)}")
 
     @property
+    def device(self) -> str:
+        """``cuda`` or ``cpu``: only a GPU runs beside the process that launches its kernels."""
+        return "cuda" if self.launches_ahead else "cpu"
+
+    @property
     def usable_bytes(self) -> float:
         return self.memory_bytes - self.reserved_bytes
 

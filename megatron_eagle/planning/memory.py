@@ -90,6 +90,7 @@ def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: Place, packs
         precision=recipe.precision,
         recompute=recipe.model.recompute,
         impl=recipe.model.transformer_impl,
+        kernels=recipe.model.kernels_on("cpu"),
     )
     weights, gradients, optimizer, update = persistent(recipe, stage, world_size, place)
     activations, where = _walk(sizes, place, packs)

@@ -83,6 +83,13 @@ class StagePlan:
         return steps * self.seconds / 3600
 
 
+def with_kernels_of(recipe: Recipe, hardware: Hardware) -> Recipe:
+    """``recipe`` with the kernels that it would run with on ``hardware``."""
+    if recipe.model.kernels is not None:
+        return recipe
+    return replace(recipe, model=replace(recipe.model, kernels=recipe.model.kernels_on(hardware.device)))
+
+
 def plan_stage(
     recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples, simulated: int = REPLICAS_SIMULATED
 ) -> StagePlan:
@@ -90,6 +97,7 @@ def plan_stage(
 
     simulated: replicas whose packs are drawn, at least; the slowest sets the pace.
     """
+    recipe = with_kernels_of(recipe, hardware)
     layout, config = recipe.stage_layout(stage), recipe.model.eagle()
     try:
         replicas = layout.data_parallel_size(gpus)
@@ -105,6 +113,7 @@ def plan_stage(
         recipe.precision,
         recipe.model.recompute,
         recipe.model.transformer_impl,
+        recipe.model.kernels_on("cpu"),
     )
     each = stage.batch // replicas
     shown = min(replicas, max(simulated, -(-PACKS_DRAWN // each)))

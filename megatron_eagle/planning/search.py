@@ -18,7 +18,7 @@ from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import Place, memory_of
-from megatron_eagle.planning.plan import StagePlan, plan_stage
+from megatron_eagle.planning.plan import StagePlan, plan_stage, with_kernels_of
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
 from megatron_eagle.recipe import Recipe, Stage
@@ -34,6 +34,7 @@ def search(
 ) -> list[StagePlan]:
     """The ``keep`` fastest layouts of ``stage`` on ``gpus`` GPUs that fit, best first; empty if none does."""
     best: list[StagePlan] = []
+    recipe = with_kernels_of(recipe, hardware)
     for layout, recompute in candidates(recipe, stage, gpus, hardware, mix):
         variant = with_layout(recipe, stage, layout, recompute)
         try:
@@ -100,6 +101,7 @@ def _balance(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardw
         recipe.precision,
         recompute,
         recipe.model.transformer_impl,
+        recipe.model.kernels_on("cpu"),
     )
     timing = Timing(sizes, hardware)
     layer, head, tiles = timing.layer(pack), timing.head(pack), timing.tiles(pack.tiles)

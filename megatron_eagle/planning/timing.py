@@ -6,7 +6,7 @@ backward pass costs time here and counts nowhere else. Reading data is taken to 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_eagle.model.encoders import encoder_config
@@ -56,7 +56,7 @@ class Timing:
         work, share = pack.computed(), layout.tp * layout.cp
         products = self._compute(layer_flops(language, parts, work.tokens) * (1 / share), self.hardware.products)
         core = self._compute(attention_flops(language, parts, work.pairs) * (1 / share), self.hardware.attention)
-        kept = Activations(self.sizes.config, layout, parts, self.sizes.precision, "none", "transformer_engine")
+        kept = replace(self.sizes, recompute="none", impl="transformer_engine", kernels="triton")
         rest = self._elementwise(kept.layer(pack).saved)
         exchange = self._tensor_exchange(pack) + self._context_exchange(pack)
         once = products + core + rest + exchange

@@ -9,7 +9,8 @@ import yaml
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.flops import Parts
-from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.model.presets import PRESETS
+from megatron_eagle.planning.activations import ROWS_OF_LOGITS, Activations, Pack
 from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware, profile_names
 from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.planning.published import (
@@ -140,3 +141,16 @@ def test_packs_are_ragged_and_within_bounds():
     assert all(pack.length == 8192 for pack in packs)
     assert len({pack.segments for pack in packs}) == len(packs) and len({pack.tiles for pack in packs}) > 1
     assert samples > len(packs)
+
+
+def test_kernels_hold_no_logits_and_the_plan_knows_how_many_rows_they_make() -> None:
+    kernel = (Path(__file__).parents[2] / "kernels/eagle_kernels/linear_cross_entropy/__init__.py").read_text()
+    assert f"rows_per_chunk: int = {ROWS_OF_LOGITS}," in kernel
+    config, parts = PRESETS["eagle2-9b"], Parts.of(("language",))
+    pack = Pack((16_384,), 0)
+    torch_ops, triton = (Activations(config, Layout(), parts, kernels=kernels) for kernels in ("torch", "triton"))
+    logits = 16_384 * config.language.padded_vocab_size * 4
+    norm, hidden = 16_384 * 3584 * 6, 16_384 * 3584 * 2
+    assert torch_ops.head(pack).saved > logits
+    weight = 4 * config.language.padded_vocab_size * 3584
+    assert triton.head(pack).saved == pytest.approx(norm + hidden + weight, rel=0.001)
