@@ -143,7 +143,8 @@ def main(folder: Path, short: bool) -> None:
     text = (
         f"# Seconds of a step, planned and measured, {date}\n\n"
         "`OMP_NUM_THREADS=1 python benchmarks/step_time.py benchmarks/reports`, two processes on two cores of "
-        f"{processor()}, one thread each, gloo, fp32; 8 packs of {LENGTH} tokens a step; median of three steps behind one that warms up. "
+        f"{processor()}, one thread each, gloo, fp32; 8 packs of {LENGTH} tokens a step; "
+        "median of three steps behind one that warms up. "
         f"Calibration: {hardware.sources['products']}.\n\n{table}\n"
     )
     (folder / f"{date}-step-time.md").write_text(text, encoding="utf-8")
