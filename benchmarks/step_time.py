@@ -94,6 +94,19 @@ def recipe_of(layout: dict[str, Any], recompute: str, batch: int) -> Recipe:
     return TypeAdapter(Recipe).validate_python(settings)
 
 
+def processor() -> str:
+    """What Linux calls the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "this machine")
+
+
+def _label(recipe: Recipe, packs: str, recompute: str) -> str:
+    layout = recipe.layout
+    layers = f" layers {'-'.join(map(str, layout.layers_per_stage))}" if layout.layers_per_stage else ""
+    extra = " recompute full" if recompute == "full" else ""
+    return f"dp={layout.data_parallel_size(2)} {describe_layout(layout)}{layers}, {packs}{extra}"
+
+
 def main(folder: Path, short: bool) -> None:
     """Calibrate, then run all cases."""
     platform, world, started = install(), World(2), time.perf_counter()
@@ -129,8 +142,9 @@ def main(folder: Path, short: bool) -> None:
     (folder / f"{date}-step-time.yaml").write_text(hardware_as_yaml(hardware), encoding="utf-8")
     text = (
         f"# Seconds of a step, planned and measured, {date}\n\n"
-        "`OMP_NUM_THREADS=1 python benchmarks/step_time.py benchmarks/reports`, two processes on two CPU cores, one "
-        f"thread each, gloo, fp32; 8 packs of {LENGTH} tokens a step; median of three steps behind one that warms up. "
+        "`OMP_NUM_THREADS=1 python benchmarks/step_time.py benchmarks/reports`, two processes on two cores of "
+        f"{processor()}, one thread each, gloo, fp32; 8 packs of {LENGTH} tokens a step; "
+        "median of three steps behind one that warms up. "
         f"Calibration: {hardware.sources['products']}.\n\n{table}\n"
     )
     (folder / f"{date}-step-time.md").write_text(text, encoding="utf-8")

@@ -71,7 +71,10 @@ def _plan(options: argparse.Namespace) -> None:
         from megatron_eagle.planning.dry_run import dry_run
 
         for stage in stages:
-            print(dry_run(recipe, stage, options.gpus or stage.gpus or 0).text(), flush=True)
+            outcome = dry_run(recipe, stage, options.gpus or stage.gpus or 0)
+            print(outcome.text(), flush=True)
+            if not outcome.equal:
+                raise UserError(f"stage '{stage.name}': bytes as built differ from the plan, see above")
         return
     hardware = load_hardware(options.gpu)
     given = {"tokens_per_sample": options.tokens_per_sample, "visual": options.visual}

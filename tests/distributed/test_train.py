@@ -77,6 +77,9 @@ def test_stage_one_changes_the_connector_and_nothing_else(small_run, worlds, tmp
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("connector.")}
     assert len(changed) == 6
+    steps = metrics(tmp_path)  # saved after steps 3 and 6
+    assert [entry["step"] for entry in steps if entry["checkpoint_stall"] > 0] == [4]
+    assert all(entry["tflops"] > 0 and entry["mfu"] is None for entry in steps)
 
 
 def test_later_stages_start_where_the_one_before_ended(small_run, worlds, tmp_path: Path) -> None:
