@@ -1,12 +1,14 @@
 """Small models of the five published shapes, released checkpoints of random numbers, and saving them in a layout."""
 
 import json
+import queue
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 
 from megatron_eagle.checkpoint.export import write_configs
@@ -95,4 +97,6 @@ def resave(source: str, config: EagleConfig, layout: Layout, folder: str, precis
         description = Description("test", 3, 3, asdict(config), asdict(layout), groups.dp_size)
         (Path(folder) / DESCRIPTION).write_text(json.dumps(asdict(description)))
     torch.distributed.barrier()
+    # Megatron would start one more Python in every process, for results that never leave it.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, folder, content_metadata=CONTENT)

@@ -75,7 +75,7 @@ def round_trip(worlds, tokenizer, model, layout, replicas, dtype, seed):
     assert proof.round_trip.equal and proof.round_trip.tensors > 0
 
 
-@settings(quiet, max_examples=5)
+@settings(quiet, max_examples=10)
 @given(**everything)
 def test_round_trip(worlds, tokenizer, model, layout, replicas, dtype, seed):
     round_trip(worlds, tokenizer, model, layout, replicas, dtype, seed)
