@@ -99,7 +99,7 @@ def draw(measured: Measurement, path: Path, earlier: Measurement | None = None) 
             below += value
     seconds.set_xticks(range(len(bars)), [label for label, _ in bars])
     seconds.set_title(f"seconds of a step, MFU {measured.mfu:.1%}", loc="left", fontsize=10)
-    seconds.legend(frameon=False, fontsize=8)
+    seconds.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(PHASES))
     sizes = [("measured", measured.peak_bytes), ("planned", measured.predicted_bytes)]
     sizes += [(earlier.date, earlier.peak_bytes)] if earlier else []
     memory.bar([label for label, _ in sizes], [size / 1e9 for _, size in sizes], color=_COLOURS["forward and backward"])
