@@ -75,6 +75,8 @@ def write_video(
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = BITS * 16, 32, "yuv420p"
         stream.codec_context.gop_size = group
+        # An encoder's threads outlive its file until it is collected; a forked child (Energon's index) waits for them.
+        stream.codec_context.thread_count = 1
         if turned:
             stream.set_display_rotation(turned)
         container.start_encoding()  # writes the header, also if no frame follows

@@ -360,3 +360,23 @@ def test_a_video_that_rots_moves_no_other_sample(built, tokenizer, tmp_path):
     assert sum(len(pack.sample_ids) for pack in packs) + len(rejected) == 10 and 1 <= len(rejected) <= 2
     bad = {sample for sample, _ in rejected}
     assert [[i for i in p.sample_ids if i not in bad] for p in whole] == [p.sample_ids for p in packs]
+
+
+@pytest.mark.long
+def test_progressive_context_trains_on_videos(built, small_run, tmp_path):
+    """Two stages over one data set, the second with packs twice as long: more frames, finite losses, no sample lost."""
+    stage = {"steps": 3, "batch": 2, "learning_rate": 1e-3, "blend": [{"path": str(built)}], "trainable": ["connector"]}
+    stages = [{**stage, "name": f"s{length}", "pack_length": length} for length in (1024, 2048)]
+    recipe = small_run.write_recipe(tmp_path / "recipe.yaml", stages=stages, reading={"degrade": True})
+    frames = []
+    for each in stages:
+        command = [sys.executable, "-m", "megatron_eagle", "train", str(recipe), "--runs", str(tmp_path / "runs")]
+        done = subprocess.run([*command, "--stage", each["name"]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (tmp_path / "runs" / "small" / "metrics.jsonl").read_text().splitlines())
+        steps = [step for step in lines if step["stage"] == each["name"]]
+        assert len(steps) == 3 and all(np.isfinite(step["loss"]) and not step["rejected"] for step in steps)
+        command = [sys.executable, "-m", "megatron_eagle", "data", "measure", str(recipe), "--stage", each["name"]]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        frames.append(int(re.search(r"(\d+) frames", said)[1]))
+    assert frames[0] < frames[1]
