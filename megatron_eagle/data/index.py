@@ -1,6 +1,7 @@
 """Energon's index beside a folder of shards: written for a new data set, and read through to check one."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -17,10 +18,15 @@ def write_index(folder: Path, shards: list[str]) -> None:
 
     from megatron_eagle.data.energon import CONVERSATION_FORMAT
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        WebdatasetPreparator.prepare_dataset(
-            folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(4, len(shards))
-        )
+    # Energon forks processes. One that collected a codec left behind here would wait for threads it does not have.
+    gc.freeze()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            WebdatasetPreparator.prepare_dataset(
+                folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(4, len(shards))
+            )
+    finally:
+        gc.unfreeze()
     kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     # JSON is YAML; Energon reads only the name dataset.yaml.
     dataset = json.dumps({**kind, "subflavors": CONVERSATION_FORMAT}, indent=2)
