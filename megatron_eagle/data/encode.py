@@ -1,9 +1,9 @@
-"""One stored sample -> a segment of a pack; shared by both ways of ordering packs.
+"""One stored sample -> a segment of a pack; shared by both ways of ordering packs and by evaluation.
 
 Two steps, because lengths are wanted long before pixels: ``tokenise`` looks at headers and text, ``add_tiles`` decodes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_eagle.data.broken import BrokenSample
 from megatron_eagle.data.catalogue import read_pictures
-from megatron_eagle.data.conversation import EncodedConversation, encode_conversation
+from megatron_eagle.data.conversation import EncodedConversation, encode_conversation, encode_prompt
 from megatron_eagle.data.cutting import Clip, Cut, Cutter
 from megatron_eagle.data.dali import DaliDecoder
 from megatron_eagle.data.file_slice import FileSlice
@@ -23,24 +23,30 @@ from megatron_eagle.data.tiling import Tiling, choose_grid, cut_tiles
 from megatron_eagle.data.video import VideoReader
 
 
-def tokenise(stored: StoredSample, cutter: Cutter) -> tuple[Segment, Cut]:
-    """Tokens of a sample without its pixels, and how these are to be cut; raises BrokenSample if it fits no pack."""
+def tokenise(stored: StoredSample, cutter: Cutter, *, prompt: bool = False) -> tuple[Segment, Cut]:
+    """Tokens of a sample without its pixels, and how these are to be cut; raises BrokenSample if it fits no pack.
+
+    prompt: up to where its last answer begins (``encode_prompt``) instead of the whole.
+    """
+    encode = encode_prompt if prompt else encode_conversation
     s = cutter.settings
     pictures = read_pictures(stored, s.max_pixels)
     # A first look without the text, which turns into millions of tokens before it could be found too long.
     cut = cutter.cut(pictures, 0)
-    encoded = _encode(stored, cutter, cut)
+    encoded = _encode(encode, stored, cutter, cut)
     final = cutter.cut(pictures, len(encoded.tokens) - cut.tokens)
     if final != cut:
-        encoded = _encode(stored, cutter, final)
+        encoded = _encode(encode, stored, cutter, final)
     no_tiles = torch.empty((0, 3, s.tile_size, s.tile_size), dtype=torch.uint8)
     return Segment(stored.conversation.id, encoded.tokens, encoded.labels, encoded.tile_slots, no_tiles), final
 
 
-def _encode(stored: StoredSample, cutter: Cutter, cut: Cut) -> EncodedConversation:
+def _encode(
+    encode: Callable[..., EncodedConversation], stored: StoredSample, cutter: Cutter, cut: Cut
+) -> EncodedConversation:
     s = cutter.settings
     videos = [clip.frames for clip in cut.clips]
-    return encode_conversation(stored.conversation, cutter.tokenizer, cut.tiles, s.tokens_per_tile, s.system, videos)
+    return encode(stored.conversation, cutter.tokenizer, cut.tiles, s.tokens_per_tile, s.system, videos)
 
 
 def add_tiles(

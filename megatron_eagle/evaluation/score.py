@@ -15,16 +15,16 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from tqdm import tqdm
 
-from megatron_eagle.data.conversation import MARKER, Conversation, encode_prompt
-from megatron_eagle.data.images import decode_image
+from megatron_eagle.data.broken import BrokenSample
+from megatron_eagle.data.conversation import MARKER, VIDEO_MARKER, Conversation
+from megatron_eagle.data.cutting import Cutter
+from megatron_eagle.data.encode import add_tiles, tokenise
 from megatron_eagle.data.shards import StoredSample, iterate_samples
-from megatron_eagle.data.tiling import Tiling, cut_tiles
 from megatron_eagle.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.generate import Prompt, generate, pack_prompts
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.platform import Platform
 from megatron_eagle.recipe import Recipe, Stage
@@ -62,7 +62,8 @@ def evaluate(
 ) -> None:
     """Answer all questions of ``data`` with the newest checkpoint of ``stage``; every process of the run calls this.
 
-    Writes ``predictions.jsonl`` (one Prediction a line) and ``accuracy.json`` into ``out``.
+    Writes ``predictions.jsonl`` (one Prediction a line) and ``accuracy.json`` into ``out``. Questions whose media are
+    broken, or that do not fit into a pack, are left out, named and counted.
     """
     layout = recipe.stage_layout(stage)
     if layout.vpp:
@@ -73,9 +74,13 @@ def evaluate(
     try:
         model = _load_model(recipe, stage, layout, run_folder, platform)
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        answers = _answer(recipe, stage, model, tokenizer, data, groups, platform, answer_tokens)
+        questions = [question for sample in iterate_samples(data) for question in split_questions(sample)]
+        settings = replace(recipe.data_settings(stage), pack_length=stage.pack_length - answer_tokens)
+        prompts, rejected = _prompts(questions, Cutter(settings, tokenizer))
+        asked = [one.conversation for one in questions if one.conversation.id not in rejected]
+        answers = _answer(stage, model, tokenizer, asked, prompts, groups, platform, answer_tokens)
         if groups.rank == 0:
-            _write(out, answers)
+            _write(out, answers, rejected)
     finally:
         destroy()
 
@@ -95,20 +100,16 @@ def _load_model(
 
 
 def _answer(
-    recipe: Recipe,
     stage: Stage,
     model: EagleModel | Float16Module,
     tokenizer: Tokenizer,
-    data: Path,
+    asked: Sequence[Conversation],
+    prompts: Sequence[Prompt],
     groups: Groups,
     platform: Platform,
     answer_tokens: int,
 ) -> list[Prediction]:
     """All predictions, in the order of the data set, on rank 0; an empty list elsewhere."""
-    config = recipe.model.eagle()
-    tiling = Tiling(config.tile_size, recipe.reading.min_tiles, recipe.reading.max_tiles, recipe.reading.tiling_rule)
-    stored = [question for sample in iterate_samples(data) for question in split_questions(sample)]
-    prompts = [_prompt(one, tokenizer, tiling, tokens_per_tile(config), recipe.reading.system) for one in stored]
     packs = pack_prompts(prompts, stage.pack_length, answer_tokens)[groups.dp_rank :: groups.dp_size]
     seen, blank = (
         generate(
@@ -122,7 +123,7 @@ def _answer(
         )
         for what, chosen in (("with images", packs), ("blanked", [[_blanked(p) for p in pack] for pack in packs]))
     )
-    return _collect([one.conversation for one in stored], seen, blank, groups)
+    return _collect(asked, seen, blank, groups)
 
 
 def split_questions(sample: StoredSample) -> list[StoredSample]:
@@ -136,24 +137,32 @@ def split_questions(sample: StoredSample) -> list[StoredSample]:
         return [sample]
     questions = []
     for number, end in enumerate(ends, 1):
-        shown = sum(turn.text.count(MARKER) for turn in turns[:end])
+        images, videos = (sum(turn.text.count(kind) for turn in turns[:end]) for kind in (MARKER, VIDEO_MARKER))
         conversation = replace(
             sample.conversation,
             id=f"{sample.conversation.id}#{number}",
             turns=turns[:end],
-            images=sample.conversation.images[:shown],
+            images=sample.conversation.images[:images],
+            videos=sample.conversation.videos[:videos],
         )
-        questions.append(StoredSample(conversation, sample.images[:shown]))
+        questions.append(StoredSample(conversation, sample.images[:images], sample.videos[:videos]))
     return questions
 
 
-def _prompt(stored: StoredSample, tokenizer: Tokenizer, tiling: Tiling, tile_tokens: int, system: str) -> Prompt:
-    tiles = [cut_tiles(decode_image(image), tiling) for image in stored.images]
-    encoded = encode_prompt(stored.conversation, tokenizer, [len(part) for part in tiles], tile_tokens, system)
-    empty = torch.empty((0, 3, tiling.tile_size, tiling.tile_size), dtype=torch.uint8)
-    return Prompt(
-        stored.conversation.id, encoded.tokens.tolist(), torch.cat([empty, *tiles]), encoded.tile_slots.tolist()
-    )
+def _prompts(questions: Sequence[StoredSample], cutter: Cutter) -> tuple[list[Prompt], dict[str, str]]:
+    """(what can be asked, reasons why the others cannot by their ids), cut as in training."""
+    prompts: list[Prompt] = []
+    rejected: dict[str, str] = {}
+    for question in questions:
+        try:
+            segment, cut = tokenise(question, cutter, prompt=True)
+            segment = add_tiles(segment, question, cut, cutter.settings)
+        except BrokenSample as reason:
+            rejected[question.conversation.id] = str(reason)
+            continue
+        tokens, slots = segment.tokens.tolist(), segment.tile_slots.tolist()
+        prompts.append(Prompt(segment.sample_id, tokens, segment.tiles, slots))
+    return prompts, rejected
 
 
 def _blanked(prompt: Prompt) -> Prompt:
@@ -189,7 +198,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
     return [Prediction(**json.loads(line)) for line in lines]
 
 
-def _write(out: Path, predictions: Sequence[Prediction]) -> None:
+def _write(out: Path, predictions: Sequence[Prediction], rejected: dict[str, str]) -> None:
     tasks: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         tasks.setdefault(prediction.task, []).append(prediction)
@@ -197,6 +206,7 @@ def _write(out: Path, predictions: Sequence[Prediction]) -> None:
         "questions": len(predictions),
         "overall": _share([p.correct for p in predictions]),
         "blank_images": _share([p.blank_correct for p in predictions]),
+        "rejected": rejected,
         "per_task": {task: _share([p.correct for p in group]) for task, group in sorted(tasks.items())},
     }
     try:
@@ -207,7 +217,10 @@ def _write(out: Path, predictions: Sequence[Prediction]) -> None:
     except OSError as error:
         raise UserError(f"cannot write results to {out}: {error.strerror}") from None
     right, blank = accuracy["overall"], accuracy["blank_images"]
-    print(f"{len(predictions)} questions: {right:.1%} right, {blank:.1%} with blanked images")
+    for identity, reason in rejected.items():
+        print(f"not asked: {identity}: {reason}")
+    left_out = f" ({len(rejected)} could not be asked)" if rejected else ""
+    print(f"{len(predictions)} questions{left_out}: {right:.1%} right, {blank:.1%} with blanked images")
 
 
 def _share(verdicts: Sequence[bool]) -> float:

@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+from samples import image_bytes, make_tokenizer, write_video
+
 from megatron_eagle.data.conversation import parse_record
+from megatron_eagle.data.cutting import Cutter
+from megatron_eagle.data.encode import add_tiles, tokenise
+from megatron_eagle.data.settings import DataSettings, Source
 from megatron_eagle.data.shards import StoredSample
-from megatron_eagle.evaluation.score import Prediction, read_predictions, split_questions
+from megatron_eagle.evaluation.score import Prediction, _prompts, read_predictions, split_questions
 
 
 def sample(turns: list[tuple[str, str]], images: int) -> StoredSample:
@@ -47,3 +52,34 @@ def test_predictions_are_read_back(tmp_path: Path) -> None:
     line = {"id": "i", "task": "t", "question": "q", "answer": "a", "prediction": "p", "blank_prediction": "b"}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
     assert read_predictions(tmp_path) == [Prediction(**line)]
+
+
+def test_questions_are_cut_as_in_training_and_broken_ones_are_left_out_by_name(tmp_path: Path) -> None:
+    """An image, a video and a damaged image: prompts are the beginning of what training would have read."""
+
+    def question(name: str, marker: str, kind: str) -> StoredSample:
+        turns = [{"from": "human", "value": f"{marker}\nWhat is number 1?"}, {"from": "gpt", "value": "It is red."}]
+        conversation = parse_record({"id": name, kind: ["x"], "conversations": turns})
+        media = {
+            "picture": image_bytes((130, 70), "red"),
+            "film": write_video(tmp_path / "film.mp4", 30).read_bytes(),
+            "damaged": image_bytes((130, 70), "red")[:40],
+        }[name]
+        return StoredSample(conversation, *(((media,), ()) if kind == "image" else ((), (media,))))
+
+    settings = DataSettings(sources=(Source("x"),), pack_length=512, tile_size=32, tokens_per_tile=4)
+    cutter = Cutter(settings, make_tokenizer(tmp_path))
+    questions = [
+        question("picture", "<image>", "image"),
+        question("film", "<video>", "video"),
+        question("damaged", "<image>", "image"),
+    ]
+    prompts, rejected = _prompts(questions, cutter)
+    assert [prompt.identity for prompt in prompts] == ["picture", "film"]
+    assert list(rejected) == ["damaged"] and "image" in rejected["damaged"]
+    for prompt, stored in zip(prompts, questions[:2], strict=True):
+        segment, cut = tokenise(stored, cutter)
+        trained = add_tiles(segment, stored, cut, settings)
+        assert len(prompt.tiles) > 1 and prompt.tiles.equal(trained.tiles)
+        assert prompt.tokens == trained.tokens[: len(prompt.tokens)].tolist()
+        assert (trained.labels[: len(prompt.tokens)] < 0).all() and trained.labels[len(prompt.tokens)] >= 0
