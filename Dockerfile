@@ -20,6 +20,7 @@ ENV PIP_CONSTRAINT=/etc/pip/built-for-this-image.txt
 
 RUN pip install --no-cache-dir \
     annotated-types==0.8.0 \
+    av==18.1.0 \
     jinja2==3.1.6 \
     matplotlib==3.11.2 \
     megatron-energon==7.4.1 \
@@ -29,6 +30,7 @@ RUN pip install --no-cache-dir \
     pyyaml==6.0.3 \
     safetensors==0.8.0 \
     sentencepiece==0.2.3 \
+    simplejpeg==1.9.0 \
     tensorboard==2.21.0 \
     tokenizers==0.23.3 \
     tqdm==4.70.1 \

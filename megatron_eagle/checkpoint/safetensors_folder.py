@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint.pieces import InPieces
 from megatron_eagle.checkpoint.tensors import Progress, TensorInfo, TensorSource
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.index import check_relative
@@ -191,12 +192,13 @@ def _write_shard(source: TensorSource, names: list[str], file: Path, progress: P
         return
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as handle:
+        pieces = InPieces(handle)
         handle.write(header)
         for name, info in infos.items():
             tensor = source.read(name).contiguous()
             if TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                 raise ValueError(f"{name} was announced as {info} and is {tensor.dtype} {list(tensor.shape)}")
-            handle.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            pieces.write(tensor.reshape(-1).view(torch.uint8).numpy())
             progress.add(info.bytes)
         handle.flush()
         os.fsync(handle.fileno())

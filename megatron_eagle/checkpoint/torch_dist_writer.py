@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_eagle.checkpoint.pieces import InPieces
 from megatron_eagle.checkpoint.tensors import Progress, TensorInfo
 from megatron_eagle.checkpoint.torch_dist import Place
 from megatron_eagle.errors import UserError
@@ -119,6 +120,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
         return [(start, length) for start, length in json.loads(sidecar.read_text(encoding="utf-8"))]
     places = []
     with file.open("wb") as handle, _without_checksums():
+        pieces = InPieces(handle)
         for item in items:
             start = handle.tell()
             value = item.read()
@@ -128,7 +130,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
                 value = value[None] if item.layer is not None else value
                 # A view would take its whole storage along.
                 value = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value.contiguous()
-            torch.save(value, handle)
+            torch.save(value, pieces)  # type: ignore[arg-type]  # it needs write and flush only
             places.append((start, handle.tell() - start))
             progress.add(item.info.bytes if item.info else 0)
         handle.flush()

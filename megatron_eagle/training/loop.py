@@ -164,7 +164,8 @@ class StageRun:
                 record = self._one_step(engine, stream)
                 if log and record:
                     log.step(record)
-                stop = self.watch.after_step(self.platform.device)
+                with self._doing("agreeing on whether to stop"):
+                    stop = self.watch.after_step(self.platform.device)
                 self._save_if_due(engine, stream, stop or self.step == self.stage.steps)
                 if stop and self.step < self.stage.steps:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")

@@ -78,7 +78,10 @@ def test_stage_one_changes_the_connector_and_nothing_else(small_run, worlds, tmp
     assert changed == {name for name in before if name.startswith("connector.")}
     assert len(changed) == 6
     steps = metrics(tmp_path)  # saved after steps 3 and 6
-    assert [entry["step"] for entry in steps if entry["checkpoint_stall"] > 0] == [4]
+    stalled = [entry["step"] for entry in steps if entry["checkpoint_stall_s"] > 0]
+    assert (
+        stalled and stalled[0] == 4 and stalled[-1] <= 6
+    )  # copied before step 4, published behind it or the next ones
     assert all(entry["tflops"] > 0 and entry["mfu"] is None for entry in steps)
 
 
