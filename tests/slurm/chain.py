@@ -29,7 +29,12 @@ Losses = list[tuple[str, int, float, str]]
 
 
 def small_recipe(
-    small_run: Any, path: Path, *, steps: int | tuple[int, int, int] = STEPS, checkpoint_every: int = 2
+    small_run: Any,
+    path: Path,
+    *,
+    steps: int | tuple[int, int, int] = STEPS,
+    checkpoint_every: int = 2,
+    async_save: bool = True,
 ) -> Path:
     """Three stages of a few steps: the connector, then everything, twice."""
     counts = (steps,) * 3 if isinstance(steps, int) else steps
@@ -37,7 +42,8 @@ def small_recipe(
     connector, everything = settings["stages"]
     stages = []
     for name, stage, count in zip(STAGES, (connector, everything, everything), counts, strict=True):
-        stages.append({**stage, "name": name, "steps": count, "checkpoint_every": checkpoint_every, "gpus": 4})
+        saving = {"checkpoint_every": checkpoint_every, "async_save": async_save}
+        stages.append({**stage, **saving, "name": name, "steps": count, "gpus": 4})
     return small_run.write_recipe(path, layout=LAYOUT, stages=stages)
 
 

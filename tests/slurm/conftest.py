@@ -22,7 +22,8 @@ def slurm() -> Iterator[ThrowawaySlurm]:
 
 @pytest.fixture(scope="session")
 def recipe(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    return small_recipe(small_run, tmp_path_factory.mktemp("recipe") / "recipe.yaml")
+    # Who sees a step's line in the metrics may rely on the checkpoints before it (the fault tests save beside training).
+    return small_recipe(small_run, tmp_path_factory.mktemp("recipe") / "recipe.yaml", async_save=False)
 
 
 @pytest.fixture(scope="session")
