@@ -22,7 +22,7 @@ def slurm() -> Iterator[ThrowawaySlurm]:
 
 @pytest.fixture(scope="session")
 def recipe(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    # Who sees a step's line in the metrics may rely on the checkpoints before it (the fault tests save beside training).
+    # Who sees a step in the metrics may rely on the checkpoint before it (the fault tests save beside training).
     return small_recipe(small_run, tmp_path_factory.mktemp("recipe") / "recipe.yaml", async_save=False)
 
 
