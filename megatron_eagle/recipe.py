@@ -6,7 +6,7 @@ that cannot work is refused here, before a process is started, with the numbers 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -228,6 +228,12 @@ class Recipe:
 
     def stage_layout(self, stage: Stage) -> Layout:
         return stage.layout or self.layout
+
+    def with_kernels_on(self, device: str) -> "Recipe":
+        """This recipe with the kernels that it runs with on ``device``, ``cuda`` or ``cpu``, written into it."""
+        if self.model.kernels is not None:
+            return self
+        return replace(self, model=replace(self.model, kernels=self.model.kernels_on(device)))
 
     def data_settings(self, stage: Stage) -> DataSettings:
         """What the data room needs to know to stream ``stage``."""

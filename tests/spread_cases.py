@@ -85,6 +85,7 @@ def train(
     from megatron_eagle.parallel.hand_round import hand_round
     from megatron_eagle.platform import install
     from megatron_eagle.training import checkpoint
+    from megatron_eagle.training.counts import step_loss
     from megatron_eagle.training.engine import build_engine
     from megatron_eagle.training.loss import normalise_weights
     from megatron_eagle.training.saving import Saver
@@ -104,9 +105,7 @@ def train(
         batches = hand_round(lambda own=own: own, groups, platform.device)
         batches = normalise_weights(batches, "global", packs_in_step=4, data_parallel_group=groups.dp)
         share, norm = engine.step(batches)
-        total = torch.tensor(share if groups.is_last_stage and groups.tp_rank == 0 else 0.0, dtype=torch.float64)
-        dist.all_reduce(total)
-        losses.append(float(total))
+        losses.append(step_loss(share, groups, platform.device))
         norms.append(norm)
     if save_to is not None:
         description = checkpoint.Description("stage", stop, len(STEPS), asdict(EAGLE), asdict(layout), groups.dp_size)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -87,7 +87,7 @@ def hf_to_megatron(
     back = AsHuggingFace(TorchDist(partial), config, dialect)
     trip = compare(Only(rounded, theirs.used), back, "round trip")
     clock.lap("round trip")
-    difference, largest = _logits(options, partial, config, rounded, dialect)
+    shared = _for_both_directions(options, partial, config, rounded, dialect)
     clock.lap("logits")
     files = [file for source in sources for file in SafetensorsFolder(source).files]
     proof = Proof(
@@ -96,15 +96,11 @@ def hf_to_megatron(
         target=str(out),
         source_sha256=digests(files),
         target_sha256=digests(_weight_files(partial)),
-        model=asdict(config),
         round_trip=trip,
         unused=_unused(released, theirs.used),
         dtype_changes=_dtype_changes(released, rounded),
-        padding_rows=config.language.padded_vocab_size - config.language.vocab_size,
-        logits=difference,
-        logits_largest=largest,
-        logits_skipped=None if options.logits else "--no-logits was given",
         seconds=clock.finish("digests"),
+        **shared,
     )
     return finish(proof, partial, out)
 
@@ -146,7 +142,7 @@ def megatron_to_hf(
     ours = Weights(stored, config, list(back.infos), options.dtype)
     trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
     clock.lap("round trip")
-    difference, largest = _logits(options, checkpoint, config, target if not options.dtype else view, dialect)
+    shared = _for_both_directions(options, checkpoint, config, target if not options.dtype else view, dialect)
     clock.lap("logits")
     proof = Proof(
         direction=f"Megatron to Hugging Face, format {kind}",
@@ -154,28 +150,36 @@ def megatron_to_hf(
         target=str(out),
         source_sha256=digests(_weight_files(checkpoint)),
         target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
-        model=asdict(config),
         round_trip=trip,
         unused=_unused_of_training(stored, config, dialect),
         dtype_changes=_dtype_changes(view, rounded),
-        padding_rows=config.language.padded_vocab_size - config.language.vocab_size,
-        logits=difference,
-        logits_largest=largest,
-        logits_skipped=None if options.logits else "--no-logits was given",
         seconds=clock.finish("digests"),
+        **shared,
     )
     return finish(proof, partial, out)
 
 
-def _logits(
+def _for_both_directions(
     options: Options, checkpoint: Path, config: EagleConfig, released: TensorSource, dialect: Dialect
-) -> tuple[float | None, float | None]:
-    if not options.logits:
-        return None, None
-    batch = logits.probe_batch(config)
-    ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
-    theirs = logits.released_logits(released, config, dialect, batch)
-    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+) -> dict[str, Any]:
+    """What a proof says of the model and of both sides' logits, whichever side was there first."""
+    found: dict[str, Any] = {
+        "model": asdict(config),
+        "padding_rows": config.language.padded_vocab_size - config.language.vocab_size,
+        "logits": None,
+        "logits_largest": None,
+        "logits_skipped": "--no-logits was given",
+    }
+    if options.logits:
+        batch = logits.probe_batch(config)
+        ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
+        theirs = logits.released_logits(released, config, dialect, batch)
+        found |= {
+            "logits": float((ours - theirs).abs().max()),
+            "logits_largest": float(theirs.abs().max()),
+            "logits_skipped": None,
+        }
+    return found
 
 
 def _tokenizer_folder(sources: Sequence[Path]) -> Path:

@@ -2,8 +2,8 @@
 
 The optional path of ``decoder: dali``. Only upright RGB JPEGs go through it; all other files, and a batch in which one
 cannot be decoded, take the usual way (``images.py``), which knows every odd kind and names what is broken. Pixels are
-those of Pillow's bicubic within 1 of 255 on photographs; on black text DALI, which keeps overshoots between its two
-passes of resizing, differs by up to 19, on average by less than 0.2.
+those of Pillow's bicubic within 1 of 255 on photographs; on black text DALI differs by up to 19, on average by about
+0.2 (why was not looked into).
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ head, its value head); gate and up projection are one matrix, gate first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -108,25 +108,51 @@ def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "sigl
     return sources | _weight_and_bias(f"{start}transformer.final_layernorm", f"{prefix}post_layernorm")
 
 
+@dataclass(frozen=True)
+class _ConvNextNames:
+    """How somebody else's ConvNeXt calls its parts; {stage} and {block} count from 0."""
+
+    stem: str
+    stem_norm: str
+    shrink_norm: str
+    shrink: str
+    block: str
+    depthwise: str
+    norm: str
+    fc1: str
+    fc2: str
+    scale: str
+
+
+_TRANSFORMERS = _ConvNextNames(
+    stem="embeddings.patch_embeddings",
+    stem_norm="embeddings.layernorm",
+    shrink_norm="encoder.stages.{stage}.downsampling_layer.0",
+    shrink="encoder.stages.{stage}.downsampling_layer.1",
+    block="encoder.stages.{stage}.layers.{block}.",
+    depthwise="dwconv",
+    norm="layernorm",
+    fc1="pwconv1",
+    fc2="pwconv2",
+    scale="layer_scale_parameter",
+)
+_TIMM = _ConvNextNames(
+    stem="stem.0",
+    stem_norm="stem.1",
+    shrink_norm="stages.{stage}.downsample.0",
+    shrink="stages.{stage}.downsample.1",
+    block="stages.{stage}.blocks.{block}.",
+    depthwise="conv_dw",
+    norm="norm",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+    scale="gamma",
+)
+
+
 def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "convnext") -> Sources:
-    """ConvNextModel without its last norm -> ``vision.<encoder>``."""
-    start = f"vision.{encoder}."
-    sources = _weight_and_bias(f"{start}stem", f"{prefix}embeddings.patch_embeddings")
-    sources |= _weight_and_bias(f"{start}stem_norm", f"{prefix}embeddings.layernorm")
-    for stage, depth in enumerate(config.depths):
-        stage_ours, stage_theirs = f"{start}stages.{stage}.", f"{prefix}encoder.stages.{stage}."
-        before = 1 if stage else 0  # our stages count the shrinking layer in front of their blocks
-        if before:
-            sources |= _weight_and_bias(f"{stage_ours}0.norm", f"{stage_theirs}downsampling_layer.0")
-            sources |= _weight_and_bias(f"{stage_ours}0.conv", f"{stage_theirs}downsampling_layer.1")
-        for block in range(depth):
-            ours, theirs = f"{stage_ours}{before + block}.", f"{stage_theirs}layers.{block}."
-            sources |= _weight_and_bias(f"{ours}depthwise", f"{theirs}dwconv")
-            sources |= _weight_and_bias(f"{ours}norm", f"{theirs}layernorm")
-            sources |= _weight_and_bias(f"{ours}linear_fc1", f"{theirs}pwconv1")
-            sources |= _weight_and_bias(f"{ours}linear_fc2", f"{theirs}pwconv2")
-            sources[f"{ours}layer_scale"] = Source((f"{theirs}layer_scale_parameter",))
-    return sources
+    """transformers' ConvNextModel without its last norm -> ``vision.<encoder>``."""
+    return _convnext_sources(config, prefix, encoder, _TRANSFORMERS)
 
 
 def timm_convnext_sources(
@@ -137,22 +163,26 @@ def timm_convnext_sources(
     layer_scale: name of a block's scale; timm and open_clip have ``gamma``, the released Eagle 2 models ``weight``,
     because transformers renames tensors called gamma when it loads them.
     """
+    return _convnext_sources(config, prefix, encoder, replace(_TIMM, scale=layer_scale))
+
+
+def _convnext_sources(config: convnext.Config, prefix: str, encoder: str, names: _ConvNextNames) -> Sources:
     start = f"vision.{encoder}."
-    sources = _weight_and_bias(f"{start}stem", f"{prefix}stem.0")
-    sources |= _weight_and_bias(f"{start}stem_norm", f"{prefix}stem.1")
+    sources = _weight_and_bias(f"{start}stem", prefix + names.stem)
+    sources |= _weight_and_bias(f"{start}stem_norm", prefix + names.stem_norm)
     for stage, depth in enumerate(config.depths):
-        stage_ours, stage_theirs = f"{start}stages.{stage}.", f"{prefix}stages.{stage}."
-        before = 1 if stage else 0
+        before = 1 if stage else 0  # our stages count the shrinking layer in front of their blocks
+        ours = f"{start}stages.{stage}."
         if before:
-            sources |= _weight_and_bias(f"{stage_ours}0.norm", f"{stage_theirs}downsample.0")
-            sources |= _weight_and_bias(f"{stage_ours}0.conv", f"{stage_theirs}downsample.1")
+            sources |= _weight_and_bias(f"{ours}0.norm", prefix + names.shrink_norm.format(stage=stage))
+            sources |= _weight_and_bias(f"{ours}0.conv", prefix + names.shrink.format(stage=stage))
         for block in range(depth):
-            ours, theirs = f"{stage_ours}{before + block}.", f"{stage_theirs}blocks.{block}."
-            sources |= _weight_and_bias(f"{ours}depthwise", f"{theirs}conv_dw")
-            sources |= _weight_and_bias(f"{ours}norm", f"{theirs}norm")
-            sources |= _weight_and_bias(f"{ours}linear_fc1", f"{theirs}mlp.fc1")
-            sources |= _weight_and_bias(f"{ours}linear_fc2", f"{theirs}mlp.fc2")
-            sources[f"{ours}layer_scale"] = Source((f"{theirs}{layer_scale}",))
+            our_block, theirs = f"{ours}{before + block}.", prefix + names.block.format(stage=stage, block=block)
+            sources |= _weight_and_bias(f"{our_block}depthwise", theirs + names.depthwise)
+            sources |= _weight_and_bias(f"{our_block}norm", theirs + names.norm)
+            sources |= _weight_and_bias(f"{our_block}linear_fc1", theirs + names.fc1)
+            sources |= _weight_and_bias(f"{our_block}linear_fc2", theirs + names.fc2)
+            sources[f"{our_block}layer_scale"] = Source((theirs + names.scale,))
     return sources
 
 

@@ -21,6 +21,7 @@ from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
 from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
 from megatron_eagle.model.hosting import Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
+from megatron_eagle.recipe import Recipe, Stage
 
 # Float32 copies of all pixels that live at once while tiles are normalised, before anything is encoded.
 PIXEL_COPIES = {"siglip": 2, "convnext": 3}
@@ -80,6 +81,19 @@ class Activations:
     recompute: Recompute = "none"
     impl: TransformerImpl = "local"
     kernels: Kernels = "torch"
+
+    @staticmethod
+    def of(recipe: Recipe, stage: Stage) -> "Activations":
+        """Those of a stage. Kernels that it leaves open are PyTorch's (``Recipe.with_kernels_on``)."""
+        return Activations(
+            config=recipe.model.eagle(),
+            layout=recipe.stage_layout(stage),
+            parts=Parts.of(stage.trainable),
+            precision=recipe.precision,
+            recompute=recipe.model.recompute,
+            impl=recipe.model.transformer_impl,
+            kernels=recipe.model.kernels or "torch",
+        )
 
     @property
     def _repeats_layers(self) -> bool:

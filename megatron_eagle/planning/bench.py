@@ -88,6 +88,7 @@ def run_bench(
     samples: shapes of synthetic packs, None for the first packs of the stage's own data. trace: file that gets one more
     step as torch's profiler sees it on rank 0. reduced: what differs from the recipe, for the report.
     """
+    recipe = recipe.with_kernels_on(platform.device.type)
     layout = recipe.stage_layout(stage)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_eagle.layout import Layout
-from megatron_eagle.model.flops import Parts
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.planning.activations import Activations, Pack
@@ -55,9 +54,7 @@ def calibrate(recipe: Recipe, stage: Stage, platform: Platform, start: Hardware)
         runs = _passes(replace(recipe, stages=(alone,)), alone, platform, groups)
         if groups.rank:
             return None
-        sizes = Activations(
-            recipe.model.eagle(), Layout(), Parts.of(stage.trainable), recipe.precision, recipe.model.recompute
-        )
+        sizes = Activations.of(recipe, alone)
         hardware = fit(replace(start, **measured), sizes, runs)
         return _explained(hardware, groups.world_size, off=worst_error(hardware, sizes, runs))
     finally:

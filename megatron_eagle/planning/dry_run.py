@@ -98,8 +98,10 @@ def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
     if stage.batch % replicas:
         raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
     started = time.perf_counter()
-    # The kernels of Transformer Engine cannot be built without a GPU; what is exchanged does not depend on them.
-    recipe = replace(recipe, model=replace(recipe.model, transformer_impl="local"))
+    # Transformer Engine's modules and this project's kernels cannot run without a GPU. They exchange what their
+    # stand-ins do, but for the loss kernel, which has its own sums among the processes that share the vocabulary: as
+    # many on each, because these hold the same labels.
+    recipe = replace(recipe, model=replace(recipe.model, transformer_impl="local", kernels="torch"))
     each = stage.batch // replicas
     packs = min(each, 2 * layout.pp * (layout.vpp or 1))
     match_exchanges(layout.pp, layout.vpp, each)

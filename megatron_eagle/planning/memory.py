@@ -82,16 +82,7 @@ class _Owned:
 
 def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: Place, packs: Sequence[Pack]) -> Memory:
     """Memory of the process at ``place`` while its replica trains on ``packs``."""
-    layout, parts = recipe.stage_layout(stage), Parts.of(stage.trainable)
-    sizes = Activations(
-        config=recipe.model.eagle(),
-        layout=layout,
-        parts=parts,
-        precision=recipe.precision,
-        recompute=recipe.model.recompute,
-        impl=recipe.model.transformer_impl,
-        kernels=recipe.model.kernels_on("cpu"),
-    )
+    sizes = Activations.of(recipe, stage)
     weights, gradients, optimizer, update = persistent(recipe, stage, world_size, place)
     activations, where = _walk(sizes, place, packs)
     side = sizes.config.tile_size

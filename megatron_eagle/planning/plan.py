@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
-from megatron_eagle.model.flops import Parts, StepFlops, Work, step_flops
+from megatron_eagle.model.flops import StepFlops, Work, step_flops
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.spread import Shares
 from megatron_eagle.planning.activations import Activations, Pack
@@ -83,13 +83,6 @@ class StagePlan:
         return steps * self.seconds / 3600
 
 
-def with_kernels_of(recipe: Recipe, hardware: Hardware) -> Recipe:
-    """``recipe`` with the kernels that it would run with on ``hardware``."""
-    if recipe.model.kernels is not None:
-        return recipe
-    return replace(recipe, model=replace(recipe.model, kernels=recipe.model.kernels_on(hardware.device)))
-
-
 def plan_stage(
     recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples, simulated: int = REPLICAS_SIMULATED
 ) -> StagePlan:
@@ -97,7 +90,7 @@ def plan_stage(
 
     simulated: replicas whose packs are drawn, at least; the slowest sets the pace.
     """
-    recipe = with_kernels_of(recipe, hardware)
+    recipe = recipe.with_kernels_on(hardware.device)
     layout, config = recipe.stage_layout(stage), recipe.model.eagle()
     try:
         replicas = layout.data_parallel_size(gpus)
@@ -106,15 +99,7 @@ def plan_stage(
         raise UserError(f"stage '{stage.name}': {error}") from None
     if stage.batch % replicas:
         raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
-    sizes = Activations(
-        config,
-        layout,
-        Parts.of(stage.trainable),
-        recipe.precision,
-        recipe.model.recompute,
-        recipe.model.transformer_impl,
-        recipe.model.kernels_on("cpu"),
-    )
+    sizes = Activations.of(recipe, stage)
     each = stage.batch // replicas
     shown = min(replicas, max(simulated, -(-PACKS_DRAWN // each)))
     packs, samples = mix.packs(each * shown, stage.pack_length, tokens_per_tile(config))

@@ -13,12 +13,11 @@ from typing import Any
 from megatron_eagle.errors import UserError
 from megatron_eagle.layout import Layout
 from megatron_eagle.model.config import check_layout
-from megatron_eagle.model.flops import Parts
 from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.planning.activations import Activations, Pack
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import Place, memory_of
-from megatron_eagle.planning.plan import StagePlan, plan_stage, with_kernels_of
+from megatron_eagle.planning.plan import StagePlan, plan_stage
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
 from megatron_eagle.recipe import Recipe, Stage
@@ -34,7 +33,7 @@ def search(
 ) -> list[StagePlan]:
     """The ``keep`` fastest layouts of ``stage`` on ``gpus`` GPUs that fit, best first; empty if none does."""
     best: list[StagePlan] = []
-    recipe = with_kernels_of(recipe, hardware)
+    recipe = recipe.with_kernels_on(hardware.device)
     for layout, recompute in candidates(recipe, stage, gpus, hardware, mix):
         variant = with_layout(recipe, stage, layout, recompute)
         try:
@@ -94,15 +93,7 @@ def _balance(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardw
     count, layers = layout.pp * (layout.vpp or 1), recipe.model.eagle().language.num_hidden_layers
     if count == 1 or layers < count:
         return layout
-    sizes = Activations(
-        recipe.model.eagle(),
-        layout,
-        Parts.of(stage.trainable),
-        recipe.precision,
-        recompute,
-        recipe.model.transformer_impl,
-        recipe.model.kernels_on("cpu"),
-    )
+    sizes = replace(Activations.of(recipe, stage), layout=layout, recompute=recompute)
     timing = Timing(sizes, hardware)
     layer, head, tiles = timing.layer(pack), timing.head(pack), timing.tiles(pack.tiles)
     loads = [0.0] * count

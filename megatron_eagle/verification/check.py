@@ -26,6 +26,7 @@ from megatron_eagle.parallel.groups import Groups, initialise
 from megatron_eagle.parallel.hand_round import hand_round
 from megatron_eagle.platform import install
 from megatron_eagle.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
+from megatron_eagle.training.counts import step_loss
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.loss import normalise_weights
 from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
@@ -160,7 +161,7 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
             _gather_sharded_gradients(engine)
             gradient_distance = _distance(engine, folder, expected.gradients, lambda p: p.main_grad)
         engine.update()
-        losses.append(_sum_of_shares(share, groups))
+        losses.append(step_loss(share, groups, torch.device("cpu")))
     weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
     worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
@@ -213,12 +214,6 @@ def _batches(packs: Sequence[PackedBatch], stage: Stage, groups: Groups) -> list
     own = list(packs[groups.dp_rank :: groups.dp_size])
     batches = hand_round(lambda: own, groups, torch.device("cpu"))
     return normalise_weights(batches, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
-
-
-def _sum_of_shares(share: float, groups: Groups) -> float:
-    total = torch.tensor([share if groups.is_last_stage and groups.tp_rank == 0 else 0.0], dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total)
 
 
 def _gather_sharded_gradients(engine: Engine) -> None:

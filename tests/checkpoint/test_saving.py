@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import spread_cases
 import torch
+from small_disk import small_disk
 
 from megatron_eagle.checkpoint.torch_dist import TorchDist
 from megatron_eagle.layout import Layout
@@ -123,21 +123,14 @@ def fill_disk(file: Path, spare: int) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"a disk that can be filled needs the right to mount: {made.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", megabytes=16) as folder:
+        yield folder
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(worlds, small_disk):
-    stage = small_disk / "stage"
-    for said in worlds(2).run(save_to_a_full_disk, str(stage), str(small_disk / "filler")):
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(worlds, disk):
+    stage = disk / "stage"
+    for said in worlds(2).run(save_to_a_full_disk, str(stage), str(disk / "filler")):
         saved = [line for line in said if "stage saved" in line]
         assert len(said) == 5 and [line.split()[2][-1] for line in saved] == ["1", "3"]
         for number, step in ((1, 2), (3, 4), (4, 5)):

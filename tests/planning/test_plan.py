@@ -154,3 +154,14 @@ def test_kernels_hold_no_logits_and_the_plan_knows_how_many_rows_they_make() -> 
     assert torch_ops.head(pack).saved > logits
     weight = 4 * config.language.padded_vocab_size * 3584
     assert triton.head(pack).saved == pytest.approx(norm + hidden + weight, rel=0.001)
+
+
+def test_a_plan_takes_the_kernels_that_its_hardware_runs() -> None:
+    recipe, tiny = eagle(), load_recipe(EXAMPLES / "tiny" / "recipe.yaml")
+    peaks = {}
+    for kernels in (None, "triton", "torch"):
+        variant = replace(recipe, model=replace(recipe.model, kernels=kernels))
+        peaks[kernels] = plan_stage(variant, variant.stage("stage1"), 128, H100, Mix()).memory[-1].peak
+    assert peaks[None] == peaks["triton"] < peaks["torch"]
+    on_cpu = tiny.with_kernels_on(load_hardware("cpu").device)
+    assert on_cpu.model.kernels == "torch" and Activations.of(on_cpu, on_cpu.stages[0]).kernels == "torch"

@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 from chain import Losses, profile, small_recipe, without_slurm
 from small_run import small_run  # noqa: F401
-from throwaway import ThrowawaySlurm, missing
+from throwaway import ThrowawaySlurm
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[ThrowawaySlurm]:
     """Two nodes with four CPUs each."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
     with ThrowawaySlurm.start(nodes=2) as cluster:
         yield cluster
 

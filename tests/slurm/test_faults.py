@@ -6,9 +6,7 @@ Here the trainer is the stand-in of ``stand_in.py``; Slurm, batch script, signal
 
 import os
 import random
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chain import STAGES, SubmittedChain, losses, profile, small_recipe, stand_in_python, submit
+from small_disk import small_disk
 from stand_in import expected_losses
 from throwaway import ThrowawaySlurm
 
@@ -174,23 +173,17 @@ def test_a_cancelled_job_stays_cancelled(chain: SubmittedChain) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """Two megabytes, as a file system of their own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.getuid() == 0 and shutil.which("mount") is not None
-    mounted = mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]).returncode == 0
-    if not mounted:
-        pytest.skip("a full disk is made with mount -t tmpfs, which this user may not do")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_disk(tmp_path / "disk", megabytes=2) as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_the_chain_and_is_named(
-    slurm: ThrowawaySlurm, stand_in: tuple[Path, Path], small_disk: Path
+    slurm: ThrowawaySlurm, stand_in: tuple[Path, Path], disk: Path
 ) -> None:
     """Checkpoints of 0.6 MB: the fourth does not fit."""
-    chain = submit_with(slurm, stand_in, small_disk, STAND_IN_CHECKPOINT_BYTES="600000")
+    chain = submit_with(slurm, stand_in, disk, STAND_IN_CHECKPOINT_BYTES="600000")
     assert chain.wait() == {"stage1": "FAILED", "stage1.5": "CANCELLED", "stage2": "CANCELLED"}
     (given_up,) = chain.events("gave_up")
     assert "the disk is full" in given_up["cause"] and len(chain.events("started")) == 1

@@ -15,7 +15,7 @@ import yaml
 from chain import ROOT, SubmittedChain, losses, profile, small_recipe, stand_in_python, submit
 from small_run import SmallRun
 from stand_in import expected_losses
-from throwaway import ThrowawaySlurm, missing
+from throwaway import ThrowawaySlurm
 
 BAD = "n2"
 
@@ -23,9 +23,6 @@ BAD = "n2"
 @pytest.fixture
 def three_nodes() -> Iterator[ThrowawaySlurm]:
     """For jobs of two nodes: one is spare. Slurm takes the first two."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
     with ThrowawaySlurm.start(nodes=3) as cluster:
         yield cluster
 
@@ -134,9 +131,6 @@ def test_without_a_spare_node_it_is_given_up_and_named(
 @pytest.mark.timeout(900)
 def test_nodes_left_out_stay_left_out(small_run: SmallRun, tmp_path: Path) -> None:
     """The profile's own exclusions, and one bad node after the other: none comes back."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
     usual = stand_in_python(tmp_path)
     script = tmp_path / "python-that-dies"
     script.write_text(

@@ -10,12 +10,12 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chain import ROOT, STAGES, Losses, SubmittedChain, losses, profile, small_recipe, submit, without_slurm
+from small_disk import small_disk
 from small_run import SmallRun
 from test_faults import (
     Fault,
@@ -161,14 +161,8 @@ def test_a_time_limit_too_short_for_a_stage(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of sixteen megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.getuid() == 0 and shutil.which("mount") is not None
-    mounted = mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode == 0
-    if not mounted:
-        pytest.skip("a full disk is made with mount -t tmpfs, which this user may not do")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_disk(tmp_path / "disk", megabytes=16) as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_the_chain_and_room_lets_it_go_on(

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun")
 GPUS = 2  # of a node
 KILL_WAIT = 5  # seconds Slurm gives processes between SIGTERM and SIGKILL
@@ -62,12 +64,6 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 """
 
 
-def missing() -> str | None:
-    """Why there cannot be a Slurm here, or None."""
-    absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-    return f"slurm-wlm is not installed ({', '.join(absent)} missing)" if absent else None
-
-
 @dataclass
 class ThrowawaySlurm:
     """gpus: of a node; character devices that Slurm hands out and nobody opens, 0 where this user may not make them."""
@@ -81,6 +77,10 @@ class ThrowawaySlurm:
     @classmethod
     @contextlib.contextmanager
     def start(cls, nodes: int = 2, cpus: int = 4) -> Iterator["ThrowawaySlurm"]:
+        """Up to the end of the block; the test is skipped, with the reason, where slurm-wlm is not installed."""
+        absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+        if absent:
+            pytest.skip(f"slurm-wlm is not installed ({', '.join(absent)} missing)")
         folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: a Unix socket's path has 107 bytes
         slurm = cls(folder, [f"n{number}" for number in range(1, nodes + 1)])
         try:
