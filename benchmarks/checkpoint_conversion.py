@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.checkpoint.export import write_configs
-from megatron_eagle.checkpoint.released import Dialect
-from megatron_eagle.checkpoint.safetensors_folder import write_safetensors
-from megatron_eagle.checkpoint.tensors import TensorInfo
-from megatron_eagle.data.tokenizer import EAGLE_TOKENS
+from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.conversion.export import write_configs
+from megatron_eagle.conversion.released import Dialect
+from megatron_eagle.conversion.safetensors_folder import write_safetensors
+from megatron_eagle.conversion.tensors import TensorInfo
+from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
 from megatron_eagle.model.eagle import parameter_shapes
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.model.presets import PRESETS
 
 BLOCK = 1 << 22  # random numbers that tensors are filled from, each from another place
 

@@ -8,9 +8,9 @@ Of a few layouts, each with and without recomputation, the fastest that fits is 
 import sys
 from pathlib import Path
 
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
-from megatron_eagle.platform import install
 
 GPUS = (8, 64, 128, 256)
 MODELS = ("eagle2-1b", "eagle2-2b", "eagle2-9b", "eagle2-34b", "eagle2.5-8b")
@@ -47,13 +47,13 @@ def best(recipe, stage, gpus, hardware, mix):
 
 def page():
     """The page, part by part."""
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.plan import describe_layout
     from megatron_eagle.planning.published import BRACKET, PUBLISHED, Software, as_published, matching_tokens, software
     from megatron_eagle.planning.report import assumptions, markdown
     from megatron_eagle.planning.samples import Mix
     from megatron_eagle.planning.timing import link_rate
-    from megatron_eagle.recipe import load_recipe
 
     hardware, mix = load_hardware("h100"), Mix()
     yield "# Plans of the published models on H100\n"

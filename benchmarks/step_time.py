@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py benchmarks/reports [--short]
 
-One short run calibrates a hardware profile (``planning/calibrate.py``); with it every layout is planned and then
+One short run calibrates a hardware profile (``measuring/calibrate.py``); with it every layout is planned and then
 trained. Writes <date>-step-time.md and the profile. Give the machine nothing else to do meanwhile.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megatron_eagle.planning.activations import Pack
-from megatron_eagle.planning.bench import Measurement, run_bench
-from megatron_eagle.planning.calibrate import calibrate
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.recipe import Recipe
+from megatron_eagle.measuring.bench import Measurement, run_bench
+from megatron_eagle.measuring.calibrate import calibrate
+from megatron_eagle.parallel.process_pool import World
+from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
 from megatron_eagle.planning.plan import describe_layout
 from megatron_eagle.planning.report import markdown
 from megatron_eagle.planning.samples import Given
-from megatron_eagle.platform import install
-from megatron_eagle.recipe import Recipe
-from megatron_eagle.verification.worlds import World
 
 LENGTH = 1024
 LANGUAGE = {
@@ -37,10 +37,10 @@ LANGUAGE = {
 }
 
 
-def pack(tiles: int, *segments: int) -> Pack:
+def pack(tiles: int, *segments: int) -> PackShape:
     """The rest of the pack is padding."""
     padding = LENGTH - sum(segments)
-    return Pack((*segments, padding) if padding else segments, tiles, padding)
+    return PackShape((*segments, padding) if padding else segments, tiles, padding)
 
 
 BALANCED = Given((pack(24, 256, 256, 256, 200),))

@@ -10,3 +10,11 @@ class UserError(Exception):
 
 class LostContact(Exception):
     """Another process died or hung; says which process noticed, in which step, and in which operation."""
+
+
+class BrokenSample(ValueError):
+    """A sample that cannot be trained on; the message is the reason, in one line, without the sample's name.
+
+    Building a data set lists such samples in ``rejected.jsonl``; training skips and names them. Every other exception
+    is a bug of ours or a sick machine and stops the run, so nothing in ``data`` may catch more than this class.
+    """

@@ -11,17 +11,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 
-from megatron_eagle.checkpoint.export import write_configs
-from megatron_eagle.checkpoint.released import Dialect
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, QwenConfig
+from megatron_eagle.checkpoint.files import DESCRIPTION, Description, load_weights
+from megatron_eagle.checkpoint.sharded_state import CONTENT
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.conversion.export import write_configs
+from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.model.eagle import build_eagle
-from megatron_eagle.model.presets import PRESETS
 from megatron_eagle.model.tile_encoder import build_tile_encoder
 from megatron_eagle.parallel.groups import initialise
-from megatron_eagle.platform import install
-from megatron_eagle.training.checkpoint import DESCRIPTION, Description, load_weights
-from megatron_eagle.training.sharded_state import CONTENT
 
 SIGLIP = {
     "kind": "siglip",
@@ -87,7 +87,7 @@ def resave(source: str, config: EagleConfig, layout: Layout, folder: str, precis
         options = {"precision": precision, "pre_process": first, "post_process": last, "vp_stage": stage, "seed": 99}
         modules.append(build_eagle(config, layout, **options))
     if layout.encoder == "spread":
-        copy = {"alone": groups.alone, "copies": groups.everyone, "precision": precision, "seed": 99}
+        copy = {"self_group": groups.self_group, "copies": groups.world_group, "precision": precision, "seed": 99}
         modules.append(build_tile_encoder(config, **copy))
     load_weights(Path(source), modules)
     metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}

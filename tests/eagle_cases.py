@@ -12,13 +12,13 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, QwenConfig
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.parallel.groups import Groups, initialise
-from megatron_eagle.platform import install
 
 SIGLIP = {
     "kind": "siglip",

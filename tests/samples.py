@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 COLOURS = ["red", "green", "blue", "yellow"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.tokenizer import train_sentencepiece
+from megatron_eagle.config.recipe import Recipe, load_recipe
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.sample.tokenizer import train_sentencepiece
 from megatron_eagle.demo.dataset import generate
-from megatron_eagle.recipe import Recipe, load_recipe
 
 ENCODERS = [
     {

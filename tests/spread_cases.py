@@ -10,11 +10,11 @@ from eagle_cases import EAGLE, pack
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.settings import Source
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.data import BlendSource
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Part, Recipe, Stage, TokenizerSettings
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.weights import weight_slices
-from megatron_eagle.recipe import ModelSettings, OptimizerSettings, Part, Recipe, Stage, TokenizerSettings
 
 ALL: tuple[Part, ...] = ("vision", "connector", "language")
 # Tiles of each of the four packs of a step: more than there are processes, fewer, one pack with all of them, none.
@@ -51,7 +51,7 @@ def make_recipe(
         batch=4,
         learning_rate=1e-3,
         part_learning_rates={part: 3e-3 for part in trainable if part != "language"},
-        blend=(Source("none"),),
+        blend=(BlendSource("none"),),
         warmup_fraction=0.0,
     )
     return Recipe(
@@ -81,14 +81,14 @@ def train(
     """Steps up to ``stop``, from the checkpoint ``start`` or from the first; runs in every process of a world."""
     from datetime import timedelta
 
+    from megatron_eagle.checkpoint import files as checkpoint
+    from megatron_eagle.checkpoint.saver import Saver
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.parallel.distribute_batch import distribute_batch
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.parallel.hand_round import hand_round
-    from megatron_eagle.platform import install
-    from megatron_eagle.training import checkpoint
-    from megatron_eagle.training.counts import step_loss
     from megatron_eagle.training.engine import build_engine
     from megatron_eagle.training.loss import normalise_weights
-    from megatron_eagle.training.saving import Saver
+    from megatron_eagle.training.step_stats import step_loss
 
     recipe = make_recipe(layout, trainable, optimizer or {}, model or {})
     platform = install()
@@ -102,7 +102,7 @@ def train(
     losses, norms = [], []
     for number in range(first, stop):
         own = make_step(number)[groups.dp_rank :: groups.dp_size]
-        batches = hand_round(lambda own=own: own, groups, platform.device)
+        batches = distribute_batch(lambda own=own: own, groups, platform.device)
         batches = normalise_weights(batches, "global", packs_in_step=4, data_parallel_group=groups.dp)
         share, norm = engine.step(batches)
         losses.append(step_loss(share, groups, platform.device))

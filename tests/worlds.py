@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_eagle.verification.worlds import World, WorldError
+from megatron_eagle.parallel.process_pool import World, WorldError
 
 __all__ = ["World", "WorldError", "worlds"]
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from megatron_eagle.data.images import decode_pixels
-from megatron_eagle.data.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.data.media.images import decode_pixels
+from megatron_eagle.data.media.tiling import Tiling, choose_grid, cut_tiles
 
 RUNS = 15
 TILE = 448

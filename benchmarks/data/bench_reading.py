@@ -19,13 +19,13 @@ import torch
 from bench_images import jpeg, photograph
 from PIL import Image
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.file_slice import FileSlice
-from megatron_eagle.data.frames import VideoSettings
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from megatron_eagle.data.video import VideoReader
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.media.video import VideoReader
+from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_eagle.data.stream.planned import PlannedStream
 
 PACKS = 12
 
@@ -52,7 +52,7 @@ def film(path: Path, group: int) -> None:
 
 def read(name: str, built: Path, tokenizer: Tokenizer) -> None:
     """Reads packs of 16 384 tokens and prints what one second of CPU gives."""
-    stream = PlannedStream(DataSettings(sources=(Source(str(built)),), pack_length=16384, degrade=True), tokenizer)
+    stream = PlannedStream(DataSettings(sources=(BlendSource(str(built)),), pack_length=16384, degrade=True), tokenizer)
     next(stream)
     started = time.process_time()
     packs = [next(stream) for _ in range(PACKS)]

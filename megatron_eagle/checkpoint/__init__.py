@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out, tensor by tensor, without building the model, each conversion with a proof."""
+"""What training writes and reads: whole or not at all, checksummed, in any layout."""

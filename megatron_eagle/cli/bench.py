@@ -15,7 +15,7 @@ from megatron_eagle.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from megatron_eagle.recipe import Recipe
+    from megatron_eagle.config.recipe import Recipe
 
 
 def add(verbs: Verbs) -> None:
@@ -52,10 +52,10 @@ def add(verbs: Verbs) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     platform = open_platform(options)
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
-    from megatron_eagle.recipe import load_recipe
 
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: at least one step has to be measured")
@@ -63,20 +63,20 @@ def _bench(options: argparse.Namespace) -> None:
     stage, hardware = recipe.stage(options.stage), load_hardware(options.gpu)
     if options.calibrate:
         become_part_of_a_run(options.processes)
-        from megatron_eagle.planning.calibrate import calibrate
+        from megatron_eagle.measuring.calibrate import calibrate
 
         found = calibrate(recipe, stage, platform, hardware)
         if found is not None:
             options.calibrate.write_text(hardware_as_yaml(found), encoding="utf-8")
             print(f"{options.calibrate}: {found.sources['products']}", flush=True)
         return
-    from megatron_eagle.planning.bench_report import read_measurement
+    from megatron_eagle.measuring.bench_report import read_measurement
 
     if options.compare:
         read_measurement(options.compare)  # refused now rather than after the measurement
     become_part_of_a_run(options.processes)
-    from megatron_eagle.planning.bench import run_bench
-    from megatron_eagle.planning.bench_report import report_name, write_report
+    from megatron_eagle.measuring.bench import run_bench
+    from megatron_eagle.measuring.bench_report import report_name, write_report
 
     samples = Mix(options.tokens_per_sample) if options.packs == "synthetic" else None
     trace = options.out / "trace.json.gz" if options.profile else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from megatron_eagle.platform import Platform
+    from megatron_eagle.compat.platform import Platform
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -59,7 +59,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_platform(options: argparse.Namespace) -> "Platform":
     """The platform of this process; launchers say in LOCAL_RANK which of the host's GPUs is its own."""
-    from megatron_eagle.platform import install
+    from megatron_eagle.compat.platform import install
 
     return install(trace=options.trace_platform, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -71,7 +71,7 @@ def become_part_of_a_run(processes: int | None) -> None:
     """
     if "RANK" in os.environ:
         return
-    from megatron_eagle.launch import launch, process_variables
+    from megatron_eagle.parallel.launch import launch, process_variables
 
     if processes is None or processes == 1:
         os.environ |= process_variables(rank=0, processes=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_eagle.cli.common import Verbs, verb
 
 if TYPE_CHECKING:
-    from megatron_eagle.checkpoint.convert import Options
+    from megatron_eagle.conversion.convert import Options
 
 
 def add(verbs: Verbs) -> None:
@@ -47,7 +47,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     come.add_argument("--seed", type=int, default=1234, help="draws a new Eagle's connector (default: 1234)")
     _add_common(come)
-    come.set_defaults(run=_come)
+    come.set_defaults(run=_import_hf)
     go = verb(
         actions,
         "megatron-to-hf",
@@ -65,7 +65,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     go.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder (default: the checkpoint's own)")
     _add_common(go)
-    go.set_defaults(run=_go)
+    go.set_defaults(run=_export_hf)
     check = verb(
         actions,
         "check",
@@ -85,8 +85,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _come(options: argparse.Namespace) -> None:
-    from megatron_eagle.checkpoint.convert import hf_to_megatron
+def _import_hf(options: argparse.Namespace) -> None:
+    from megatron_eagle.conversion.convert import hf_to_megatron
 
     proof = hf_to_megatron(
         options.sources,
@@ -99,8 +99,8 @@ def _come(options: argparse.Namespace) -> None:
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 
 
-def _go(options: argparse.Namespace) -> None:
-    from megatron_eagle.checkpoint.convert import megatron_to_hf
+def _export_hf(options: argparse.Namespace) -> None:
+    from megatron_eagle.conversion.convert import megatron_to_hf
 
     proof = megatron_to_hf(
         options.checkpoint, options.out, _options(options), kind=options.format, tokenizer=options.tokenizer
@@ -111,14 +111,14 @@ def _go(options: argparse.Namespace) -> None:
 def _options(options: argparse.Namespace) -> "Options":
     import torch
 
-    from megatron_eagle.checkpoint.convert import Options
+    from megatron_eagle.conversion.convert import Options
 
     dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     return Options(dtype=dtype, logits=not options.no_logits)
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megatron_eagle.checkpoint.check import check
+    from megatron_eagle.conversion.check import check
 
     comparison = check(options.first, options.second)
     for line in comparison.lines():

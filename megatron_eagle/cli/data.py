@@ -8,7 +8,7 @@ from megatron_eagle.cli import data_build
 from megatron_eagle.cli.common import Verbs, verb
 
 if TYPE_CHECKING:
-    from megatron_eagle.recipe import Recipe, Stage
+    from megatron_eagle.config.recipe import Recipe, Stage
 
 
 def add(verbs: Verbs) -> None:
@@ -106,24 +106,24 @@ def _add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
 
 
 def _load(options: argparse.Namespace) -> "tuple[Recipe, Stage]":
-    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     return recipe, recipe.stage(options.stage) if options.stage else recipe.stages[0]
 
 
 def _data_measure(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.budget import degrade_report
-    from megatron_eagle.data.catalogue import open_catalogue
-    from megatron_eagle.data.lengths import dataset_lengths
-    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.data.order.lengths import dataset_lengths
+    from megatron_eagle.data.order.sample_index import open_sample_index
+    from megatron_eagle.data.sample.budget import degrade_report
+    from megatron_eagle.data.sample.tokenizer import load_tokenizer
 
     recipe, chosen = _load(options)
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
     for stage in [chosen] if options.stage else recipe.stages:
         settings = recipe.data_settings(stage)
         for source in settings.sources:
-            lengths = dataset_lengths(open_catalogue(source.path), tokenizer, settings)
+            lengths = dataset_lengths(open_sample_index(source.path), tokenizer, settings)
             used = len(lengths.tokens) - len(lengths.rejected)
             print(
                 f"{stage.name}: {source.path}: {len(lengths.tokens)} samples = {used} used + {len(lengths.rejected)} "
@@ -136,9 +136,9 @@ def _data_measure(options: argparse.Namespace) -> None:
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.budget import degrade_report
-    from megatron_eagle.data.inspection import HEADS, write_page
-    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.data.reports.inspection import HEADS, write_page
+    from megatron_eagle.data.sample.budget import degrade_report
+    from megatron_eagle.data.sample.tokenizer import load_tokenizer
 
     recipe, stage = _load(options)
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
@@ -154,9 +154,9 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
 
 def _data_digest(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.digest import read_digest
-    from megatron_eagle.data.planned import PlannedStream
-    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.data.sample.tokenizer import load_tokenizer
+    from megatron_eagle.data.stream.digest import read_digest
+    from megatron_eagle.data.stream.planned import PlannedStream
     from megatron_eagle.errors import UserError
 
     recipe, stage = _load(options)
@@ -188,11 +188,11 @@ def _data_digest(options: argparse.Namespace) -> None:
 def _data_pack_report(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from megatron_eagle.data.budget import degrade_report
-    from megatron_eagle.data.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
-    from megatron_eagle.data.plan import Plan, epoch_lengths
-    from megatron_eagle.data.settings import DataSettings, Source
-    from megatron_eagle.data.tokenizer import load_tokenizer
+    from megatron_eagle.config.data import BlendSource, DataSettings
+    from megatron_eagle.data.order.plan import Plan, epoch_lengths
+    from megatron_eagle.data.reports.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
+    from megatron_eagle.data.sample.budget import degrade_report
+    from megatron_eagle.data.sample.tokenizer import load_tokenizer
     from megatron_eagle.errors import UserError
 
     if (options.recipe is None) == (options.lognormal is None):
@@ -201,7 +201,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     if options.lognormal:
         median, sigma = options.lognormal
         length = options.pack_length or 16384
-        settings = DataSettings(sources=(Source("lognormal"),), pack_length=length)
+        settings = DataSettings(sources=(BlendSource("lognormal"),), pack_length=length)
         tokens = lognormal_lengths(options.samples or 1_000_000, median, sigma, length)
         tiles = np.zeros_like(tokens)
         title = f"lognormal lengths, median {median:g}, sigma {sigma:g}"

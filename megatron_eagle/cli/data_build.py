@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_eagle.cli.common import Verbs, verb
 
 if TYPE_CHECKING:
-    from megatron_eagle.data.build import BuildReport
+    from megatron_eagle.data.build.dataset import BuildReport
 
 
 def add(actions: Verbs) -> None:
@@ -77,8 +77,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _data_build(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.build import Part, build_dataset
-    from megatron_eagle.data.sources import DEFAULT_PROMPT
+    from megatron_eagle.data.build.dataset import Part, build_dataset
+    from megatron_eagle.data.build.sources import DEFAULT_PROMPT
 
     report = build_dataset(
         options.source,
@@ -97,7 +97,7 @@ def _data_build(options: argparse.Namespace) -> None:
 
 
 def _data_join(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.build import join_parts
+    from megatron_eagle.data.build.dataset import join_parts
 
     print(f"{options.out}: {_counts(join_parts(options.out, max_rejected=options.max_rejected))}")
 
@@ -108,6 +108,6 @@ def _counts(report: "BuildReport") -> str:
 
 
 def _data_check(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.index import check_dataset
+    from megatron_eagle.data.build.index import check_dataset
 
     print(f"{options.folder}: {check_dataset(options.folder)} samples, all readable")

@@ -39,7 +39,7 @@ def add(verbs: Verbs) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     platform = open_platform(options)
-    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]

@@ -41,9 +41,10 @@ def add(verbs: Verbs) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from megatron_eagle.platform import install
+    from megatron_eagle.compat.platform import install
 
     install()
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.plan import plan_stage
@@ -57,7 +58,6 @@ def _plan(options: argparse.Namespace) -> None:
     )
     from megatron_eagle.planning.samples import Mix, samples_of
     from megatron_eagle.planning.search import search
-    from megatron_eagle.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     changes = {"batch": options.batch, "pack_length": options.pack_length}
@@ -68,7 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
         if not (options.gpus or stage.gpus):
             raise UserError(f"stage '{stage.name}' names no number of GPUs: give --gpus")
     if options.dry_run:
-        from megatron_eagle.planning.dry_run import dry_run
+        from megatron_eagle.dry_run.walk import dry_run
 
         for stage in stages:
             outcome = dry_run(recipe, stage, options.gpus or stage.gpus or 0)

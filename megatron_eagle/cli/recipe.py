@@ -19,6 +19,6 @@ def add(verbs: Verbs) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> None:
-    from megatron_eagle.recipe import load_recipe, recipe_as_yaml
+    from megatron_eagle.config.recipe import load_recipe, recipe_as_yaml
 
     print(recipe_as_yaml(load_recipe(options.recipe, options.overrides)), end="")

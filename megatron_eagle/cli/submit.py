@@ -31,10 +31,10 @@ def add(verbs: Verbs) -> None:
 
 def _submit(options: argparse.Namespace) -> None:
     from megatron_eagle.cluster import slurm
-    from megatron_eagle.cluster.fits import check_chain
+    from megatron_eagle.cluster.partition_limits import check_chain
     from megatron_eagle.cluster.profile import load_profile
     from megatron_eagle.cluster.submit import plan_chain, submit_chain
-    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     profile = load_profile(options.cluster)

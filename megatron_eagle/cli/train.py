@@ -18,7 +18,7 @@ from megatron_eagle.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from megatron_eagle.training.stopping import Watch
+    from megatron_eagle.training.watchdog import Watchdog
 
 
 def add(verbs: Verbs) -> None:
@@ -54,7 +54,7 @@ def add(verbs: Verbs) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     platform = open_platform(options)
-    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.stage(options.stage)
@@ -62,7 +62,7 @@ def _train(options: argparse.Namespace) -> None:
     watch = _open_watch(options.stacks, options.hang)
     from megatron_eagle.training.loop import train_stage
     from megatron_eagle.training.run_folder import RunFolder
-    from megatron_eagle.training.stopping import STOPPED_EXIT_CODE, StoppedEarly
+    from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, StoppedEarly
 
     try:
         train_stage(
@@ -77,19 +77,19 @@ def _train(options: argparse.Namespace) -> None:
         print_once(platform.report())
 
 
-def _open_watch(stacks: Path | None, hang: str) -> "Watch":
+def _open_watch(stacks: Path | None, hang: str) -> "Watchdog":
     """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs."""
     from megatron_eagle.errors import UserError
-    from megatron_eagle.training.stopping import HangLimits, Watch
+    from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
     if stacks is None:
-        watch = Watch()
+        watch = Watchdog()
         watch.stop_on(signal.SIGUSR1)
         return watch
     try:
         limits = HangLimits(*(float(part) for part in hang.split(",")))
     except (TypeError, ValueError) as error:
         raise UserError(f"--hang {hang}: four numbers above 0 are wanted ({error})") from None
-    watch = Watch(limits, stacks, rank=int(os.environ["RANK"]))
+    watch = Watchdog(limits, stacks, rank=int(os.environ["RANK"]))
     watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
     return watch

@@ -38,7 +38,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from megatron_eagle.recipe import load_recipe
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.verification.table import verify, verify_recipe
 
     if options.recipe:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.platform import Platform
+from megatron_eagle.compat.platform import Platform
 
 PACKAGES = (
     "megatron-eagle",

@@ -9,8 +9,8 @@ from annotated_types import Ge
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_eagle.config.layout import STRICT, Positive
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import STRICT, Positive
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 Seconds = Annotated[float, Field(gt=0)]

@@ -24,7 +24,7 @@ HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s",
 
 
 @dataclass(frozen=True)
-class Row:
+class StageStatus:
     """One stage. saved: step of its newest checkpoint; restarts: starts after the first since it was submitted."""
 
     stage: str
@@ -54,7 +54,7 @@ class Row:
         )
 
 
-def read_status(run_folder: Path) -> list[Row]:
+def read_status(run_folder: Path) -> list[StageStatus]:
     """One row per job of the chain last submitted; UserError if none ever was."""
     events = read_events(run_folder)
     submitted = {event["stage"]: event for event in events if event["event"] == "submitted"}
@@ -65,7 +65,7 @@ def read_status(run_folder: Path) -> list[Row]:
     except UserError:  # no Slurm to be asked from here: the files still say most
         queue = {}
     records = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else {}
-    rows: list[Row] = []
+    rows: list[StageStatus] = []
     for stage, event in submitted.items():
         row = _row(run_folder, event, events, queue.get(event["job"]), records.get(stage, []))
         if rows and row.state == GONE and not row.step and rows[-1].state in (GAVE_UP, CANCELLED):
@@ -80,7 +80,7 @@ def _row(
     events: Sequence[dict[str, Any]],
     queued: tuple[str, str] | None,
     records: Sequence[StepRecord],
-) -> Row:
+) -> StageStatus:
     stage, steps = submitted["stage"], submitted["steps"]
     made = attempts(events, stage)
     step = records[-1].step if records else 0
@@ -100,7 +100,7 @@ def _row(
         why = "ended without a word" + (
             f": only {free / 1e6:.1f} MB are free in {run_folder}" * (free < FULL_DISK_BYTES)
         )
-    return Row(
+    return StageStatus(
         stage=stage,
         job=submitted["job"],
         state=state,
@@ -115,7 +115,7 @@ def _row(
     )
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[StageStatus]) -> str:
     """The rows under their headings, columns aligned; the last one is not padded, because reasons are long."""
     lines = [HEADINGS, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]

@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.events import append_event, newest_step, read_events
 from megatron_eagle.cluster.profile import TEMPLATES, Profile
+from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
 from megatron_eagle.errors import UserError
-from megatron_eagle.recipe import Recipe, Stage, recipe_as_yaml
 
 
 @dataclass(frozen=True)

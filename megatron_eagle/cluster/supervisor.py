@@ -24,7 +24,7 @@ from megatron_eagle.cluster.events import (
     newest_step,
     read_events,
 )
-from megatron_eagle.training.stopping import HANG_EXIT_CODE, SILENT, STACKS_FOLLOW, STOPPED_EXIT_CODE
+from megatron_eagle.training.watchdog import HANG_EXIT_CODE, SILENT, STACKS_FOLLOW, STOPPED_EXIT_CODE
 
 USER_ERROR = 2  # exit code of the command line after a UserError
 BAD_NODE = 4  # exit code of ``megatron-eagle doctor``

@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.conversation import MARKER, ROLES
-from megatron_eagle.data.shards import iterate_samples
-from megatron_eagle.data.tokenizer import train_sentencepiece
+from megatron_eagle.checkpoint.files import Description, find_latest, read_description
+from megatron_eagle.config.recipe import Recipe, load_recipe
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.sample.conversation import MARKER, ROLES
+from megatron_eagle.data.sample.tokenizer import train_sentencepiece
+from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.demo.dataset import Quality, Split, generate
 from megatron_eagle.demo.report import write_report
 from megatron_eagle.demo.summary import (
     Accuracy,
     Example,
     LayoutSummary,
-    Seconds,
+    StageSeconds,
     StageSummary,
     Summary,
     padding_fraction,
 )
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions, split_questions
-from megatron_eagle.recipe import Recipe, load_recipe
-from megatron_eagle.training.checkpoint import Description, find_latest, read_description
 from megatron_eagle.training.log import read_metrics
 
 SEED = 2026
@@ -117,7 +117,7 @@ def _write_summary(recipe: Recipe, folder: Path, processes: int, clock: "_Clock"
         layout=LayoutSummary(layout.tp, layout.pp, layout.cp, layout.data_parallel_size(processes), processes),
         padding_fraction=padding_fraction(record for stage in metrics.values() for record in stage),
         accuracy=Accuracy.of(examples),
-        seconds=Seconds(setup_seconds + clock.of("setup"), clock.of("train"), clock.of("evaluate")),
+        seconds=StageSeconds(setup_seconds + clock.of("setup"), clock.of("train"), clock.of("evaluate")),
         peak_rss_gb=max(children, *(d.peak_rss_bytes for d in descriptions)) / 1e9,
     )
     summary.write(folder)

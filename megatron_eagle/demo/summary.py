@@ -83,7 +83,7 @@ class LayoutSummary:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers, 0 to 1, over the held-out split: all, by task, and all with every image blanked."""
+    """TileShards of right answers, 0 to 1, over the held-out split: all, by task, and all with every image blanked."""
 
     overall: float
     per_task: dict[str, float]
@@ -104,7 +104,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class StageSeconds:
     """Wall-clock seconds of the parts of the run."""
 
     setup: float
@@ -123,7 +123,7 @@ class Summary:
     layout: LayoutSummary
     padding_fraction: float
     accuracy: Accuracy
-    seconds: Seconds
+    seconds: StageSeconds
     peak_rss_gb: float
 
     def write(self, folder: Path) -> Path:

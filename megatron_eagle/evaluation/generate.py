@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.data.tokenizer import Tokenizer
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups

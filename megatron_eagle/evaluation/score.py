@@ -15,20 +15,19 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from tqdm import tqdm
 
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.conversation import MARKER, VIDEO_MARKER, Conversation
-from megatron_eagle.data.cutting import Cutter
-from megatron_eagle.data.encode import add_tiles, tokenise
-from megatron_eagle.data.shards import StoredSample, iterate_samples
-from megatron_eagle.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_eagle.errors import UserError
+from megatron_eagle.checkpoint.files import find_latest, load_weights, read_description, require_same_model
+from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.sample.conversation import MARKER, VIDEO_MARKER, Conversation
+from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
+from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.shards import StoredSample, iterate_samples
+from megatron_eagle.data.stream.encode import add_tiles, tokenise
+from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.generate import Prompt, generate, pack_prompts
-from megatron_eagle.layout import Layout
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
-from megatron_eagle.platform import Platform
-from megatron_eagle.recipe import Recipe, Stage
-from megatron_eagle.training.checkpoint import find_latest, load_weights, read_description, require_same_model
 from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -76,7 +75,7 @@ def evaluate(
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
         questions = [question for sample in iterate_samples(data) for question in split_questions(sample)]
         settings = replace(recipe.data_settings(stage), pack_length=stage.pack_length - answer_tokens)
-        prompts, rejected = _prompts(questions, Cutter(settings, tokenizer))
+        prompts, rejected = _prompts(questions, VisualPlanner(settings, tokenizer))
         asked = [one.conversation for one in questions if one.conversation.id not in rejected]
         answers = _answer(stage, model, tokenizer, asked, prompts, groups, platform, answer_tokens)
         if groups.rank == 0:
@@ -149,14 +148,14 @@ def split_questions(sample: StoredSample) -> list[StoredSample]:
     return questions
 
 
-def _prompts(questions: Sequence[StoredSample], cutter: Cutter) -> tuple[list[Prompt], dict[str, str]]:
+def _prompts(questions: Sequence[StoredSample], planner: VisualPlanner) -> tuple[list[Prompt], dict[str, str]]:
     """(what can be asked, reasons why the others cannot by their ids), cut as in training."""
     prompts: list[Prompt] = []
     rejected: dict[str, str] = {}
     for question in questions:
         try:
-            segment, cut = tokenise(question, cutter, prompt=True)
-            segment = add_tiles(segment, question, cut, cutter.settings)
+            segment, plan = tokenise(question, planner, prompt=True)
+            segment = add_tiles(segment, question, plan, planner.settings)
         except BrokenSample as reason:
             rejected[question.conversation.id] = str(reason)
             continue

@@ -3,8 +3,8 @@
 Megatron's own DotProductAttention knows neither packs nor context parallelism outside Transformer Engine, and
 Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes
 queries at any positions of a pack against all keys (``context.py``). A kernel of this project does that in one call, or
-PyTorch's scaled dot product attention runs on each segment by itself (``Hosting.kernels``). Neither makes anything of
-size L x L, and a pack of many short samples costs what the samples cost.
+PyTorch's scaled dot product attention runs on each segment by itself (``BuildContext.kernels``). Neither makes anything
+of size L x L, and a pack of many short samples costs what the samples cost.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.model.context import Pack, Piece
-from megatron_eagle.model.hosting import Kernels
+from megatron_eagle.model.build_context import Kernels
+from megatron_eagle.parallel.context import PackMask, Piece
 
 
 class PackedAttention(MegatronModule):
@@ -52,7 +52,7 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Pack | None = None,
+        packed_seq_params: PackMask | None = None,
     ) -> Tensor:
         assert packed_seq_params is not None, "the language model runs on packs"
         context = packed_seq_params.context
@@ -90,7 +90,7 @@ class BatchedAttention(MegatronModule):
         return seen.permute(2, 0, 1, 3).flatten(2)
 
 
-def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float | None) -> Tensor:
+def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: PackMask, scale: float | None) -> Tensor:
     """Queries [l, heads, d] of a place, keys and values [L, groups, d] of the pack -> [l, heads, d], on a GPU."""
     from eagle_kernels.packed_attention import packed_attention  # needs Triton, which a CPU may lack
 
@@ -98,7 +98,7 @@ def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: Pack, sca
     return packed_attention(query, key, value, pack.cu_seqlens, softmax_scale=scale, query_positions=positions)
 
 
-def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float | None) -> Tensor:
+def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: PackMask, scale: float | None) -> Tensor:
     """The same without a kernel of our own."""
     shared_by = query.shape[1] // key.shape[1]
     if shared_by > 1:  # PyTorch's fast kernel for the CPU wants as many key as query heads

@@ -9,18 +9,18 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.model.hosting import Hosting, leave, parallel_config
+from megatron_eagle.model.build_context import BuildContext, no_init, parallel_config
 from megatron_eagle.model.norm import LayerNorm
 
 
 class Connector(MegatronModule):
     """[n, tokens, input_channels] -> [n, tokens, hidden_size]."""
 
-    def __init__(self, input_channels: int, hidden_size: int, *, eps: float, hosting: Hosting) -> None:
-        config = parallel_config(hosting)
+    def __init__(self, input_channels: int, hidden_size: int, *, eps: float, build: BuildContext) -> None:
+        config = parallel_config(build)
         super().__init__(config=config)
-        self.tp_group = hosting.groups.tp
-        parallel = {"config": config, "init_method": leave, "tp_group": hosting.groups.tp}
+        self.tp_group = build.groups.tp
+        parallel = {"config": config, "init_method": no_init, "tp_group": build.groups.tp}
         self.norm = LayerNorm(config, input_channels, eps)
         self.linear_fc1 = ColumnParallelLinear(input_channels, hidden_size, **parallel)
         self.linear_fc2 = RowParallelLinear(

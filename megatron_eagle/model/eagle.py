@@ -19,16 +19,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, check_layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, check_layout
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.model.build_context import BuildContext, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.context import Context, Pack
-from megatron_eagle.model.hosting import Hosting, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import Mixture, tokens_per_tile
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
 from megatron_eagle.model.weights import initialise, weight_slices
+from megatron_eagle.parallel.context import Context, PackMask
 
 
 class EagleModel(MegatronModule):
@@ -41,28 +41,28 @@ class EagleModel(MegatronModule):
     def __init__(
         self,
         eagle: EagleConfig,
-        hosting: Hosting,
+        build: BuildContext,
         *,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
     ) -> None:
         language = QwenModel(
-            eagle.language, hosting, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            eagle.language, build, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         super().__init__(config=language.config)
-        self.eagle, self.layout = eagle, hosting.layout
-        self.context = Context.of(hosting.layout, hosting.groups)
+        self.eagle, self.layout = eagle, build.layout
+        self.context = Context.of(build.layout, build.groups)
         self.tokens_per_tile = tokens_per_tile(eagle)
-        hosts_encoders = pre_process and hosting.layout.encoder == "tensor"
+        hosts_encoders = pre_process and build.layout.encoder == "tensor"
         self.vision: Mixture | None = None
         self.connector: Connector | None = None
         if hosts_encoders:
-            self.vision, self.connector = make_encoders(eagle, hosting)
+            self.vision, self.connector = make_encoders(eagle, build)
         self.language = language
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.pg_collection = hosting.groups
-        self.tp_group = hosting.groups.tp
+        self.pg_collection = build.groups
+        self.tp_group = build.groups.tp
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = eagle.language.tie_word_embeddings
 
@@ -101,7 +101,7 @@ class EagleModel(MegatronModule):
             decoder_input=self._embed(batch, held, features) if self.pre_process else None,
             labels=batch.labels[None, held] if compute_loss else None,
             loss_mask=batch.loss_weights[None, held] if compute_loss else None,
-            packed_seq_params=Pack.of(batch.cu_seqlens, self.context),
+            packed_seq_params=PackMask.of(batch.cu_seqlens, self.context),
         )
         if compute_loss or not self.post_process:
             return output
@@ -183,9 +183,9 @@ def build_eagle(
     """
     check_layout(config, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
-    hosting = Hosting(layout, groups, transformer_impl, precision, recompute, kernels)
+    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels)
     with torch.device(device):
-        model = EagleModel(config, hosting, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        model = EagleModel(config, build, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     if seed is not None:
         initialise(model, groups.tp, seed=seed, language_std=config.language.initializer_range)
     return model
@@ -213,7 +213,7 @@ def parameter_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
     alone = _Alone()
     groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
     with torch.device("meta"):
-        model = EagleModel(config, Hosting(Layout(), groups), pre_process=True, post_process=True)
+        model = EagleModel(config, BuildContext(Layout(), groups), pre_process=True, post_process=True)
     return {weight.name: weight.full_shape for weight in weight_slices(model, alone)}
 
 

@@ -17,9 +17,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.config import EagleConfig, QwenConfig
 from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.model.encoders.convnext import EXPANSION
 from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig

@@ -1,6 +1,6 @@
 """Which Hugging Face tensors make up which of our parameters: the only place that knows both names.
 
-A ``Source`` says, for one parameter of the undivided model, the names in a Hugging Face state dict, how their tensors
+``HfTensors`` says, for one parameter of the undivided model, the names in a Hugging Face state dict, how their tensors
 become one, and how that one is taken apart again. ``load`` fills a model from such a state dict, in any layout. Names
 are those of transformers' Qwen2ForCausalLM, SiglipVisionModel and ConvNextModel, of timm's ConvNeXt, and ``mlp1`` of
 the released Eagle 2 models; ``prefix`` is put before them for checkpoints that hold several models.
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.config import QwenConfig
 from megatron_eagle.model.encoders import convnext, siglip
 from megatron_eagle.model.weights import EMBEDDING, weight_slices
 
@@ -34,7 +34,7 @@ def _single(tensor: Tensor) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
-class Source:
+class HfTensors:
     """names: tensors of a Hugging Face state dict; join: makes the whole parameter of them, given in that order;
     split: its inverse."""
 
@@ -43,10 +43,10 @@ class Source:
     split: Callable[[Tensor], Sequence[Tensor]] = _single
 
 
-Sources = dict[str, Source]
+HfNames = dict[str, HfTensors]
 
 
-def load(model: nn.Module, sources: Sources, state: Mapping[str, Tensor], tp_group: Any) -> None:
+def load(model: nn.Module, sources: HfNames, state: Mapping[str, Tensor], tp_group: Any) -> None:
     """Fill the parameters that ``sources`` names and this process holds from ``state``, cutting out its share.
 
     Raises UserError if a tensor is missing or has the wrong shape.
@@ -64,36 +64,36 @@ def load(model: nn.Module, sources: Sources, state: Mapping[str, Tensor], tp_gro
             raise UserError(f"{', '.join(source.names)}: {error}") from None
 
 
-def qwen_sources(config: QwenConfig, prefix: str = "") -> Sources:
+def qwen_sources(config: QwenConfig, prefix: str = "") -> HfNames:
     """Qwen2ForCausalLM -> ``language``."""
     pad = partial(_pad_rows, rows=config.padded_vocab_size, expected=config.vocab_size)
     trim = partial(_trim_rows, rows=config.vocab_size)
     sources = {
-        EMBEDDING: Source((f"{prefix}model.embed_tokens.weight",), pad, trim),
-        "language.decoder.final_layernorm.weight": Source((f"{prefix}model.norm.weight",)),
+        EMBEDDING: HfTensors((f"{prefix}model.embed_tokens.weight",), pad, trim),
+        "language.decoder.final_layernorm.weight": HfTensors((f"{prefix}model.norm.weight",)),
     }
     if not config.tie_word_embeddings:
-        sources["language.output_layer.weight"] = Source((f"{prefix}lm_head.weight",), pad, trim)
+        sources["language.output_layer.weight"] = HfTensors((f"{prefix}lm_head.weight",), pad, trim)
     for number in range(config.num_hidden_layers):
         ours, theirs = f"language.decoder.layers.{number}.", f"{prefix}model.layers.{number}."
         sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_key_value_heads)
         sources |= {
-            f"{ours}input_layernorm.weight": Source((f"{theirs}input_layernorm.weight",)),
-            f"{ours}self_attention.linear_proj.weight": Source((f"{theirs}self_attn.o_proj.weight",)),
-            f"{ours}pre_mlp_layernorm.weight": Source((f"{theirs}post_attention_layernorm.weight",)),
-            f"{ours}mlp.linear_fc1.weight": Source(
+            f"{ours}input_layernorm.weight": HfTensors((f"{theirs}input_layernorm.weight",)),
+            f"{ours}self_attention.linear_proj.weight": HfTensors((f"{theirs}self_attn.o_proj.weight",)),
+            f"{ours}pre_mlp_layernorm.weight": HfTensors((f"{theirs}post_attention_layernorm.weight",)),
+            f"{ours}mlp.linear_fc1.weight": HfTensors(
                 (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _gate_and_up, _halves
             ),
-            f"{ours}mlp.linear_fc2.weight": Source((f"{theirs}mlp.down_proj.weight",)),
+            f"{ours}mlp.linear_fc2.weight": HfTensors((f"{theirs}mlp.down_proj.weight",)),
         }
     return sources
 
 
-def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "siglip") -> Sources:
+def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "siglip") -> HfNames:
     """SiglipVisionModel without its pooling head -> ``vision.<encoder>``."""
     start = f"vision.{encoder}."
     sources = _weight_and_bias(f"{start}patch_embedding", f"{prefix}embeddings.patch_embedding")
-    sources[f"{start}position_embedding"] = Source((f"{prefix}embeddings.position_embedding.weight",))
+    sources[f"{start}position_embedding"] = HfTensors((f"{prefix}embeddings.position_embedding.weight",))
     for number in range(config.num_hidden_layers):
         ours, theirs = f"{start}transformer.layers.{number}.", f"{prefix}encoder.layers.{number}."
         sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_attention_heads)
@@ -150,14 +150,14 @@ _TIMM = _ConvNextNames(
 )
 
 
-def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "convnext") -> Sources:
+def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "convnext") -> HfNames:
     """transformers' ConvNextModel without its last norm -> ``vision.<encoder>``."""
     return _convnext_sources(config, prefix, encoder, _TRANSFORMERS)
 
 
 def timm_convnext_sources(
     config: convnext.Config, prefix: str = "", encoder: str = "convnext", layer_scale: str = "gamma"
-) -> Sources:
+) -> HfNames:
     """timm's ConvNeXt without its head -> ``vision.<encoder>``.
 
     layer_scale: name of a block's scale; timm and open_clip have ``gamma``, the released Eagle 2 models ``weight``,
@@ -166,7 +166,7 @@ def timm_convnext_sources(
     return _convnext_sources(config, prefix, encoder, replace(_TIMM, scale=layer_scale))
 
 
-def _convnext_sources(config: convnext.Config, prefix: str, encoder: str, names: _ConvNextNames) -> Sources:
+def _convnext_sources(config: convnext.Config, prefix: str, encoder: str, names: _ConvNextNames) -> HfNames:
     start = f"vision.{encoder}."
     sources = _weight_and_bias(f"{start}stem", prefix + names.stem)
     sources |= _weight_and_bias(f"{start}stem_norm", prefix + names.stem_norm)
@@ -182,11 +182,11 @@ def _convnext_sources(config: convnext.Config, prefix: str, encoder: str, names:
             sources |= _weight_and_bias(f"{our_block}norm", theirs + names.norm)
             sources |= _weight_and_bias(f"{our_block}linear_fc1", theirs + names.fc1)
             sources |= _weight_and_bias(f"{our_block}linear_fc2", theirs + names.fc2)
-            sources[f"{our_block}layer_scale"] = Source((theirs + names.scale,))
+            sources[f"{our_block}layer_scale"] = HfTensors((theirs + names.scale,))
     return sources
 
 
-def connector_sources(prefix: str = "mlp1.") -> Sources:
+def connector_sources(prefix: str = "mlp1.") -> HfNames:
     """The Sequential(LayerNorm, Linear, GELU, Linear) of Eagle2ChatModel -> ``connector``."""
     return {
         **_weight_and_bias("connector.norm", f"{prefix}0"),
@@ -195,13 +195,13 @@ def connector_sources(prefix: str = "mlp1.") -> Sources:
     }
 
 
-def _weight_and_bias(ours: str, theirs: str) -> Sources:
-    return {f"{ours}.{kind}": Source((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
+def _weight_and_bias(ours: str, theirs: str) -> HfNames:
+    return {f"{ours}.{kind}": HfTensors((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
 
 
-def _qkv(ours: str, theirs: str, heads: int, groups: int) -> Sources:
+def _qkv(ours: str, theirs: str, heads: int, groups: int) -> HfNames:
     return {
-        f"{ours}self_attention.linear_qkv.{kind}": Source(
+        f"{ours}self_attention.linear_qkv.{kind}": HfTensors(
             tuple(f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv"),
             partial(_interleave, groups=groups),
             partial(_separate, heads=heads, groups=groups),

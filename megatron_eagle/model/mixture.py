@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.model.build_context import BuildContext, parallel_config
 from megatron_eagle.model.encoders import build_encoder, encoder_config
-from megatron_eagle.model.hosting import Hosting, parallel_config
 
 
 def tokens_per_tile(config: EagleConfig) -> int:
@@ -35,11 +35,11 @@ class Mixture(MegatronModule):
     Each encoder is a submodule under the name of its kind; a kind used again gets a number (``siglip``, ``siglip_2``).
     """
 
-    def __init__(self, config: EagleConfig, hosting: Hosting) -> None:
-        super().__init__(config=parallel_config(hosting))
-        self.tp_group = hosting.groups.tp
+    def __init__(self, config: EagleConfig, build: BuildContext) -> None:
+        super().__init__(config=parallel_config(build))
+        self.tp_group = build.groups.tp
         kinds = [settings["kind"] for settings in config.encoders]
-        self.joined_in_kernel = hosting.kernels == "triton" and kinds in (["siglip"], ["siglip", "convnext"])
+        self.joined_in_kernel = build.kernels == "triton" and kinds in (["siglip"], ["siglip", "convnext"])
         tokens_per_tile(config)
         self.names: list[str] = []
         seen: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class Mixture(MegatronModule):
             kind = settings["kind"]
             seen[kind] += 1
             self.names.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
-            self.add_module(self.names[-1], build_encoder(settings, hosting))
+            self.add_module(self.names[-1], build_encoder(settings, build))
 
     def before_joining(self, tiles: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """SigLIP's tokens [n, rows * columns, c1] before PixelShuffle, ConvNeXt's [n, tokens, c2], and (rows, columns).

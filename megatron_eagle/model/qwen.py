@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_eagle.data.batch import IGNORE_LABEL
-from megatron_eagle.model.config import QwenConfig
-from megatron_eagle.model.hosting import Hosting, transformer_config
+from megatron_eagle.config.model import QwenConfig
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
+from megatron_eagle.model.build_context import BuildContext, transformer_config
 from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
 
@@ -34,10 +34,16 @@ class QwenModel(GPTModel):
     """
 
     def __init__(
-        self, qwen: QwenConfig, hosting: Hosting, *, pre_process: bool, post_process: bool, vp_stage: int | None = None
+        self,
+        qwen: QwenConfig,
+        build: BuildContext,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
         config = transformer_config(
-            hosting,
+            build,
             in_pipeline=True,
             num_layers=qwen.num_hidden_layers,
             hidden_size=qwen.hidden_size,
@@ -51,15 +57,15 @@ class QwenModel(GPTModel):
             gated_linear_unit=True,
             activation_func=F.silu,
         )
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(hosting.groups.pp))
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(build.groups.pp))
         super().__init__(
             config,
             block_spec(
-                hosting.transformer_impl,
+                build.transformer_impl,
                 layers=layers,
                 rms_norm=True,
                 mask=AttnMaskType.causal,
-                kernels=hosting.kernels,
+                kernels=build.kernels,
             ),
             vocab_size=qwen.padded_vocab_size,
             max_sequence_length=qwen.max_position_embeddings,
@@ -68,13 +74,13 @@ class QwenModel(GPTModel):
             share_embeddings_and_output_weights=qwen.tie_word_embeddings,
             position_embedding_type="none",  # see _preprocess
             scatter_embedding_sequence_parallel=False,
-            pg_collection=hosting.groups,
+            pg_collection=build.groups,
             vp_stage=vp_stage,
         )
         self.real_vocab_size = qwen.vocab_size
-        self.loss_in_kernel = hosting.kernels == "triton"
+        self.loss_in_kernel = build.kernels == "triton"
         self.rope_theta = qwen.rope_theta
-        self._on_host = HiddenStatesOnHost(qwen.hidden_size, hosting.dtype) if hosting.recompute == "offload" else None
+        self._on_host = HiddenStatesOnHost(qwen.hidden_size, build.dtype) if build.recompute == "offload" else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._on_host.keep() if self._on_host else contextlib.nullcontext():

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_eagle.model.attention import BatchedAttention, PackedAttention
-from megatron_eagle.model.hosting import Kernels, TransformerImpl
+from megatron_eagle.model.build_context import Kernels, TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
 
 # Transformer Engine keeps a norm inside the linear layer behind it; checkpoints use its names.

@@ -13,19 +13,26 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.model.build_context import (
+    BuildContext,
+    Kernels,
+    Precision,
+    Recompute,
+    TransformerImpl,
+    parallel_config,
+)
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.hosting import Hosting, Kernels, Precision, Recompute, TransformerImpl, parallel_config
 from megatron_eagle.model.mixture import Mixture, mixture_channels, tokens_per_tile
 from megatron_eagle.model.weights import initialise
 
 
-def make_encoders(eagle: EagleConfig, hosting: Hosting) -> tuple[Mixture, Connector]:
+def make_encoders(eagle: EagleConfig, build: BuildContext) -> tuple[Mixture, Connector]:
     """Vision encoders and connector with memory for their weights."""
     language = eagle.language.hidden_size
-    connector = Connector(mixture_channels(eagle), language, eps=eagle.connector_layer_norm_eps, hosting=hosting)
-    return Mixture(eagle, hosting), connector
+    connector = Connector(mixture_channels(eagle), language, eps=eagle.connector_layer_norm_eps, build=build)
+    return Mixture(eagle, build), connector
 
 
 def encode_tiles(vision: Mixture, connector: Connector, tiles: Tensor) -> Tensor:
@@ -51,14 +58,14 @@ class TileEncoder(MegatronModule):
     copies: the processes that each hold one.
     """
 
-    def __init__(self, eagle: EagleConfig, hosting: Hosting, copies: dist.ProcessGroup) -> None:
-        super().__init__(config=parallel_config(hosting))
-        self.tp_group = hosting.groups.tp
+    def __init__(self, eagle: EagleConfig, build: BuildContext, copies: dist.ProcessGroup) -> None:
+        super().__init__(config=parallel_config(build))
+        self.tp_group = build.groups.tp
         self.copies = copies
-        self.dtype = hosting.dtype
+        self.dtype = build.dtype
         self.tile_shape = (3, eagle.tile_size, eagle.tile_size)
         self.feature_shape = (tokens_per_tile(eagle), eagle.language.hidden_size)
-        self.vision, self.connector = make_encoders(eagle, hosting)
+        self.vision, self.connector = make_encoders(eagle, build)
 
     def forward(self, tiles: Tensor) -> Tensor:
         return encode_tiles(self.vision, self.connector, tiles)
@@ -73,7 +80,7 @@ class TileEncoder(MegatronModule):
 def build_tile_encoder(
     config: EagleConfig,
     *,
-    alone: dist.ProcessGroup,
+    self_group: dist.ProcessGroup,
     copies: dist.ProcessGroup,
     transformer_impl: TransformerImpl = "local",
     precision: Precision = "bf16",
@@ -84,12 +91,12 @@ def build_tile_encoder(
 ) -> TileEncoder:
     """Build this process's copy on ``device``.
 
-    alone: the group of this process by itself. seed: as in ``build_eagle``; the values are the same as there.
+    self_group: the group of this process by itself. seed: as in ``build_eagle``; the values are the same as there.
     """
-    groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
+    groups = ProcessGroupCollection(tp=self_group, pp=self_group, cp=self_group, embd=None)
     with torch.device(device):
-        hosting = Hosting(Layout(), groups, transformer_impl, precision, recompute, kernels)
-        encoder = TileEncoder(config, hosting, copies)
+        build = BuildContext(Layout(), groups, transformer_impl, precision, recompute, kernels)
+        encoder = TileEncoder(config, build, copies)
     if seed is not None:
-        initialise(encoder, alone, seed=seed, language_std=config.language.initializer_range)
+        initialise(encoder, self_group, seed=seed, language_std=config.language.initializer_range)
     return encoder

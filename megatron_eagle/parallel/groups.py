@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
-from megatron_eagle.platform import Platform
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """Where a process stands: its rank along each axis."""
 
     dp: int
@@ -33,10 +33,10 @@ class Groups:
 
     dp: the group of processes that hold the same weights and train on different packs.
     replica: all tp x cp x pp processes of this process's copy of the model.
-    replica_places: where each process of ``replica`` stands, in the order of that group.
+    replica_coordinates: where each process of ``replica`` stands, in the order of that group.
     reader_rank: global rank of the one process of the replica that reads its packs (tp, cp and pp rank 0).
     encoder_hosts: the processes of the replica on its first pipeline stage; None on the other stages.
-    everyone, alone: all processes of the run, and this one by itself.
+    world_group, self_group: all processes of the run, and this one by itself.
     spread_encoders: whether the layout shares out the tiles over all processes of a replica (``encoder: spread``).
     """
 
@@ -52,11 +52,11 @@ class Groups:
     dp_size: int
     dp: dist.ProcessGroup
     replica: dist.ProcessGroup
-    replica_places: tuple[Place, ...]
+    replica_coordinates: tuple[RankCoordinates, ...]
     reader_rank: int
     encoder_hosts: dist.ProcessGroup | None
-    everyone: dist.ProcessGroup
-    alone: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+    self_group: dist.ProcessGroup
     spread_encoders: bool
 
     @property
@@ -107,15 +107,15 @@ def initialise(layout: Layout, platform: Platform, *, timeout: timedelta) -> Gro
     return split(layout, places, timeout)
 
 
-def split(layout: Layout, places: list[Place], timeout: timedelta) -> Groups:
+def split(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> Groups:
     """The groups of a run whose processes stand at ``places``, by global rank; Megatron's own must exist already."""
     dp_size, own = layout.data_parallel_size(len(places)), _own_place()
     if layout.cp > 1:
         _make_context_levels(layout, places, timeout)
     replicas = [[rank for rank, place in enumerate(places) if place.dp == number] for number in range(dp_size)]
     hosts = [[rank for rank in ranks if places[rank].pp == 0] for ranks in replicas]
-    replica, everyone = _one_group_of(replicas, timeout), dist.group.WORLD
-    assert replica is not None and everyone is not None
+    replica, world_group = _one_group_of(replicas, timeout), dist.group.WORLD
+    assert replica is not None and world_group is not None
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -129,12 +129,12 @@ def split(layout: Layout, places: list[Place], timeout: timedelta) -> Groups:
         dp_size=dp_size,
         dp=parallel_state.get_data_parallel_group(),
         replica=replica,
-        replica_places=tuple(places[rank] for rank in replicas[own.dp]),
+        replica_coordinates=tuple(places[rank] for rank in replicas[own.dp]),
         reader_rank=min(hosts[own.dp]),  # Megatron numbers tp and cp fastest
         encoder_hosts=_one_group_of(hosts, timeout),
-        everyone=everyone,
+        world_group=world_group,
         # Eagle has no experts, so Megatron's group of processes that share them is each process by itself.
-        alone=parallel_state.get_expert_model_parallel_group(),
+        self_group=parallel_state.get_expert_model_parallel_group(),
         spread_encoders=layout.encoder == "spread",
     )
 
@@ -146,8 +146,8 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def _own_place() -> Place:
-    return Place(
+def _own_place() -> RankCoordinates:
+    return RankCoordinates(
         dp=parallel_state.get_data_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
@@ -155,20 +155,20 @@ def _own_place() -> Place:
     )
 
 
-def _gather_places(own: Place, device: torch.device) -> list[Place]:
+def _gather_places(own: RankCoordinates, device: torch.device) -> list[RankCoordinates]:
     """The place of every process, by global rank."""
     places = torch.empty(dist.get_world_size(), 4, dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(places, torch.tensor([[own.dp, own.pp, own.cp, own.tp]], device=device))
-    return [Place(*map(int, numbers)) for numbers in places]
+    return [RankCoordinates(*map(int, numbers)) for numbers in places]
 
 
-def _make_context_levels(layout: Layout, places: list[Place], timeout: timedelta) -> None:
+def _make_context_levels(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> None:
     """Make the groups of context parallelism's two levels, the inner one first, where Megatron would keep them.
 
     Megatron makes the same ones (``hierarchical_context_parallel_sizes``), but needs einops for it.
     """
-    inner: dict[Place, list[int]] = {}
-    outer: dict[Place, list[int]] = {}
+    inner: dict[RankCoordinates, list[int]] = {}
+    outer: dict[RankCoordinates, list[int]] = {}
     for rank, place in enumerate(places):
         inner.setdefault(replace(place, cp=place.cp // layout.ulysses), []).append(rank)
         outer.setdefault(replace(place, cp=place.cp % layout.ulysses), []).append(rank)

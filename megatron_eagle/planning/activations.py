@@ -11,17 +11,17 @@ All sizes are bytes on one process.
 
 from dataclasses import dataclass
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig
-from megatron_eagle.model.context import MASKED_QUERIES, Share, pieces
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.model.build_context import Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.model.encoders.convnext import EXPANSION
 from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
 from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
 from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
-from megatron_eagle.model.hosting import Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
-from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.parallel.context import MASKED_QUERIES, ContextShard, pieces
 
 # Float32 copies of all pixels that live at once while tiles are normalised, before anything is encoded.
 PIXEL_COPIES = {"siglip": 2, "convnext": 3}
@@ -50,7 +50,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackShape:
     """What matters of a pack: tokens of each segment, its tiles, and how long the last segment is if it is padding."""
 
     segments: tuple[int, ...]
@@ -104,16 +104,16 @@ class Activations:
         """Bytes of one activation."""
         return 2 if self.precision == "bf16" else 4
 
-    def hidden(self, pack: Pack) -> float:
+    def hidden(self, pack: PackShape) -> float:
         """Hidden states between layers, as a process holds or sends them."""
         language = self.config.language
         return self._tokens(pack) / self._split * language.hidden_size * self.number
 
-    def embedding(self, pack: Pack) -> float:
+    def embedding(self, pack: PackShape) -> float:
         """Embeddings, whole along the sequence, beside those that have been overwritten with features."""
         return self._tokens(pack) * self.config.language.hidden_size * self.number
 
-    def layer(self, pack: Pack) -> Held:
+    def layer(self, pack: PackShape) -> Held:
         """One decoder layer."""
         whole = self._layer_saved(pack)
         moment = self.hidden(pack) + 2 * self._tokens(pack) * self._inner * self.number
@@ -127,7 +127,7 @@ class Activations:
             return Held(whole - core + self._core_inputs(pack), core, max(core, moment))
         return Held(whole, 0.0, moment)
 
-    def head(self, pack: Pack) -> Held:
+    def head(self, pack: PackShape) -> Held:
         """The last norm, the logits and their cross entropy."""
         if self.kernels == "triton":
             return self._head_in_kernel(pack)
@@ -145,7 +145,7 @@ class Activations:
             max(copied * logits * self.number, weight_gradient + whole + self.hidden(pack)),
         )
 
-    def _head_in_kernel(self, pack: Pack) -> Held:
+    def _head_in_kernel(self, pack: PackShape) -> Held:
         """The same where gradients are made with the loss: they wait for the backward pass, the logits do not."""
         language, tokens = self.config.language, self._tokens(pack)
         columns = language.padded_vocab_size / self.layout.tp
@@ -167,12 +167,12 @@ class Activations:
         one = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
         return one, 3 * one
 
-    def messages_ahead(self, pack: Pack) -> float:
+    def messages_ahead(self, pack: PackShape) -> float:
         """Interleaved stages take the next message while they compute and have the last one still on its way, in both
         directions."""
         return 4 * self.hidden(pack) if self.layout.vpp else 0.0
 
-    def _tokens(self, pack: Pack) -> float:
+    def _tokens(self, pack: PackShape) -> float:
         return pack.length / self.layout.cp
 
     @property
@@ -183,14 +183,14 @@ class Activations:
     def _inner(self) -> float:
         return self.config.language.intermediate_size / self.layout.tp
 
-    def _norm(self, pack: Pack) -> float:
+    def _norm(self, pack: PackShape) -> float:
         """A norm and its output, which the product behind it needs for its weights."""
         width = self._tokens(pack) / self._split * self.config.language.hidden_size
         if self.impl == "transformer_engine":
             return width * self.number * (2 if self.parts.language else 1)
         return width * (4 + 2 * self.number * self.parts.language) + 4 * self._tokens(pack) / self._split
 
-    def _layer_saved(self, pack: Pack) -> float:
+    def _layer_saved(self, pack: PackShape) -> float:
         tokens, trains = self._tokens(pack), self.parts.language
         heads = self.config.language.hidden_size / self.layout.tp
         project = tokens * heads * self.number * trains
@@ -200,7 +200,7 @@ class Activations:
             mlp = 4 + trains
         return 2 * self._norm(pack) + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
 
-    def _core_saved(self, pack: Pack) -> float:
+    def _core_saved(self, pack: PackShape) -> float:
         """Queries, the whole pack's keys and values, the output, and the rotary table that turned them."""
         language, tokens, length = self.config.language, self._tokens(pack), pack.length
         heads = language.hidden_size / self.layout.tp
@@ -213,7 +213,7 @@ class Activations:
         saved += 4 * tokens * language.num_attention_heads / self.layout.tp
         return saved + (self._masks(pack) if self.kernels == "torch" and self.layout.cp > 1 else 0.0)
 
-    def _core_inputs(self, pack: Pack) -> float:
+    def _core_inputs(self, pack: PackShape) -> float:
         """What recomputing the attention core starts from: queries, keys, and the product that values are a view of."""
         heads = self.config.language.hidden_size / self.layout.tp
         values = heads + 2 * self._key_channels if self.kernels == "torch" else self._key_channels
@@ -225,10 +225,10 @@ class Activations:
         language = self.config.language
         return max(1.0, language.num_key_value_heads / self.layout.tp) * language.head_dim
 
-    def _masks(self, pack: Pack) -> float:
+    def _masks(self, pack: PackShape) -> float:
         """Masks that PyTorch's attention on a CPU is given for pieces that start inside a segment (first place)."""
         borders = [sum(pack.segments[:number]) for number in range(len(pack.segments) + 1)]
-        share = Share(self.layout.ring, self.layout.ulysses, 0)
+        share = ContextShard(self.layout.ring, self.layout.ulysses, 0)
         masked = [p for p in pieces(borders, share.runs(pack.length)) if not p.starts_segment]
         assert all(p.rows.stop - p.rows.start <= MASKED_QUERIES for p in masked)
         area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in masked)

@@ -15,8 +15,8 @@ from annotated_types import Gt, Le
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_eagle.config.layout import STRICT, Positive
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import STRICT, Positive
 
 Rate = Annotated[float, Gt(0)]
 Share = Annotated[float, Gt(0), Le(1)]

@@ -16,11 +16,12 @@ from functools import lru_cache
 
 from pydantic import TypeAdapter
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.flops import Parts
-from megatron_eagle.parallel.spread import Shares
-from megatron_eagle.planning.activations import Activations, Held, Pack
+from megatron_eagle.parallel.shard_tiles import TileShards
+from megatron_eagle.planning.activations import Activations, Held, PackShape
 from megatron_eagle.planning.parameters import (
     Buffer,
     bucket_size,
@@ -31,7 +32,6 @@ from megatron_eagle.planning.parameters import (
     stage_weights,
 )
 from megatron_eagle.planning.schedule import passes
-from megatron_eagle.recipe import Recipe, Stage
 
 BYTES = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4  # gradients are summed in float32
@@ -39,13 +39,13 @@ INPUT_BYTES_PER_TOKEN = 3 * 8 + 4  # tokens, labels, positions; loss weights
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRanks:
     """A process by its ranks, those that matter for memory. replica_rank: among the processes of its replica."""
 
     pp: int
     dp_cp: int = 0
     replica: int = 0
-    everyone: int = 0
+    world: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Owned:
     copy: bool = False
 
 
-def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: Place, packs: Sequence[Pack]) -> Memory:
+def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks, packs: Sequence[PackShape]) -> Memory:
     """Memory of the process at ``place`` while its replica trains on ``packs``."""
     sizes = Activations.of(recipe, stage)
     weights, gradients, optimizer, update = persistent(recipe, stage, world_size, place)
@@ -92,7 +92,7 @@ def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: Place, packs
     return Memory(weights, gradients, optimizer, inputs, activations, scratch, where)
 
 
-def persistent(recipe: Recipe, stage: Stage, world_size: int, place: Place) -> tuple[int, int, int, int]:
+def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
     number, settings = BYTES[recipe.precision], recipe.optimizer
     weights = gradients = states = largest = 0
@@ -102,7 +102,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: Place) -> t
         in_buffer = settings.distributed and owned.buffer.elements
         weights += (owned.elements - owned.trained + owned.buffer.elements if in_buffer else owned.elements) * number
         gradients += owned.buffer.elements * GRADIENT_BYTES
-        rank = place.everyone if owned.copy else place.dp_cp
+        rank = place.world if owned.copy else place.dp_cp
         kept = owned.buffer.shard(rank, owned.ranks) if settings.distributed else owned.trained
         states += kept * (12 if recipe.precision == "bf16" else 8)  # two moments, and float32 weights beside bf16 ones
         largest = max(largest, kept)
@@ -142,14 +142,14 @@ def _owned(
     )
 
 
-def _tiles_held(sizes: Activations, place: Place, packs: Sequence[Pack]) -> int:
+def _tiles_held(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape]) -> int:
     total = sum(pack.tiles for pack in packs)
     if sizes.layout.encoder == "spread":
-        return Shares.of(total, sizes.layout.model_parallel_size).per_rank[place.replica]
+        return TileShards.of(total, sizes.layout.model_parallel_size).per_rank[place.replica]
     return total if place.pp == 0 else 0
 
 
-def _walk(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[float, str]:
+def _walk(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape]) -> tuple[float, str]:
     """The most that a step adds, and where."""
     layout = sizes.layout
     peak, where, live = 0.0, "forward of pack 1", sizes.messages_ahead(packs[0])
@@ -177,7 +177,7 @@ def _walk(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[floa
     return peak, where
 
 
-def _encode(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[float, float, str]:
+def _encode(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape]) -> tuple[float, float, str]:
     """(kept through the pipeline, peak, where) of spread encoders' forward and backward."""
     total = sum(pack.tiles for pack in packs)
     own, trains = _tiles_held(sizes, place, packs), sizes.parts.features_need_gradient
@@ -195,7 +195,7 @@ def _encode(sizes: Activations, place: Place, packs: Sequence[Pack]) -> tuple[fl
     return kept, forward, "encoding, before the pipeline"
 
 
-def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: Pack) -> Held:
+def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: PackShape) -> Held:
     layout = sizes.layout
     place, count = chunks_of_stage(layout, pp_rank)[chunk], layout.pp * (layout.vpp or 1)
     layers = layers_of_chunks(sizes.config, layout)[place]
@@ -213,7 +213,7 @@ def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: Pack) -> Hel
     return Held(whole.saved + hidden, whole.forward, whole.backward + hidden)
 
 
-def _first(sizes: Activations, pack: Pack) -> Held:
+def _first(sizes: Activations, pack: PackShape) -> Held:
     """What the first stage does before its layers."""
     embedding = sizes.embedding(pack)
     if sizes.layout.encoder == "spread" or not pack.tiles:

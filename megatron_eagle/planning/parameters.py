@@ -2,7 +2,7 @@
 
 Shapes come from the model itself, built once on the meta device, so a new encoder is counted without a line here. How
 they are laid out follows megatron-core 0.16.1 (``_ParamAndGradBuffer``): parameters in reverse order, aligned to 64
-elements, in buckets padded so that they can be cut among the processes that share them. ``dry_run.py`` and the tests
+elements, in buckets padded so that they can be cut among the processes that share them. ``walk.py`` and the tests
 compare the result with what Megatron allocates.
 """
 
@@ -14,8 +14,8 @@ from functools import lru_cache
 
 from pydantic import TypeAdapter
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, check_layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, check_layout
 from megatron_eagle.model.flops import Parts
 
 PARAMETER_ALIGNMENT = 64
@@ -153,15 +153,15 @@ def _model_weights(key: str) -> tuple[tuple[str, int, bool], ...]:
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_eagle.model.build_context import BuildContext
     from megatron_eagle.model.eagle import EagleModel, _Alone
-    from megatron_eagle.model.hosting import Hosting
     from megatron_eagle.model.weights import weight_slices
 
     config = _from_key(key)
     alone = _Alone()
     groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
     with torch.device("meta"):
-        model = EagleModel(config, Hosting(Layout(), groups), pre_process=True, post_process=True)
+        model = EagleModel(config, BuildContext(Layout(), groups), pre_process=True, post_process=True)
     return tuple((w.name, w.parameter.numel(), w.dim is not None) for w in weight_slices(model, alone))
 
 

@@ -7,20 +7,28 @@ Puts together what the other modules of this room count: packs (``samples.py``),
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
 from megatron_eagle.model.flops import StepFlops, Work, step_flops
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.parallel.spread import Shares
-from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.parallel.shard_tiles import TileShards
+from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware
-from megatron_eagle.planning.memory import BYTES, GRADIENT_BYTES, Memory, Place, gradient_buffers, memory_of, persistent
+from megatron_eagle.planning.memory import (
+    BYTES,
+    GRADIENT_BYTES,
+    Memory,
+    ProcessRanks,
+    gradient_buffers,
+    memory_of,
+    persistent,
+)
 from megatron_eagle.planning.parameters import layers_of_chunks
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.schedule import Pass
 from megatron_eagle.planning.simulator import Timeline, simulate
 from megatron_eagle.planning.timing import Timing
-from megatron_eagle.recipe import Recipe, Stage
 
 REPLICAS_SIMULATED = 4
 PACKS_DRAWN = 32  # at least, over the replicas that are simulated: fewer do not show how packs differ
@@ -110,7 +118,7 @@ def plan_stage(
     runs = [_replica(timing, packs[number::shown], gpus) for number in range(shown)]
     slowest = max(runs, key=lambda run: run[0].seconds + run[1])
     fullest = max((packs[number::shown] for number in range(shown)), key=lambda own: sum(p.tiles for p in own))
-    memory = tuple(memory_of(recipe, stage, gpus, Place(pp), fullest) for pp in range(layout.pp))
+    memory = tuple(memory_of(recipe, stage, gpus, ProcessRanks(pp), fullest) for pp in range(layout.pp))
     reduction, sums, update = _behind(recipe, stage, gpus, timing)
     useful = sum((pack.useful() for pack in packs), Work(0, 0, 0)) * (replicas / shown)
     pipeline, encoders = slowest[0].seconds, slowest[1]
@@ -137,7 +145,7 @@ def plan_stage(
     )
 
 
-def _replica(timing: Timing, packs: Sequence[Pack], gpus: int) -> tuple[Timeline, float]:
+def _replica(timing: Timing, packs: Sequence[PackShape], gpus: int) -> tuple[Timeline, float]:
     """(the pipeline, seconds of spread encoders beside it) of one replica."""
     layout = timing.sizes.layout
     count = layout.pp * (layout.vpp or 1)
@@ -155,7 +163,7 @@ def _replica(timing: Timing, packs: Sequence[Pack], gpus: int) -> tuple[Timeline
     if layout.encoder == "tensor":
         return timeline, 0.0
     total = sum(pack.tiles for pack in packs)
-    own = max(Shares.of(total, layout.model_parallel_size).per_rank)
+    own = max(TileShards.of(total, layout.model_parallel_size).per_rank)
     return timeline, timing.spread(own, total)
 
 
@@ -164,7 +172,7 @@ def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[fl
     layout, overlap = recipe.stage_layout(stage), recipe.optimizer.overlap
     most = (0.0, 0.0, 0.0)
     for pp in range(layout.pp):
-        _, _, states, _ = persistent(recipe, stage, gpus, Place(pp))
+        _, _, states, _ = persistent(recipe, stage, gpus, ProcessRanks(pp))
         each = 12 if recipe.precision == "bf16" else 8
         sums = weights = 0.0
         for elements, ranks, copy in gradient_buffers(recipe, stage, gpus, pp):
@@ -179,7 +187,7 @@ def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[fl
 def checkpoint_bytes(recipe: Recipe, stage: Stage) -> float:
     """A whole checkpoint: every weight once, and float32 weights and moments of what trains."""
     alone = replace(recipe, layout=Layout(), stages=(replace(stage, layout=Layout()),))
-    weights, _, states, _ = persistent(alone, alone.stages[0], 1, Place(0))
+    weights, _, states, _ = persistent(alone, alone.stages[0], 1, ProcessRanks(0))
     return float(weights + states)
 
 

@@ -13,7 +13,8 @@ stages inside the bracket.
 
 from dataclasses import dataclass, replace
 
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import BYTES
 from megatron_eagle.planning.parameters import encoder_copy, stage_weights
@@ -21,7 +22,6 @@ from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.planning.samples import Mix
 from megatron_eagle.planning.search import with_layout
 from megatron_eagle.planning.timing import link_rate, ring_rate
-from megatron_eagle.recipe import Recipe, Stage
 
 # Tokens of a sample that are plausible. An image costs 256 tokens a tile: a 2 x 2 grid with its thumbnail and a short
 # text make 1 500; twelve tiles, the thumbnail and a long text make 4 000, which is also what a pack of stage 1 holds.

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import yaml
 
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.plan import StagePlan, describe_layout
 from megatron_eagle.training.log import format_duration

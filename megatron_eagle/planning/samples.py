@@ -14,13 +14,13 @@ from typing import Protocol
 
 import torch
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.knapsack import pack_balanced
-from megatron_eagle.data.packing import Segment, assemble_pack
-from megatron_eagle.data.plan import Plan
-from megatron_eagle.data.tokenizer import load_tokenizer
-from megatron_eagle.planning.activations import Pack
-from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.order.knapsack import pack_balanced
+from megatron_eagle.data.order.plan import Plan
+from megatron_eagle.data.sample.assemble import Segment, assemble_pack
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.tokenizer import load_tokenizer
+from megatron_eagle.planning.activations import PackShape
 
 SPREAD = 0.6  # standard deviation of the logarithm: nine samples in ten lie within a factor of 2.7 of the median
 
@@ -28,7 +28,7 @@ SPREAD = 0.6  # standard deviation of the logarithm: nine samples in ten lie wit
 class Samples(Protocol):
     """Where packs come from."""
 
-    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[PackShape], int]:
         """(``count`` packs of ``length`` tokens, samples in them)."""
 
     def describe(self) -> str:
@@ -39,9 +39,9 @@ class Samples(Protocol):
 class Given:
     """Packs of known shapes, one after another and from the first again."""
 
-    shapes: tuple[Pack, ...]
+    shapes: tuple[PackShape, ...]
 
-    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[PackShape], int]:
         chosen = [self.shapes[number % len(self.shapes)] for number in range(count)]
         if any(pack.length != length for pack in chosen):
             raise ValueError(f"packs of {sorted({pack.length for pack in chosen})} tokens, asked for {length}")
@@ -58,14 +58,14 @@ class DataOf:
     recipe: Recipe
     stage: Stage
 
-    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[PackShape], int]:
         made, samples = [], 0
         for number in range(count):
             held = self._plan.pack(number).samples
             segments, samples = [sample.tokens for sample in held], samples + len(held)
             padding = length - sum(segments)
             tiles = sum(sample.tiles for sample in held)
-            made.append(Pack(tuple(segments + [padding] if padding else segments), tiles, padding))
+            made.append(PackShape(tuple(segments + [padding] if padding else segments), tiles, padding))
         return made, samples
 
     @cached_property
@@ -92,13 +92,13 @@ class Mix:
     visual: float = 0.8
     seed: int = 1
 
-    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[Pack], int]:
+    def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[PackShape], int]:
         return _packs(self, count, length, tokens_per_tile)
 
     def describe(self) -> str:
         return f"samples of {self.tokens_per_sample:.0f} tokens, {self.visual:.0%} of them tiles"
 
-    def draw(self, count: int, length: int, tokens_per_tile: int) -> tuple[list[Pack], int]:
+    def draw(self, count: int, length: int, tokens_per_tile: int) -> tuple[list[PackShape], int]:
         """As ``packs``, made anew."""
         draw = random.Random(self.seed)
         samples: list[tuple[int, int]] = []
@@ -122,19 +122,21 @@ class Mix:
             tiles, tokens = tiles - 1, tokens - tokens_per_tile
         return tokens, tiles
 
-    def _pack(self, samples: Sequence[tuple[int, int]], length: int) -> Pack:
+    def _pack(self, samples: Sequence[tuple[int, int]], length: int) -> PackShape:
         segments = [tokens for tokens, _ in samples]
         padding = length - sum(segments)
-        return Pack(tuple(segments + [padding] if padding else segments), sum(tiles for _, tiles in samples), padding)
+        return PackShape(
+            tuple(segments + [padding] if padding else segments), sum(tiles for _, tiles in samples), padding
+        )
 
 
 @lru_cache(maxsize=64)
-def _packs(mix: Mix, count: int, length: int, tokens_per_tile: int) -> tuple[tuple[Pack, ...], int]:
+def _packs(mix: Mix, count: int, length: int, tokens_per_tile: int) -> tuple[tuple[PackShape, ...], int]:
     packs, samples = mix.draw(count, length, tokens_per_tile)
     return tuple(packs), samples
 
 
-def synthetic(pack: Pack, side: int, cost: int, device: torch.device | None = None) -> PackedBatch:
+def synthetic(pack: PackShape, side: int, cost: int, device: torch.device | None = None) -> PackedBatch:
     """A pack of the given shape; all tiles stand in the segments that have room for them. device: of the pixels."""
     segments, left = [], pack.tiles
     sizes = pack.segments[:-1] if pack.padding else pack.segments

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import check_layout
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import check_layout
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware
-from megatron_eagle.planning.memory import Place, memory_of
+from megatron_eagle.planning.memory import ProcessRanks, memory_of
 from megatron_eagle.planning.plan import StagePlan, plan_stage
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
-from megatron_eagle.recipe import Recipe, Stage
 
 SIZES = (1, 2, 4, 8)
 RECOMPUTE = ("none", "selective", "full", "offload")
@@ -70,7 +70,7 @@ def candidates(
             except ValueError:
                 break
             variant = with_layout(recipe, stage, balanced, recompute)
-            first = memory_of(variant, variant.stage(stage.name), gpus, Place(0), packs)
+            first = memory_of(variant, variant.stage(stage.name), gpus, ProcessRanks(0), packs)
             if first.peak <= hardware.usable_bytes:
                 yield balanced, recompute
 
@@ -88,7 +88,9 @@ def _layouts(gpus: int, pack_length: int) -> Iterator[Layout]:
                         yield Layout(**shape, encoder="spread", encoder_chunk=chunk)
 
 
-def _balance(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardware: Hardware, pack: Pack) -> Layout:
+def _balance(
+    recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardware: Hardware, pack: PackShape
+) -> Layout:
     """``layout`` with layers shared out so that the slowest stage is as fast as it can be."""
     count, layers = layout.pp * (layout.vpp or 1), recipe.model.eagle().language.num_hidden_layers
     if count == 1 or layers < count:

@@ -1,4 +1,4 @@
-"""Seconds for every pass of every pipeline stage, from operation counts, bytes and the rates of a hardware profile.
+"""PassTime for every pass of every pipeline stage, from operation counts, bytes and the rates of a hardware profile.
 
 Products, attention and convolutions run at different shares of the peak; element-wise work (norms, activations, the
 cross entropy) runs at the speed of memory; tensor parallelism waits for its exchanges. Work that is repeated in the
@@ -20,7 +20,7 @@ from megatron_eagle.model.flops import (
     head_flops,
     layer_flops,
 )
-from megatron_eagle.planning.activations import Activations, Pack
+from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.parameters import layers_of_chunks
 
@@ -30,17 +30,17 @@ ELEMENTWISE_PASSES = (2.0, 3.0)  # over what is saved: written and read forward,
 
 
 @dataclass(frozen=True)
-class Seconds:
+class PassTime:
     """Forward and backward of a piece."""
 
     forward: float
     backward: float
 
-    def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(self.forward + other.forward, self.backward + other.backward)
+    def __add__(self, other: "PassTime") -> "PassTime":
+        return PassTime(self.forward + other.forward, self.backward + other.backward)
 
-    def __mul__(self, times: float) -> "Seconds":
-        return Seconds(self.forward * times, self.backward * times)
+    def __mul__(self, times: float) -> "PassTime":
+        return PassTime(self.forward * times, self.backward * times)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Timing:
     sizes: Activations
     hardware: Hardware
 
-    def layer(self, pack: Pack) -> Seconds:
+    def layer(self, pack: PackShape) -> PassTime:
         """One decoder layer on a whole pack, with its exchanges and what is computed again."""
         language, layout, parts = self.sizes.config.language, self.sizes.layout, self.sizes.parts
         work, share = pack.computed(), layout.tp * layout.cp
@@ -61,12 +61,12 @@ class Timing:
         exchange = self._tensor_exchange(pack) + self._context_exchange(pack)
         once = products + core + rest + exchange
         if self.sizes.recompute == "selective":
-            once = Seconds(once.forward, once.backward + core.forward)
+            once = PassTime(once.forward, once.backward + core.forward)
         elif self.sizes.recompute in ("full", "offload"):
-            once = Seconds(once.forward, once.backward + once.forward)
+            once = PassTime(once.forward, once.backward + once.forward)
         return self._launched(once, 1)
 
-    def head(self, pack: Pack) -> Seconds:
+    def head(self, pack: PackShape) -> PassTime:
         """Logits and cross entropy."""
         language, layout = self.sizes.config.language, self.sizes.layout
         tokens = pack.length / layout.cp
@@ -75,10 +75,10 @@ class Timing:
         )
         return products + self._elementwise(4.0 * tokens * language.padded_vocab_size / layout.tp * 2)
 
-    def tiles(self, count: int) -> Seconds:
+    def tiles(self, count: int) -> PassTime:
         """Encoders and connector on ``count`` tiles; every context-parallel process of a place encodes all of them."""
         if not count:
-            return Seconds(0.0, 0.0)
+            return PassTime(0.0, 0.0)
         config, parts, tp = self.sizes.config, self.sizes.parts, self.sizes.encoder_tp
         total = self._compute(connector_flops(config, parts) * (count / tp), self.hardware.products)
         layers = 0
@@ -89,15 +89,15 @@ class Timing:
             flops = encoder_flops(config, place, parts) * (count / tp)
             one = self._compute(flops, rate)
             repeats = self.sizes.recompute in ("full", "offload") and parts.vision
-            total += Seconds(one.forward, one.backward + one.forward * repeats)
+            total += PassTime(one.forward, one.backward + one.forward * repeats)
             layers += sum(numbers.depths) if convolves else numbers.num_hidden_layers
         if self.sizes.layout.encoder_chunk is not None and parts.vision:
-            total = Seconds(total.forward, total.backward + total.forward)
+            total = PassTime(total.forward, total.backward + total.forward)
         if not parts.vision:  # the connector's backward pass is short
-            return Seconds(self._launched(total, layers).forward, total.backward * parts.features_need_gradient)
+            return PassTime(self._launched(total, layers).forward, total.backward * parts.features_need_gradient)
         return self._launched(total, layers)
 
-    def table(self, stage: int, packs: Sequence[Pack]) -> list[Seconds]:
+    def table(self, stage: int, packs: Sequence[PackShape]) -> list[PassTime]:
         """A virtual stage's passes over each of ``packs``."""
         layout = self.sizes.layout
         layers = layers_of_chunks(self.sizes.config, layout)
@@ -123,7 +123,7 @@ class Timing:
         encode = self.tiles(own)
         return encode.forward + encode.backward + pixels + features + 3 * self.hardware.latency
 
-    def transfer(self, pack: Pack, gpus: int) -> float:
+    def transfer(self, pack: PackShape, gpus: int) -> float:
         """Hidden states from one pipeline stage to the next; neighbours are ``world / pp`` ranks apart."""
         link = self._link(self.sizes.layout.pp * gpus // max(1, self.sizes.layout.pp))
         return self.sizes.hidden(pack) / link + self.hardware.latency
@@ -139,42 +139,42 @@ class Timing:
         """Adam over the ``shard`` weights a process keeps the state of."""
         return shard * ADAM_BYTES / (self.hardware.memory_bytes_per_second * self.hardware.memory_share)
 
-    def _compute(self, flops: Flops, share: float) -> Seconds:
+    def _compute(self, flops: Flops, share: float) -> PassTime:
         rate = self.hardware.peak_flops * share
-        return Seconds(flops.forward / rate, flops.backward / rate)
+        return PassTime(flops.forward / rate, flops.backward / rate)
 
-    def _launched(self, work: Seconds, layers: int) -> Seconds:
+    def _launched(self, work: PassTime, layers: int) -> PassTime:
         """``work`` of ``layers`` layers with what starting it costs: once forward, twice backward."""
         start = self.hardware.launch * layers
-        starts = Seconds(start, 2 * start if self.sizes.parts.any else 0.0)
+        starts = PassTime(start, 2 * start if self.sizes.parts.any else 0.0)
         if self.hardware.launches_ahead:
-            return Seconds(max(work.forward, starts.forward), max(work.backward, starts.backward))
+            return PassTime(max(work.forward, starts.forward), max(work.backward, starts.backward))
         return work + starts
 
-    def _elementwise(self, saved: float) -> Seconds:
+    def _elementwise(self, saved: float) -> PassTime:
         rate = self.hardware.memory_bytes_per_second * self.hardware.memory_share
         forward, backward = (passes * saved / rate for passes in ELEMENTWISE_PASSES)
-        return Seconds(forward, backward if self.sizes.parts.any else 0.0)
+        return PassTime(forward, backward if self.sizes.parts.any else 0.0)
 
-    def _tensor_exchange(self, pack: Pack) -> Seconds:
+    def _tensor_exchange(self, pack: PackShape) -> PassTime:
         """Two sums of the hidden states forward, two backward; with sequence parallelism the same bytes in halves, and
         the inputs gathered again for the weight gradients."""
         layout = self.sizes.layout
         if layout.tp == 1:
-            return Seconds(0.0, 0.0)
+            return PassTime(0.0, 0.0)
         whole = self.sizes.embedding(pack)
         once = 2 * whole * (layout.tp - 1) / layout.tp / self._link(layout.tp) + self.hardware.latency
         again = 0.5 * (layout.sequence_parallel and self.sizes.parts.language)
-        return Seconds(2 * once, (2 + 2 * again) * once)
+        return PassTime(2 * once, (2 + 2 * again) * once)
 
-    def _context_exchange(self, pack: Pack) -> Seconds:
+    def _context_exchange(self, pack: PackShape) -> PassTime:
         """Keys and values to all places, and their gradients back."""
         layout, language = self.sizes.layout, self.sizes.config.language
         if layout.cp == 1:
-            return Seconds(0.0, 0.0)
+            return PassTime(0.0, 0.0)
         keys = 2 * pack.length * language.num_key_value_heads * language.head_dim / layout.tp * self.sizes.number
         once = keys * (layout.cp - 1) / layout.cp / self._link(layout.tp * layout.cp) + self.hardware.latency
-        return Seconds(once, once)
+        return PassTime(once, once)
 
     def _link(self, span: int) -> float:
         return link_rate(self.hardware, span)

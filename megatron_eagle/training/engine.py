@@ -19,13 +19,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.layout import Layout
+from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.platform import Platform
-from megatron_eagle.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -170,8 +170,8 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
 def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncoder:
     return build_tile_encoder(
         recipe.model.eagle(),
-        alone=groups.alone,
-        copies=groups.everyone,
+        self_group=groups.self_group,
+        copies=groups.world_group,
         transformer_impl=recipe.model.transformer_impl,
         precision=recipe.precision,
         recompute=recipe.model.recompute,

@@ -18,15 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.stream import Stream, open_stream
-from megatron_eagle.data.tokenizer import load_tokenizer
-from megatron_eagle.errors import LostContact, UserError
-from megatron_eagle.parallel.groups import Groups, destroy, initialise
-from megatron_eagle.parallel.hand_round import hand_round
-from megatron_eagle.platform import Platform
-from megatron_eagle.recipe import Recipe, Stage
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint.files import (
     Description,
     find_good,
     find_latest,
@@ -35,14 +27,22 @@ from megatron_eagle.training.checkpoint import (
     read_description,
     require_same_model,
 )
-from megatron_eagle.training.counts import gather_counts, step_loss
+from megatron_eagle.checkpoint.saver import SaveFailed, Saver
+from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.tokenizer import load_tokenizer
+from megatron_eagle.data.stream.streams import Stream, open_stream
+from megatron_eagle.errors import LostContact, UserError
+from megatron_eagle.parallel.distribute_batch import distribute_batch
+from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
 from megatron_eagle.training.loss import normalise_weights
 from megatron_eagle.training.run_folder import RunFolder
-from megatron_eagle.training.saving import SaveFailed, Saver
-from megatron_eagle.training.stopping import StoppedEarly, Watch
+from megatron_eagle.training.step_stats import gather_step_stats, step_loss
 from megatron_eagle.training.throughput import stated_peak, utilisation
+from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
 
 
 def train_stage(
@@ -50,7 +50,7 @@ def train_stage(
     stage_name: str,
     run_folder: RunFolder,
     platform: Platform,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     *,
     fallback: bool = False,
 ) -> None:
@@ -64,7 +64,7 @@ def train_stage(
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
     try:
-        StageRun(recipe, stage, run_folder, platform, groups, watch or Watch(), fallback=fallback).train()
+        StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), fallback=fallback).train()
     finally:
         destroy()
 
@@ -79,7 +79,7 @@ class StageRun:
         run_folder: RunFolder,
         platform: Platform,
         groups: Groups,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         *,
         fallback: bool = False,
     ) -> None:
@@ -89,7 +89,7 @@ class StageRun:
             )
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
-        self.watch = watch or Watch()
+        self.watch = watch or Watchdog()
         self.fallback = fallback
         self.packs_per_replica = stage.batch // groups.dp_size
         self.rejected_total = 0
@@ -196,7 +196,7 @@ class StageRun:
         started = time.perf_counter()
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         with self._doing("handing packs round"):
-            batches = hand_round(read, self.groups, self.platform.device)
+            batches = distribute_batch(read, self.groups, self.platform.device)
             waited = time.perf_counter() - started
             normalised = normalise_weights(
                 batches,
@@ -220,13 +220,13 @@ class StageRun:
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            story = (
+            failure = (
                 f"process {self.groups.rank} of {self.groups.world_size} lost contact with another one in "
                 f"{self.stage.name}, step {self.step + 1}, {operation}: {str(error).splitlines()[0][:200]}"
             )
             # Said here, not by whoever catches it: leaving the broken run can take longer than this process has.
-            print(f"megatron-eagle: {story}", file=sys.stderr, flush=True)
-            raise LostContact(story) from error
+            print(f"megatron-eagle: {failure}", file=sys.stderr, flush=True)
+            raise LostContact(failure) from error
 
     def _record(
         self,
@@ -242,7 +242,7 @@ class StageRun:
             ids = [identity for batch in batches for identity in batch.sample_ids]
             self.saver.finish()  # every process is here
             raise RuntimeError(f"{self.stage.name} step {self.step}: loss is {total}; samples of this replica: {ids}")
-        counts = gather_counts(self.recipe.model.eagle(), self.stage.trainable, batches, self.groups)
+        counts = gather_step_stats(self.recipe.model.eagle(), self.stage.trainable, batches, self.groups)
         if counts is None:
             return None
         self.rejected_total += len(counts.rejected)

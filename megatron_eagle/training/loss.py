@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.data.batch import PackedBatch
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 
 
 def normalise_weights(

@@ -20,7 +20,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_eagle.recipe import OptimizerSettings, Stage
+from megatron_eagle.config.recipe import OptimizerSettings, Stage
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 

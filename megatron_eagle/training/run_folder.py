@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eagle.checkpoint.files import find_latest, read_description, require_same_model
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
-from megatron_eagle.recipe import Recipe, Stage
-from megatron_eagle.training.checkpoint import find_latest, read_description, require_same_model
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.tile_encoder import TileEncoder
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.parallel.spread import Shares, bring_home, send_back
+from megatron_eagle.parallel.shard_tiles import TileShards, gather_features, scatter_feature_grads
 
 
 @dataclass
@@ -56,17 +56,17 @@ class SpreadEncoder:
 
     def megatron_groups(self) -> ProcessGroupCollection:
         """The copies in Megatron's words: not split at all, and data-parallel over every process of the run."""
-        alone = dict.fromkeys(("tp", "pp", "cp", "ep", "mp", "expt_dp", "tp_ep_pp"), self.groups.alone)
-        everyone = dict.fromkeys(("dp", "dp_cp", "intra_dist_opt"), self.groups.everyone)
-        return ProcessGroupCollection(**alone, **everyone)
+        self_group = dict.fromkeys(("tp", "pp", "cp", "ep", "mp", "expt_dp", "tp_ep_pp"), self.groups.self_group)
+        world_group = dict.fromkeys(("dp", "dp_cp", "intra_dist_opt"), self.groups.world_group)
+        return ProcessGroupCollection(**self_group, **world_group)
 
     def encode(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Features of every pack, [n, tokens_per_tile, hidden_size], on the first stage; of no tile on the others.
 
-        Every process of the replica calls this with the packs that ``hand_round`` gave it.
+        Every process of the replica calls this with the packs that ``distribute_batch`` gave it.
         """
         tiles_per_pack = [len(batch.tile_slots) for batch in batches]
-        shares = Shares.of(sum(tiles_per_pack), self.groups.replica.size())
+        shares = TileShards.of(sum(tiles_per_pack), self.groups.replica.size())
         tiles = torch.cat([batch.tiles for batch in batches])
         expected = shares.per_rank[self.groups.replica.rank()]
         if len(tiles) != expected:
@@ -76,7 +76,7 @@ class SpreadEncoder:
         pieces = [self._encode_piece(piece) for piece in tiles.split(self.chunk or len(tiles))] if len(tiles) else []
         none = torch.empty((0, *self.copy.feature_shape), dtype=self.copy.dtype, device=tiles.device)
         own = torch.cat([none, *(piece.features.detach() for piece in pieces)])
-        home = bring_home(own, shares, self.groups) if shares.total else none
+        home = gather_features(own, shares, self.groups) if shares.total else none
         here = tiles_per_pack if self.groups.is_first_stage else [0] * len(batches)
         leaves = [part.requires_grad_(self.buffers is not None) for part in home.split(here)]
         self._step = _Step(shares, pieces, leaves)
@@ -89,7 +89,7 @@ class SpreadEncoder:
             return
         if step.shares.total:
             at_home = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in step.leaves]
-            own = send_back(torch.cat(at_home), step.shares, self.groups)
+            own = scatter_feature_grads(torch.cat(at_home), step.shares, self.groups)
             gradients = own.split([len(piece.tiles) for piece in step.pieces])
             for piece, gradient in zip(step.pieces, gradients, strict=True):
                 features = piece.features if piece.features.requires_grad else self.copy(piece.tiles)
@@ -116,6 +116,6 @@ class _Piece:
 class _Step:
     """What is kept between forward and backward. leaves: each pack's features as the pipeline sees them."""
 
-    shares: Shares
+    shares: TileShards
     pieces: list[_Piece]
     leaves: list[Tensor]

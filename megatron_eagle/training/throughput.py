@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.model.config import EagleConfig
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.flops import Parts, Work, step_flops
 
 # NVIDIA's data sheets, dense bf16; the first name that is part of the device's counts.

@@ -18,21 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.settings import Source
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.data import BlendSource
+from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
+from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.weights import WeightSlice, weight_slices
+from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import Groups, initialise
-from megatron_eagle.parallel.hand_round import hand_round
-from megatron_eagle.platform import install
-from megatron_eagle.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
-from megatron_eagle.training.counts import step_loss
+from megatron_eagle.parallel.process_pool import World, WorldError
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.step_stats import step_loss
 from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
 from megatron_eagle.verification.rows import Row
 from megatron_eagle.verification.subject import STEPS, Subject, tables_subject
-from megatron_eagle.verification.worlds import World, WorldError
 
 SEED = 5
 LEARNING_RATE = 1e-3
@@ -140,7 +140,7 @@ def _load_expected(folder: str, trainable: str) -> Expected:
 
 
 @functools.cache
-def _initial_weights(folder: str) -> tuple[dict[str, Tensor], hf_names.Sources]:
+def _initial_weights(folder: str) -> tuple[dict[str, Tensor], hf_names.HfNames]:
     reference = ReferenceEagle(_load_subject(folder).config, SEED)
     return dict(reference.state_dict()), reference.sources()
 
@@ -180,7 +180,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
         pack_length=subject.pack_length,
         batch=len(subject.steps[row.packing][0]),
         learning_rate=LEARNING_RATE,
-        blend=(Source("synthetic"),),
+        blend=(BlendSource("synthetic"),),
         warmup_fraction=0.0,
         decay="constant",
     )
@@ -212,7 +212,7 @@ def _fill(engine: Engine, folder: str) -> None:
 def _batches(packs: Sequence[PackedBatch], stage: Stage, groups: Groups) -> list[PackedBatch]:
     """This replica's share of the global batch, the way a trainer gets it."""
     own = list(packs[groups.dp_rank :: groups.dp_size])
-    batches = hand_round(lambda: own, groups, torch.device("cpu"))
+    batches = distribute_batch(lambda: own, groups, torch.device("cpu"))
     return normalise_weights(batches, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
 
 

@@ -19,12 +19,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.recipe import OptimizerSettings
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.config import EagleConfig
 from megatron_eagle.model.encoders import EncoderConfig, convnext, encoder_config, siglip
-from megatron_eagle.recipe import OptimizerSettings
 
 # Written here a second time on purpose: a wrong constant in the model must not be wrong in its oracle, too.
 SIGLIP_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -73,7 +73,7 @@ class ReferenceEagle(nn.Module):
             parts.append(_shuffle(output) if isinstance(numbers, siglip.Config) else output.flatten(2).transpose(1, 2))
         return torch.cat(parts, dim=-1)
 
-    def sources(self) -> hf_names.Sources:
+    def sources(self) -> hf_names.HfNames:
         """Where each of Megatron's parameters comes from in this module's state dict."""
         sources = hf_names.qwen_sources(self.config.language, "language.") | hf_names.connector_sources("mlp1.")
         for number, numbers in enumerate(self.encoder_configs):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, QwenConfig, check_layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout
 from megatron_eagle.verification.packs import Packing
 
 CONFIG = EagleConfig(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.stream import PackStream
-from megatron_eagle.data.tokenizer import load_tokenizer
-from megatron_eagle.model.config import EagleConfig, QwenConfig
-from megatron_eagle.recipe import Recipe, Stage
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.tokenizer import load_tokenizer
+from megatron_eagle.data.stream.streams import PackStream
 from megatron_eagle.verification.packs import PACK_LENGTH, Packing, make_step
 from megatron_eagle.verification.rows import CONFIG, Row
 

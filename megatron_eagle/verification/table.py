@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.hosting import Kernels
-from megatron_eagle.recipe import Recipe
+from megatron_eagle.model.build_context import Kernels
 from megatron_eagle.verification.check import TOLERANCES, Result, Verifier
 from megatron_eagle.verification.rows import Row, quick_table, whole_table
 from megatron_eagle.verification.subject import Subject, recipe_rows, recipe_subject

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eagle.checkpoint.torch_dist import TorchDist
+from megatron_eagle.checkpoint import checksums
+from megatron_eagle.checkpoint.files import find_latest, read_description
+from megatron_eagle.conversion.torch_dist import TorchDist
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import checksums
-from megatron_eagle.training.checkpoint import find_latest, read_description
 
 FILES = {"one.distcp": b"a" * 5000, "two.distcp": b"b" * 70, "checkpoint.json": b"{}"}
 
@@ -60,9 +60,9 @@ def test_damaged_checksums_are_damage(folder):
 
 def damage_and_train(recipe_path, runs, fallback):
     """Runs in every process of a world: the error of continuing, or None."""
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.platform import install
-    from megatron_eagle.recipe import load_recipe
     from megatron_eagle.training.loop import StageRun
     from megatron_eagle.training.run_folder import RunFolder
 
@@ -105,12 +105,12 @@ def save_for_ever(stage_folder, recipe_path):
     """A forked trainer without data: a save has its step as every weight; they change while it is written."""
     import torch.distributed as dist
 
+    from megatron_eagle.checkpoint.files import Description
+    from megatron_eagle.checkpoint.saver import Saver
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.platform import install
-    from megatron_eagle.recipe import load_recipe
-    from megatron_eagle.training.checkpoint import Description
     from megatron_eagle.training.engine import build_engine
-    from megatron_eagle.training.saving import Saver
 
     recipe = load_recipe(Path(recipe_path))
     platform = install()

@@ -8,7 +8,7 @@ import pytest
 import spread_cases as cases
 from spread_cases import ALL
 
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
 
 SAVED_AT = 2
 LAYOUTS = {

@@ -12,10 +12,10 @@ import spread_cases
 import torch
 from small_disk import small_disk
 
-from megatron_eagle.checkpoint.torch_dist import TorchDist
-from megatron_eagle.layout import Layout
-from megatron_eagle.training import checksums
-from megatron_eagle.training.checkpoint import find_latest, read_description
+from megatron_eagle.checkpoint import checksums
+from megatron_eagle.checkpoint.files import find_latest, read_description
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.conversion.torch_dist import TorchDist
 
 WEIGHT = "connector.linear_fc1.weight"
 FROZEN = "language.embedding.word_embeddings.weight"  # no part of a gradient buffer, which Megatron copies anyway
@@ -25,10 +25,10 @@ class Trainer:
     """In a process of a world: an engine whose weights are all one number, and the saver of its stage."""
 
     def __init__(self, folder: str, keep: int = 2) -> None:
+        from megatron_eagle.checkpoint.saver import Saver
+        from megatron_eagle.compat.platform import install
         from megatron_eagle.parallel.groups import initialise
-        from megatron_eagle.platform import install
         from megatron_eagle.training.engine import build_engine
-        from megatron_eagle.training.saving import Saver
 
         platform, layout = install(), Layout(pp=2)
         recipe = spread_cases.make_recipe(layout, ("connector",), {}, {})
@@ -45,7 +45,7 @@ class Trainer:
                     parameter.fill_(value)
 
     def start(self, step: int) -> None:
-        from megatron_eagle.training.checkpoint import Description
+        from megatron_eagle.checkpoint.files import Description
 
         self.fill(step)
         description = Description("stage", step, 100, {}, {}, self.groups.dp_size)
@@ -55,7 +55,7 @@ class Trainer:
 
 def save_with_a_slow_process(folder: str) -> list[str | None]:
     """Rank 1's disk is slow: (newest checkpoint while it writes, after it, after a second save was waited for)."""
-    from megatron_eagle.training import saving
+    from megatron_eagle.checkpoint import saver as saving
 
     trainer, latest = Trainer(folder), []
     free, write = threading.Event(), saving.write
@@ -100,7 +100,7 @@ def test_a_checkpoint_exists_when_all_processes_have_written(worlds, tmp_path):
 
 def save_to_a_full_disk(folder: str, filler: str) -> list[str]:
     """What is said over five saves; the disk is full during the second, the fourth and the fifth."""
-    from megatron_eagle.training.saving import SaveFailed
+    from megatron_eagle.checkpoint.saver import SaveFailed
 
     trainer = Trainer(folder, keep=1)
     for step in (1, 2, 3, 4, 5):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.budget import Wanted, degrade_report, grant, outcomes, tile_caps, tiles_under
-from megatron_eagle.data.tiling import Tiling, count_tiles
+from megatron_eagle.data.media.tiling import Tiling, count_tiles
+from megatron_eagle.data.sample.budget import BudgetRequest, allocate, degrade_report, outcomes, tile_caps, tiles_under
+from megatron_eagle.errors import BrokenSample
 
 COST = 256
 
@@ -17,7 +17,7 @@ COST = 256
 def samples(draw):
     sizes = draw(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), max_size=5))
     frames = draw(st.integers(0, 60))
-    return Wanted(
+    return BudgetRequest(
         text_tokens=draw(st.integers(1, 4000)),
         image_sizes=tuple(sizes),
         frames=frames,
@@ -53,9 +53,9 @@ def test_budget_is_the_papers_and_never_exceeded(wanted, length, tiling):
     expected = naive(wanted, length, tiling)
     if expected is None:
         with pytest.raises(BrokenSample, match="frames fit beside|each at least"):
-            grant(wanted, length, tiling, COST)
+            allocate(wanted, length, tiling, COST)
         return
-    granted = grant(wanted, length, tiling, COST)
+    granted = allocate(wanted, length, tiling, COST)
     assert (granted.frames, granted.tiles) == expected
     per_frame = COST + wanted.frame_tokens
     assert granted.tokens == wanted.text_tokens + granted.frames * per_frame + COST * sum(granted.tiles) <= length
@@ -66,26 +66,26 @@ def test_budget_is_the_papers_and_never_exceeded(wanted, length, tiling):
 @settings(max_examples=150, deadline=None)
 def test_more_budget_never_gives_less(wanted, length, more, tiling):
     try:
-        small = grant(wanted, length, tiling, COST)
+        small = allocate(wanted, length, tiling, COST)
     except BrokenSample:
         assume(False)
-    large = grant(wanted, length + more, tiling, COST)
+    large = allocate(wanted, length + more, tiling, COST)
     assert large.frames >= small.frames and all(a >= b for a, b in zip(large.tiles, small.tiles, strict=True))
 
 
 def test_the_steps_down():
     assert tile_caps(Tiling()) == (12, 8, 6, 4, 2, 1) and tile_caps(Tiling(max_tiles=9)) == (9, 8, 6, 4, 2, 1)
-    wanted = Wanted(text_tokens=100, image_sizes=((640, 480), (640, 480)))
-    caps = {length: grant(wanted, length, Tiling(), COST).tile_cap for length in (612, 4000, 5000, 6756, 16384)}
+    wanted = BudgetRequest(text_tokens=100, image_sizes=((640, 480), (640, 480)))
+    caps = {length: allocate(wanted, length, Tiling(), COST).tile_cap for length in (612, 4000, 5000, 6756, 16384)}
     assert caps == {612: 4, 4000: 8, 5000: 8, 6756: 12, 16384: 12}
     with pytest.raises(ValueError, match="least_frames=3 must be between 0 and frames=2"):
-        Wanted(1, frames=2, least_frames=3)
+        BudgetRequest(1, frames=2, least_frames=3)
 
 
 def test_report_by_source():
     tiling = Tiling()
-    wanted = Wanted(text_tokens=100, image_sizes=((640, 480),), frames=20)
-    left_out = [outcomes(wanted, grant(wanted, length, tiling, COST), tiling) for length in (16384, 7000, 2000)]
+    wanted = BudgetRequest(text_tokens=100, image_sizes=((640, 480),), frames=20)
+    left_out = [outcomes(wanted, allocate(wanted, length, tiling, COST), tiling) for length in (16384, 7000, 2000)]
     assert left_out == [(), ("at most 4 tiles an image",), ("at most 4 tiles an image", "fewer frames")]
     counts = Counter({"dropped": 2, "fewer frames": 1, "whole": 7, "degraded": 1})
     assert degrade_report({"slides": counts, "films": Counter(dropped=1)}) == [

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from samples import image_bytes, make_records, question, write_jsonl
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.index import check_dataset
-from megatron_eagle.data.shards import dataset_identity, iterate_samples, sample_key, shard_counts
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.build.index import check_dataset
+from megatron_eagle.data.storage.shards import dataset_identity, iterate_samples, sample_key, shard_counts
 from megatron_eagle.errors import UserError
 
 

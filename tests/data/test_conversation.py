@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folder import write_qwen_like
 
-from megatron_eagle.data.batch import IGNORE_LABEL
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.conversation import Conversation, Turn, encode_conversation, encode_prompt, parse_record
-from megatron_eagle.data.tokenizer import HuggingFaceTokenizer
+from megatron_eagle.data.sample.conversation import Conversation, Turn, encode_conversation, encode_prompt, parse_record
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
+from megatron_eagle.data.sample.tokenizer import HuggingFaceTokenizer
+from megatron_eagle.errors import BrokenSample
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import torch
 from PIL import Image, ImageDraw
 from samples import image_bytes, make_dataset, make_tokenizer
 
-from megatron_eagle.data.images import decode_image
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.media.images import decode_image
+from megatron_eagle.data.media.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.errors import UserError
 
 try:
     import nvidia.dali  # noqa: F401
 
-    from megatron_eagle.data.dali import DaliDecoder
+    from megatron_eagle.data.media.dali import DaliDecoder
 except ImportError:
     pytest.skip("NVIDIA DALI is not installed (pip install 'megatron-eagle[gpu]')", allow_module_level=True)
 
@@ -66,7 +66,7 @@ def test_a_damaged_batch_takes_the_usual_way(tmp_path):
 
 def test_packs_hold_the_same_samples(tmp_path):
     tokenizer, built = make_tokenizer(tmp_path), make_dataset(tmp_path / "a", 24)
-    small = {"sources": (Source(str(built)),), "pack_length": 512, "tile_size": 64, "tokens_per_tile": 16}
+    small = {"sources": (BlendSource(str(built)),), "pack_length": 512, "tile_size": 64, "tokens_per_tile": 16}
     usual = PlannedStream(DataSettings(**small), tokenizer)
     dali = PlannedStream(DataSettings(**small, decoder="dali"), tokenizer)
     for _ in range(usual.plan.first_of_epoch(1)):

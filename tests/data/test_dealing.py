@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eagle.data.dealing import deal, least_slowest_over_mean, pack_costs, slowest_over_mean
-from megatron_eagle.data.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
+from megatron_eagle.data.order.balance_ranks import (
+    balance_ranks,
+    least_slowest_over_mean,
+    pack_costs,
+    slowest_over_mean,
+)
+from megatron_eagle.data.reports.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
 
 
 def test_cost_is_length_attention_and_tiles():
@@ -37,16 +42,16 @@ def best(costs, ranks):
 @given(st.lists(st.floats(1, 3), min_size=6, max_size=6), st.sampled_from([2, 3, 6]))
 @settings(max_examples=200, deadline=None)
 def test_every_rank_gets_as_many_and_little_is_left_to_gain(costs, ranks):
-    shares = deal(costs, ranks)
+    shares = balance_ranks(costs, ranks)
     assert sorted(sum(shares, [])) == list(range(6)) and {len(share) for share in shares} == {6 // ranks}
-    assert shares == deal(list(costs), ranks) and all(share == sorted(share) for share in shares)
+    assert shares == balance_ranks(list(costs), ranks) and all(share == sorted(share) for share in shares)
     reached, bound = slowest_over_mean(costs, shares), best(costs, ranks)
     assert least_slowest_over_mean(costs, ranks) <= bound + 1e-9 <= reached + 2e-9 <= 1.12 * bound
 
 
 def test_uneven_shares_are_refused():
     with pytest.raises(ValueError, match="7 packs cannot be shared out evenly to 2 ranks"):
-        deal([1.0] * 7, 2)
+        balance_ranks([1.0] * 7, 2)
 
 
 def test_padding_and_balance_on_a_long_tail(tmp_path):

@@ -7,14 +7,13 @@ import shutil
 import pytest
 from samples import make_dataset, make_records, make_tokenizer, question, write_video
 
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.frames import VideoSettings
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.stream import PackStream
-from megatron_eagle.data.video import VideoReader
-from megatron_eagle.errors import UserError
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.media.video import VideoReader
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.errors import BrokenSample, UserError
 
 FAST, LONG = 120, 10_000
 SAMPLES = 40  # of the data set whose shards are damaged
@@ -98,7 +97,7 @@ def lines_add_up(folder, tokenizer, count, seed):
 def read_epoch(dataset, tokenizer):
     """Samples used and rejected in one epoch, together."""
     settings = DataSettings(
-        sources=(Source(str(dataset)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000
+        sources=(BlendSource(str(dataset)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000
     )
     stream = PlannedStream(settings, tokenizer)
     total = 0
@@ -112,7 +111,7 @@ def read_epoch(dataset, tokenizer):
 def shards_add_up(folder, tokenizer, rounds, seed):
     rng = random.Random(seed)
     whole = make_dataset(folder / "whole", SAMPLES)
-    assert read_epoch(whole, tokenizer) == SAMPLES  # and makes the catalogue
+    assert read_epoch(whole, tokenizer) == SAMPLES  # and makes the sample_index
     for number in range(rounds):
         copy = folder / f"copy{number}"
         shutil.copytree(whole, copy)
@@ -120,7 +119,7 @@ def shards_add_up(folder, tokenizer, rounds, seed):
             shard.write_bytes(mutate_bytes(rng, shard.read_bytes()))
         assert read_epoch(copy, tokenizer) == SAMPLES
         foreign = rng.random() < 0.3
-        if foreign:  # as if another program had made it: the catalogue is made from the damaged shards
+        if foreign:  # as if another program had made it: the sample_index is made from the damaged shards
             shutil.rmtree(copy / ".eagle-meta")
             try:
                 read_epoch(copy, tokenizer)
@@ -197,7 +196,7 @@ def test_buffered_stream_survives_damaged_bodies(tokenizer, tmp_path):
                     data[span] = mutate_bytes(rng, bytes(data[span])).ljust(member.size, b" ")[: member.size]
         shard.write_bytes(data)
     settings = DataSettings(
-        sources=(Source(str(whole)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000,
+        sources=(BlendSource(str(whole)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000,
         order="buffer", packing_buffer=SAMPLES, shuffle_buffer=1,
     )  # fmt: skip
     stream = PackStream(settings, tokenizer)

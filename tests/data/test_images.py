@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.images import decode_image, decode_pixels, read_extension, read_size
+from megatron_eagle.data.media.images import decode_image, decode_pixels, read_extension, read_size
+from megatron_eagle.errors import BrokenSample
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 

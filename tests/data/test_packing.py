@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eagle.data.batch import IGNORE_LABEL
-from megatron_eagle.data.knapsack import pack_balanced, pack_best_fit, pack_greedy
-from megatron_eagle.data.packing import Segment, assemble_pack
+from megatron_eagle.data.order.knapsack import pack_balanced, pack_best_fit, pack_greedy
+from megatron_eagle.data.sample.assemble import Segment, assemble_pack
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 
 PAD = 7
 

@@ -13,12 +13,12 @@ import pytest
 from samples import image_bytes, make_records, make_tokenizer, question, write_jsonl
 
 from megatron_eagle.cli import main
-from megatron_eagle.data.build import Part, build_dataset, join_parts
-from megatron_eagle.data.digest import read_digest
-from megatron_eagle.data.index import check_dataset
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.shards import iterate_samples
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import Part, build_dataset, join_parts
+from megatron_eagle.data.build.index import check_dataset
+from megatron_eagle.data.storage.shards import iterate_samples
+from megatron_eagle.data.stream.digest import read_digest
+from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_three_parts_joined_are_one_build(tmp_path):
 
     def digest(folder, ranks):
         settings = DataSettings(
-            sources=(Source(str(folder)),), pack_length=512, tile_size=64, tokens_per_tile=16, packing="best_fit"
+            sources=(BlendSource(str(folder)),), pack_length=512, tile_size=64, tokens_per_tile=16, packing="best_fit"
         )
         opened = lambda rank: PlannedStream(settings, tokenizer, rank=rank, world_size=ranks, batch=2)  # noqa: E731
         return read_digest(opened, ranks, 10, 2)

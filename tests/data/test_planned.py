@@ -19,17 +19,17 @@ import torch
 from samples import image_bytes, make_dataset, make_tokenizer, question, write_jsonl
 
 from megatron_eagle.cli import main
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.conversation import encode_conversation
-from megatron_eagle.data.digest import digest_of, read_digest, read_steps
-from megatron_eagle.data.images import decode_image
-from megatron_eagle.data.inspection import write_page
-from megatron_eagle.data.pack_reader import PackReader
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.shards import iterate_samples
-from megatron_eagle.data.stream import PackStream, open_stream
-from megatron_eagle.data.tiling import cut_tiles
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.media.images import decode_image
+from megatron_eagle.data.media.tiling import cut_tiles
+from megatron_eagle.data.reports.inspection import write_page
+from megatron_eagle.data.sample.conversation import encode_conversation
+from megatron_eagle.data.storage.shards import iterate_samples
+from megatron_eagle.data.stream.digest import digest_of, read_digest, read_steps
+from megatron_eagle.data.stream.pack_reader import PackReader
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.streams import PackStream, open_stream
 from megatron_eagle.errors import UserError
 
 LENGTH, TOKENS_PER_TILE, BATCH = 512, 16, 8
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def data_settings(*paths, **changes):
-    sources = tuple(path if isinstance(path, Source) else Source(str(path)) for path in paths)
+    sources = tuple(path if isinstance(path, BlendSource) else BlendSource(str(path)) for path in paths)
     small = {"pack_length": LENGTH, "tile_size": 64, "tokens_per_tile": TOKENS_PER_TILE}
     return DataSettings(sources=sources, **{**small, **changes})
 
@@ -101,7 +101,7 @@ def streams(settings, tokenizer, ranks, **others):
 
 def test_one_digest_for_every_number_of_ranks_and_readers(world):
     tokenizer, a, b = world
-    settings = data_settings(a, Source(str(b), 2.0))
+    settings = data_settings(a, BlendSource(str(b), 2.0))
     one = read_digest(streams(settings, tokenizer, 1, seed=5), 1, 60, BATCH)
     assert one.packs == 60 and one.samples > 120 and one.rejected == 0
     for ranks in (2, 4, 8):
@@ -114,7 +114,7 @@ def test_one_digest_for_every_number_of_ranks_and_readers(world):
 @pytest.mark.long
 def test_one_digest_of_2000_packs(world):
     tokenizer, a, b = world
-    settings = data_settings(a, Source(str(b), 2.0))
+    settings = data_settings(a, BlendSource(str(b), 2.0))
     one = read_digest(streams(settings, tokenizer, 1), 1, 2000, BATCH)
     print(one)
     for ranks in (2, 4, 8):
@@ -145,7 +145,7 @@ def interrupted_digest(open_rank, packs, interruptions, seed):
 
 def test_one_digest_after_stops_and_restarts_at_other_sizes(world):
     tokenizer, a, b = world
-    settings = data_settings(a, Source(str(b), 2.0))
+    settings = data_settings(a, BlendSource(str(b), 2.0))
     one = read_digest(streams(settings, tokenizer, 1), 1, 64, BATCH)
     again = interrupted_digest(lambda rank, ranks: streams(settings, tokenizer, ranks)(rank), 64, 4, seed=1)
     assert again == one.sha256
@@ -155,13 +155,13 @@ def test_one_digest_after_stops_and_restarts_at_other_sizes(world):
 VICTIM = """
 import json, sys
 from pathlib import Path
-from megatron_eagle.data.digest import read_steps
-from megatron_eagle.data.inspection import write_page
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.tokenizer import load_tokenizer
+from megatron_eagle.data.stream.digest import read_steps
+from megatron_eagle.data.reports.inspection import write_page
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.config.data import DataSettings, BlendSource
+from megatron_eagle.data.sample.tokenizer import load_tokenizer
 job = json.loads(sys.argv[1])
-settings = DataSettings(sources=tuple(Source(*s) for s in job["sources"]), **job["settings"])
+settings = DataSettings(sources=tuple(BlendSource(*s) for s in job["sources"]), **job["settings"])
 tokenizer = load_tokenizer("sentencepiece", job["tokenizer"])
 ranks, workers = job["ranks"], job["workers"]
 streams = [PlannedStream(settings, tokenizer, rank=rank, world_size=ranks, batch=job["batch"], workers=workers)
@@ -214,7 +214,10 @@ def kill_at_random(world, tmp_path: Path, kills: int, packs: int) -> None:
             continue  # cut off by a kill; the step is in the log again
         assert found.setdefault(number, own) == own
     one = read_digest(
-        streams(DataSettings(sources=(Source(str(a)), Source(str(b), 2.0)), **settings), tokenizer, 1), 1, packs, BATCH
+        streams(DataSettings(sources=(BlendSource(str(a)), BlendSource(str(b), 2.0)), **settings), tokenizer, 1),
+        1,
+        packs,
+        BATCH,
     )
     digest = digest_of((number, own) for number, own in found.items() if number < packs)
     print(f"{kills} kills, ranks {sizes}, sha256 {digest}")
@@ -242,10 +245,10 @@ def test_the_packs_of_a_step_cost_the_ranks_the_same(world):
 
 def test_weights_and_repeats(world):
     tokenizer, a, b = world
-    blend = PlannedStream(data_settings(Source(str(a), 1), Source(str(b), 3)), tokenizer)
+    blend = PlannedStream(data_settings(BlendSource(str(a), 1), BlendSource(str(b), 3)), tokenizer)
     drawn = Counter(i[0] for i in ids(take(blend, 200)))
     assert drawn["b"] / drawn.total() == pytest.approx(0.75, abs=0.03)
-    repeats = data_settings(Source(str(a), repeat=0.5), Source(str(b), repeat=2.0))
+    repeats = data_settings(BlendSource(str(a), repeat=0.5), BlendSource(str(b), repeat=2.0))
     stream = PlannedStream(repeats, tokenizer)
     first = Counter(ids(take(stream, epoch_packs(stream))))
     second = Counter(ids(take(stream, stream.plan.first_of_epoch(2) - epoch_packs(stream))))
@@ -253,8 +256,8 @@ def test_weights_and_repeats(world):
     assert sum(count for i, count in first.items() if i[0] == "a") == 20
     assert {i: c for i, c in (first + second).items() if i[0] == "a"} == {f"a{n}": 1 for n in range(40)}
     for sources, message in [
-        ((Source(str(a), repeat=2.0), Source(str(b))), "give all of them one"),
-        ((Source(str(a), repeat=2.0),), "needs order=planned"),
+        ((BlendSource(str(a), repeat=2.0), BlendSource(str(b))), "give all of them one"),
+        ((BlendSource(str(a), repeat=2.0),), "needs order=planned"),
     ]:
         with pytest.raises(ValueError, match=message):
             data_settings(*sources, order="planned" if len(sources) > 1 else "buffer")
@@ -263,7 +266,7 @@ def test_weights_and_repeats(world):
 def test_windows_smaller_than_an_epoch_lose_nothing(world):
     tokenizer, a, b = world
     stream = PlannedStream(
-        data_settings(Source(str(a), repeat=1.0), Source(str(b), repeat=1.0), plan_window=13), tokenizer
+        data_settings(BlendSource(str(a), repeat=1.0), BlendSource(str(b), repeat=1.0), plan_window=13), tokenizer
     )
     seen = Counter(ids(take(stream, stream.plan.first_of_epoch(3))))
     assert seen.total() == 3 * 64 and set(seen.values()) == {3}

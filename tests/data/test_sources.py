@@ -8,9 +8,9 @@ import tarfile
 import pytest
 from samples import image_bytes, make_records, question, write_jsonl, write_video
 
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.index import check_dataset
-from megatron_eagle.data.shards import iterate_samples
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.build.index import check_dataset
+from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.errors import UserError
 
 

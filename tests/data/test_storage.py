@@ -11,19 +11,19 @@ from pathlib import Path
 
 from samples import make_dataset, make_tokenizer, question, write_jsonl, write_video
 
-from megatron_eagle.data.build import build_dataset
+from megatron_eagle.data.build.dataset import build_dataset
 
 # Digest of a stream, and of one by Energon's buffer; the configuration is read when Energon is imported.
 READ = """
 import hashlib, json, sys
-from megatron_eagle.data.digest import read_digest
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.stream import PackStream
-from megatron_eagle.data.tokenizer import load_tokenizer
+from megatron_eagle.data.stream.digest import read_digest
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.config.data import DataSettings, BlendSource
+from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.data.sample.tokenizer import load_tokenizer
 paths, tokenizer = sys.argv[2:], load_tokenizer("sentencepiece", sys.argv[1])
 small = {"pack_length": 1024, "tile_size": 64, "tokens_per_tile": 16, "degrade": True}
-settings = DataSettings(sources=tuple(map(Source, paths)), **small)
+settings = DataSettings(sources=tuple(map(BlendSource, paths)), **small)
 opened = lambda rank: PlannedStream(settings, tokenizer, rank=rank, world_size=2, batch=2)
 digest = read_digest(opened, 2, 6, 2)
 tiles = hashlib.sha256(b"".join(next(opened(0)).tiles.numpy().tobytes() for _ in range(1))).hexdigest()

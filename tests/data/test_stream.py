@@ -10,15 +10,15 @@ import pytest
 import torch
 from samples import image_bytes, make_dataset, make_tokenizer, question, write_jsonl
 
-from megatron_eagle.data.batch import PackedBatch
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.conversation import encode_conversation
-from megatron_eagle.data.energon import EagleTaskEncoder
-from megatron_eagle.data.images import decode_image
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.shards import iterate_samples
-from megatron_eagle.data.stream import PackStream
-from megatron_eagle.data.tiling import cut_tiles
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.media.images import decode_image
+from megatron_eagle.data.media.tiling import cut_tiles
+from megatron_eagle.data.sample.conversation import encode_conversation
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.storage.shards import iterate_samples
+from megatron_eagle.data.stream.energon import EagleTaskEncoder
+from megatron_eagle.data.stream.streams import PackStream
 from megatron_eagle.errors import UserError
 
 LENGTH, TOKENS_PER_TILE = 512, 16
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
 
 
 def data_settings(*paths, **changes):
-    sources = tuple(path if isinstance(path, Source) else Source(str(path)) for path in paths)
+    sources = tuple(path if isinstance(path, BlendSource) else BlendSource(str(path)) for path in paths)
     small = {
         "pack_length": LENGTH,
         "tile_size": 64,
@@ -120,7 +120,7 @@ def test_ranks_share_out_the_samples(world):
 
 def test_blend_follows_the_weights(world):
     tokenizer, a, b = world
-    blend = PackStream(data_settings(Source(str(a), 1), Source(str(b), 3)), tokenizer)
+    blend = PackStream(data_settings(BlendSource(str(a), 1), BlendSource(str(b), 3)), tokenizer)
     drawn = Counter(sample_id[0] for sample_id in ids(take(blend, 150)))
     assert drawn["b"] / drawn.total() == pytest.approx(0.75, abs=0.05)
 

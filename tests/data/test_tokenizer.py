@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizer_folder import CORPUS, QWEN_TOKENS, write_qwen_like
 
-from megatron_eagle.data.tokenizer import (
+from megatron_eagle.data.sample.tokenizer import (
     EAGLE_TOKENS,
     GROUNDING,
     HuggingFaceTokenizer,

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import frame_number, make_tokenizer, question, write_jsonl, write_video
 
-from megatron_eagle.data.broken import BrokenSample
-from megatron_eagle.data.build import build_dataset
-from megatron_eagle.data.file_slice import FileSlice
-from megatron_eagle.data.frames import VideoInfo, VideoSettings, share_out
-from megatron_eagle.data.planned import PlannedStream
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.shards import iterate_samples
-from megatron_eagle.data.stream import PackStream
-from megatron_eagle.data.video import VideoReader, read_info
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.frames import VideoInfo, VideoSettings, spread_frames
+from megatron_eagle.data.media.video import VideoReader, read_info
+from megatron_eagle.data.storage.shards import iterate_samples
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.errors import BrokenSample
 
 KINDS = [
     ("mp4", "mpeg4"),
@@ -74,9 +74,9 @@ import json, re, sys
 from pathlib import Path
 import numpy as np
 from samples import frame_number
-from megatron_eagle.data.file_slice import FileSlice
-from megatron_eagle.data.frames import VideoSettings
-from megatron_eagle.data.video import VideoReader
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.media.video import VideoReader
 for name in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     with VideoReader(FileSlice.whole(Path(name))) as reader:
@@ -144,7 +144,7 @@ def test_times_are_frames_of_the_video(seconds, rate, most, sampling):
 def test_more_frames_take_none_away(videos, data):
     wanted, least = [w for w, _ in videos], [min(pair) for pair in videos]
     few = data.draw(st.integers(sum(least), sum(wanted)))
-    a, b = share_out(few, wanted, least), share_out(min(few + 1, sum(wanted)), wanted, least)
+    a, b = spread_frames(few, wanted, least), spread_frames(min(few + 1, sum(wanted)), wanted, least)
     assert sum(a) == few and all(low <= x <= y <= high for low, x, y, high in zip(least, a, b, wanted, strict=True))
 
 
@@ -240,7 +240,7 @@ def built(films, tmp_path_factory):
 
 def data_settings(built, **changes):
     small = {"pack_length": LENGTH, "tile_size": 64, "tokens_per_tile": TOKENS_PER_TILE, "degrade": True}
-    return DataSettings(sources=(Source(str(built)),), **{**small, **changes})
+    return DataSettings(sources=(BlendSource(str(built)),), **{**small, **changes})
 
 
 def read_epoch(stream, samples=10):
@@ -336,7 +336,7 @@ def test_both_orders_read_the_same_frames(built, tokenizer):
 
 def test_lengths_are_kept_beside_the_shards(built, tokenizer, monkeypatch):
     first = PlannedStream(data_settings(built), tokenizer).plan.lengths[0]
-    monkeypatch.setattr("megatron_eagle.data.lengths._lengths", None)
+    monkeypatch.setattr("megatron_eagle.data.order.lengths._lengths", None)
     again = PlannedStream(data_settings(built, plan_window=7), tokenizer).plan.lengths[0]
     assert (
         (again.tokens == first.tokens).all() and again.outcomes == first.outcomes and again.rejected == first.rejected

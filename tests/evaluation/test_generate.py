@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import load_recipe
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.generate import Prompt, pack_prompts
-from megatron_eagle.layout import Layout
-from megatron_eagle.recipe import load_recipe
 
 ROOM = 5
 
@@ -40,9 +40,9 @@ def make_prompts() -> list[Prompt]:
 
 
 def generate_in_world(recipe_path: str, layout: Layout) -> dict[str, str]:
+    from megatron_eagle.compat.platform import install
     from megatron_eagle.evaluation.generate import generate
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.platform import install
     from megatron_eagle.training.engine import build_chunks
 
     platform = install()
@@ -53,8 +53,8 @@ def generate_in_world(recipe_path: str, layout: Layout) -> dict[str, str]:
 
 
 def plainly_in_world(recipe_path: str) -> dict[str, str]:
+    from megatron_eagle.compat.platform import install
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.platform import install
     from megatron_eagle.training.engine import build_chunks
 
     platform = install()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from samples import image_bytes, make_tokenizer, write_video
 
-from megatron_eagle.data.conversation import parse_record
-from megatron_eagle.data.cutting import Cutter
-from megatron_eagle.data.encode import add_tiles, tokenise
-from megatron_eagle.data.settings import DataSettings, Source
-from megatron_eagle.data.shards import StoredSample
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.data.sample.conversation import parse_record
+from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.shards import StoredSample
+from megatron_eagle.data.stream.encode import add_tiles, tokenise
 from megatron_eagle.evaluation.score import Prediction, _prompts, read_predictions, split_questions
 
 
@@ -67,18 +67,18 @@ def test_questions_are_cut_as_in_training_and_broken_ones_are_left_out_by_name(t
         }[name]
         return StoredSample(conversation, *(((media,), ()) if kind == "image" else ((), (media,))))
 
-    settings = DataSettings(sources=(Source("x"),), pack_length=512, tile_size=32, tokens_per_tile=4)
-    cutter = Cutter(settings, make_tokenizer(tmp_path))
+    settings = DataSettings(sources=(BlendSource("x"),), pack_length=512, tile_size=32, tokens_per_tile=4)
+    planner = VisualPlanner(settings, make_tokenizer(tmp_path))
     questions = [
         question("picture", "<image>", "image"),
         question("film", "<video>", "video"),
         question("damaged", "<image>", "image"),
     ]
-    prompts, rejected = _prompts(questions, cutter)
+    prompts, rejected = _prompts(questions, planner)
     assert [prompt.identity for prompt in prompts] == ["picture", "film"]
     assert list(rejected) == ["damaged"] and "image" in rejected["damaged"]
     for prompt, stored in zip(prompts, questions[:2], strict=True):
-        segment, cut = tokenise(stored, cutter)
+        segment, cut = tokenise(stored, planner)
         trained = add_tiles(segment, stored, cut, settings)
         assert len(prompt.tiles) > 1 and prompt.tiles.equal(trained.tiles)
         assert prompt.tokens == trained.tokens[: len(prompt.tokens)].tolist()

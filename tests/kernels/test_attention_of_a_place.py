@@ -8,13 +8,13 @@ import torch
 @pytest.mark.parametrize("ring", [1, 2])
 def test_kernel_and_pieces_agree_on_a_cut_pack(ring: int) -> None:
     from megatron_eagle.model.attention import _attend_by_pieces, _attend_in_kernel
-    from megatron_eagle.model.context import Context, Pack, Share
+    from megatron_eagle.parallel.context import Context, ContextShard, PackMask
 
     generator = torch.Generator().manual_seed(ring)
     borders = torch.tensor([0, 5, 41, 64], dtype=torch.int32)
     for rank in range(ring):
-        share = Share(ring, rank=rank)
-        pack, held = Pack.of(borders, Context(share)), share.positions(64)
+        share = ContextShard(ring, rank=rank)
+        pack, held = PackMask.of(borders, Context(share)), share.positions(64)
         results = []
         query, key, value, upstream = (torch.randn(64, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
         for attend in (_attend_in_kernel, _attend_by_pieces):

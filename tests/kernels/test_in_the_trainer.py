@@ -8,7 +8,7 @@ import torch
 
 
 def small_encoder(kernels: str, encoders: tuple, groups):
-    from megatron_eagle.model.config import EagleConfig, QwenConfig
+    from megatron_eagle.config.model import EagleConfig, QwenConfig
     from megatron_eagle.model.tile_encoder import build_tile_encoder
 
     language = QwenConfig(
@@ -22,7 +22,7 @@ def small_encoder(kernels: str, encoders: tuple, groups):
     )
     config = EagleConfig(tile_size=32, encoders=encoders, language=language)
     return build_tile_encoder(
-        config, alone=groups.alone, copies=groups.everyone, precision="fp32", kernels=kernels, seed=3
+        config, self_group=groups.self_group, copies=groups.world_group, precision="fp32", kernels=kernels, seed=3
     )
 
 
@@ -43,9 +43,9 @@ CONVNEXT = {"kind": "convnext", "depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 8
 def test_tiles_are_encoded_alike(encoders: tuple) -> None:
     import torch.distributed as dist
 
-    from megatron_eagle.layout import Layout
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.config.layout import Layout
     from megatron_eagle.parallel.groups import destroy, initialise
-    from megatron_eagle.platform import install
 
     platform = install()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

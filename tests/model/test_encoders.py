@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import megatron_eagle.model.encoders as encoders
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, check_layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, check_layout
 from megatron_eagle.model.eagle import count_parameters
 from megatron_eagle.model.encoders import convnext, encoder_config, siglip
 from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
@@ -18,8 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from megatron_eagle.layout import STRICT
-from megatron_eagle.model.hosting import parallel_config
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.model.build_context import parallel_config
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,10 +44,10 @@ class Config:
 class Encoder(MegatronModule):
     """Mean colour of every horizontal stripe, through one linear layer."""
 
-    def __init__(self, config, hosting):
-        super().__init__(config=parallel_config(hosting))
+    def __init__(self, config, build):
+        super().__init__(config=parallel_config(build))
         self.rows = config.rows
-        self.linear = nn.Linear(3, 6, dtype=hosting.dtype)
+        self.linear = nn.Linear(3, 6, dtype=build.dtype)
 
     def forward(self, tiles):
         stripes = tiles.float().unflatten(2, (self.rows, -1)).mean(dim=(3, 4)).transpose(1, 2)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from eagle_cases import EAGLE, losses_and_gradients, pack, worst_gradient_difference
 
-from megatron_eagle.layout import Layout
-from megatron_eagle.model.config import EagleConfig, check_layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, check_layout
 
 BATCHES = [
     pack(seed=1),

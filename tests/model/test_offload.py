@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
 from megatron_eagle.model import offload
 
 WIDTH = 6

@@ -14,10 +14,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_eagle.data.batch import IGNORE_LABEL
-from megatron_eagle.layout import Layout
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.config import EagleConfig, QwenConfig
 from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.model.encoders.siglip import normalise
 from megatron_eagle.model.weights import weight_slices

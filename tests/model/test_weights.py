@@ -6,8 +6,8 @@ import torch
 from eagle_cases import EAGLE, EagleConfig, QwenConfig
 from megatron.core import dist_checkpointing, parallel_state
 
+from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.weights import weight_slices
 

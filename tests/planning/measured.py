@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.recipe import Recipe
+from megatron_eagle.measuring.accounting import TensorAccounting, held_bytes, storage_bytes
+from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import initialise
-from megatron_eagle.parallel.hand_round import hand_round
-from megatron_eagle.planning.accounting import TensorAccounting, held_bytes, storage_bytes
-from megatron_eagle.platform import install
-from megatron_eagle.recipe import Recipe
 from megatron_eagle.training.engine import build_engine
 from megatron_eagle.training.loss import normalise_weights
 
@@ -51,7 +51,7 @@ def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
 
 def packs_of(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> list[Any]:
     """One pack for each entry: segments of ``lengths``, the rest padding; the tiles stand one behind another."""
-    from megatron_eagle.data.packing import Segment, assemble_pack
+    from megatron_eagle.data.sample.assemble import Segment, assemble_pack
     from megatron_eagle.model.mixture import tokens_per_tile
 
     config = recipe.model.eagle()
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[
     engine = build_engine(recipe, stage, platform, groups)
     own = slice(groups.dp_rank, None, groups.dp_size)
     read = (lambda: packs_of(recipe, lengths, tiles)[own]) if groups.is_reader else list
-    batches = hand_round(read, groups, platform.device)
+    batches = distribute_batch(read, groups, platform.device)
     batches = normalise_weights(batches, "global", packs_in_step=stage.batch, data_parallel_group=groups.dp)
     engine.step(batches)
     with TensorAccounting() as seen:

@@ -7,12 +7,12 @@ import torch
 from eagle_cases import EAGLE, pack
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from megatron_eagle.layout import Layout
+from megatron_eagle.compat.platform import install
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.flops import Parts, Work, encoder_flops, head_flops, layer_flops, step_flops
-from megatron_eagle.model.presets import PRESETS
 from megatron_eagle.parallel.groups import initialise
-from megatron_eagle.platform import install
 
 EVERYTHING = ("vision", "connector", "language")
 FORWARD_ONLY = Parts(False, False, False)

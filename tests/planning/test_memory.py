@@ -7,8 +7,8 @@ that a step adds, within 5 % (measured: 1.7 % and less).
 import pytest
 from measured import measure, recipe_of
 
-from megatron_eagle.planning.activations import Pack
-from megatron_eagle.planning.memory import Place, memory_of
+from megatron_eagle.planning.activations import PackShape
+from megatron_eagle.planning.memory import ProcessRanks, memory_of
 
 RAGGED = ([[300, 200], [512], [100] * 5, [400]], [5, 8, 6, 0])
 EVEN = ([[512]] * 4, [8] * 4)
@@ -50,14 +50,14 @@ def compare(worlds, size, layout, changes, packs):
     stage, lengths, tiles = recipe.stages[0], *packs
     own, replicas = recipe.layout, recipe.layout.data_parallel_size(size)
     whole = [
-        Pack(tuple(sizes) + ((stage.pack_length - sum(sizes),) if sum(sizes) < stage.pack_length else ()), count)
+        PackShape(tuple(sizes) + ((stage.pack_length - sum(sizes),) if sum(sizes) < stage.pack_length else ()), count)
         for sizes, count in zip(lengths, tiles, strict=True)
     ]
     for rank, got in enumerate(worlds(size).run(measure, recipe, lengths, tiles)):
         tp, rest = rank % own.tp, rank // own.tp
         cp, rest = rest % own.cp, rest // own.cp
         dp, pp = rest % replicas, rest // replicas
-        place = Place(pp, dp * own.cp + cp, (pp * own.cp + cp) * own.tp + tp, rank)
+        place = ProcessRanks(pp, dp * own.cp + cp, (pp * own.cp + cp) * own.tp + tp, rank)
         expected = memory_of(recipe, stage, size, place, whole[dp::replicas])
         exact = (expected.weights, expected.gradients, expected.optimizer)
         assert exact == (got["weights"], got["gradients"], got["optimizer"]), f"rank {rank} of {layout} {changes}"

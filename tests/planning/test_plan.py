@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import UserError
-from megatron_eagle.layout import Layout
 from megatron_eagle.model.flops import Parts
-from megatron_eagle.model.presets import PRESETS
-from megatron_eagle.planning.activations import ROWS_OF_LOGITS, Activations, Pack
+from megatron_eagle.planning.activations import ROWS_OF_LOGITS, Activations, PackShape
 from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware, profile_names
 from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.planning.published import (
@@ -25,7 +26,6 @@ from megatron_eagle.planning.report import layout_as_yaml, search_table, stage_l
 from megatron_eagle.planning.samples import Mix
 from megatron_eagle.planning.search import search, with_layout
 from megatron_eagle.planning.timing import Timing, link_rate, ring_rate
-from megatron_eagle.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100 = load_hardware("h100")
@@ -89,7 +89,7 @@ def test_copies_of_spread_encoders_are_summed_up_also_where_there_is_one_replica
 def test_starting_a_layer_costs_a_cpu_time_of_its_own_and_a_gpu_none():
     config = eagle().model.eagle()
     sizes = Activations(config, Layout(), Parts(True, True, True))
-    work = Pack((4096,), 0)
+    work = PackShape((4096,), 0)
     ahead = Timing(sizes, H100).layer(work)
     slow = Timing(sizes, replace(H100, launches_ahead=False)).layer(work)
     assert slow.forward == pytest.approx(ahead.forward + H100.launch)
@@ -147,7 +147,7 @@ def test_kernels_hold_no_logits_and_the_plan_knows_how_many_rows_they_make() -> 
     kernel = (Path(__file__).parents[2] / "kernels/eagle_kernels/linear_cross_entropy/__init__.py").read_text()
     assert f"rows_per_chunk: int = {ROWS_OF_LOGITS}," in kernel
     config, parts = PRESETS["eagle2-9b"], Parts.of(("language",))
-    pack = Pack((16_384,), 0)
+    pack = PackShape((16_384,), 0)
     torch_ops, triton = (Activations(config, Layout(), parts, kernels=kernels) for kernels in ("torch", "triton"))
     logits = 16_384 * config.language.padded_vocab_size * 4
     norm, hidden = 16_384 * 3584 * 6, 16_384 * 3584 * 2

@@ -19,8 +19,8 @@ def record(recipe):
     """Train one step and note each pass of each chunk of this process; runs in every process of a world."""
     from datetime import timedelta
 
+    from megatron_eagle.compat.platform import install
     from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.platform import install
     from megatron_eagle.training.engine import build_engine, run_schedule
 
     platform, stage = install(), recipe.stages[0]

@@ -1,10 +1,10 @@
 """Stands in for ``megatron-eagle train`` where a test is about Slurm, the batch script and the supervisor.
 
 Starting the real trainer costs seconds in every process; this one starts at once, so that dozens of faults fit into a
-test. It keeps the trainer's word: same arguments, signals and exit codes (through the real ``Watch``), processes that
-meet once a step and fail when one is lost, whole checkpoints published by a rename, metrics cut back to the checkpoint.
-Its "weights" are a number that every step turns into another, so a lost, doubled or skipped step changes all later
-losses.
+test. It keeps the trainer's word: same arguments, signals and exit codes (through the real ``Watchdog``), processes
+that meet once a step and fail when one is lost, whole checkpoints published by a rename, metrics cut back to the
+checkpoint. Its "weights" are a number that every step turns into another, so a lost, doubled or skipped step changes
+all later losses.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.stopping import STOPPED_EXIT_CODE, HangLimits, Watch
+from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, HangLimits, Watchdog
 
 STEP_SECONDS = 0.05
 
@@ -44,7 +44,7 @@ def loss_of(state: str) -> float:
     return int(state[:8], 16) / 2**32
 
 
-class Peers(Watch):
+class Peers(Watchdog):
     """Meets the other processes over TCP: each says once a step whether it was asked to stop, process 0 answers all."""
 
     def connect(self, rank: int, world: int) -> None:

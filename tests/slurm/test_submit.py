@@ -13,8 +13,8 @@ from megatron_eagle.cli import main
 from megatron_eagle.cluster import slurm as slurm_commands
 from megatron_eagle.cluster.profile import TEMPLATES, load_profile
 from megatron_eagle.cluster.submit import plan_chain
+from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import UserError
-from megatron_eagle.recipe import load_recipe
 
 EAGLE2_9B = ROOT / "examples" / "eagle2-9b" / "recipe.yaml"
 SMALL = {"nodes": {"stage1": 2, "stage1.5": 2, "stage2": 2}}  # Eagle 2's recipe, as far as this Slurm can tell

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_eagle.data.batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.training.loss import normalise_weights
 
 

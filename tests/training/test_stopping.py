@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.training.stopping import HANG_EXIT_CODE, HangLimits, Watch
+from megatron_eagle.training.watchdog import HANG_EXIT_CODE, HangLimits, Watchdog
 
 ALONE = """
 import signal, sys, time
 from pathlib import Path
-from megatron_eagle.training.stopping import HangLimits, Watch
+from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
-class Alone(Watch):
+class Alone(Watchdog):
     def agree(self, own, device):
         return own
 
@@ -61,7 +61,7 @@ def test_a_hang_writes_its_stacks_and_ends(tmp_path: Path) -> None:
 
 
 def test_a_plain_watch_costs_nothing(tmp_path: Path) -> None:
-    watch = Watch()
+    watch = Watchdog()
     with watch.saving():
         time.sleep(0)
     watch.close()
@@ -71,4 +71,4 @@ def test_limits_must_be_positive() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         HangLimits(factor=0)
     with pytest.raises(ValueError, match="folder for the stacks"):
-        Watch(HangLimits())
+        Watchdog(HangLimits())

@@ -5,7 +5,7 @@ A further encoder is one new file here and one line of recipe. The file holds
 - ``Config``: a frozen pydantic dataclass (names of Hugging Face where there are any, unknown keys refused) with the
   properties ``output_tokens`` and ``output_channels`` (per tile) and two checks that raise ValueError with the numbers,
   ``check_tile_size(tile_size)`` and ``check_tensor_parallel(tp)``;
-- ``Encoder(config, hosting)``: a MegatronModule from uint8 tiles [n, 3, s, s] to features [n, output_tokens,
+- ``Encoder(config, build)``: a MegatronModule from uint8 tiles [n, 3, s, s] to features [n, output_tokens,
   output_channels]. It owns its resize, its pixel normalisation and its downsampling, so that encoders can differ in all
   of them.
 """
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from megatron.core.transformer.module import MegatronModule
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_eagle.model.hosting import Hosting
+from megatron_eagle.model.build_context import BuildContext
 
 
 class EncoderConfig(Protocol):
@@ -43,9 +43,9 @@ def encoder_config(settings: dict[str, Any]) -> EncoderConfig:
         raise ValueError(f"encoder '{kind}': {'; '.join(found)}") from None
 
 
-def build_encoder(settings: dict[str, Any], hosting: Hosting) -> MegatronModule:
+def build_encoder(settings: dict[str, Any], build: BuildContext) -> MegatronModule:
     """The encoder of one recipe entry, with memory for its weights."""
-    return _module(_split(settings)[0]).Encoder(encoder_config(settings), hosting)
+    return _module(_split(settings)[0]).Encoder(encoder_config(settings), build)
 
 
 def _split(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:

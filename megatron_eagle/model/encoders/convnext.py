@@ -19,9 +19,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_eagle.layout import STRICT, Positive
-from megatron_eagle.model.config import divides
-from megatron_eagle.model.hosting import Hosting, leave, parallel_config
+from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.model import divides
+from megatron_eagle.model.build_context import BuildContext, no_init, parallel_config
 from megatron_eagle.model.norm import LayerNorm
 from megatron_eagle.model.weights import ShardedList
 
@@ -66,18 +66,18 @@ class Config:
 class Encoder(MegatronModule):
     """uint8 tiles [n, 3, s, s] -> [n, output_tokens, output_channels]."""
 
-    def __init__(self, convnext: Config, hosting: Hosting) -> None:
-        config = parallel_config(hosting)
+    def __init__(self, convnext: Config, build: BuildContext) -> None:
+        config = parallel_config(build)
         super().__init__(config=config)
-        self.tp_group = hosting.groups.tp
+        self.tp_group = build.groups.tp
         self.image_size = convnext.image_size
-        self.recompute = hosting.recomputes_layers
+        self.recompute = build.recomputes_layers
         sizes, eps = convnext.hidden_sizes, convnext.layer_norm_eps
-        self.stem = nn.Conv2d(3, sizes[0], 4, stride=4, dtype=hosting.dtype)
+        self.stem = nn.Conv2d(3, sizes[0], 4, stride=4, dtype=build.dtype)
         self.stem_norm = LayerNorm(config, sizes[0], eps)
         stages = []
         for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
-            blocks = [Block(size, convnext, config, hosting.groups.tp) for _ in range(depth)]
+            blocks = [Block(size, convnext, config, build.groups.tp) for _ in range(depth)]
             shrink = [Shrink(sizes[number - 1], size, eps, config)] if number else []
             stages.append(ShardedList([*shrink, *blocks]))
         self.stages = ShardedList(stages)
@@ -117,7 +117,7 @@ class Block(MegatronModule):
     def __init__(self, size: int, convnext: Config, config: ModelParallelConfig, tp_group: object) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
-        parallel = {"config": config, "init_method": leave, "tp_group": tp_group, "skip_bias_add": False}
+        parallel = {"config": config, "init_method": no_init, "tp_group": tp_group, "skip_bias_add": False}
         self.depthwise = nn.Conv2d(size, size, 7, padding=3, groups=size, dtype=config.params_dtype)
         self.norm = LayerNorm(config, size, convnext.layer_norm_eps)
         self.linear_fc1 = ColumnParallelLinear(size, EXPANSION * size, **parallel)

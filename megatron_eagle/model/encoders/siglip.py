@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from megatron_eagle.layout import STRICT, Positive
-from megatron_eagle.model.config import divides
-from megatron_eagle.model.hosting import Hosting, transformer_config
+from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.model import divides
+from megatron_eagle.model.build_context import BuildContext, transformer_config
 from megatron_eagle.model.specs import block_spec
 
 SHUFFLE = 2  # side of the square of tokens that PixelShuffle joins
@@ -72,9 +72,9 @@ class Config:
 class Encoder(MegatronModule):
     """uint8 tiles [n, 3, image_size, image_size] -> [n, output_tokens, output_channels]."""
 
-    def __init__(self, siglip: Config, hosting: Hosting) -> None:
+    def __init__(self, siglip: Config, build: BuildContext) -> None:
         config = transformer_config(
-            hosting,
+            build,
             in_pipeline=False,
             num_layers=siglip.num_hidden_layers,
             hidden_size=siglip.hidden_size,
@@ -87,15 +87,15 @@ class Encoder(MegatronModule):
             activation_func=partial(F.gelu, approximate="tanh"),
         )
         super().__init__(config=config)
-        self.tp_group = hosting.groups.tp
+        self.tp_group = build.groups.tp
         self.patches_per_side = siglip.patches_per_side
         width, patch = siglip.hidden_size, siglip.patch_size
-        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, dtype=hosting.dtype)
-        self.position_embedding = nn.Parameter(torch.empty(siglip.patches_per_side**2, width, dtype=hosting.dtype))
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, dtype=build.dtype)
+        self.position_embedding = nn.Parameter(torch.empty(siglip.patches_per_side**2, width, dtype=build.dtype))
         spec = block_spec(
-            hosting.transformer_impl, layers=siglip.num_hidden_layers, rms_norm=False, mask=AttnMaskType.no_mask
+            build.transformer_impl, layers=siglip.num_hidden_layers, rms_norm=False, mask=AttnMaskType.no_mask
         )
-        self.transformer = TransformerBlock(config, spec, pg_collection=hosting.groups)
+        self.transformer = TransformerBlock(config, spec, pg_collection=build.groups)
 
     def forward(self, tiles: Tensor) -> Tensor:
         features = self.hidden_states(normalise(tiles).to(self.patch_embedding.weight.dtype))

@@ -1,0 +1,167 @@
+"""Training checkpoints: what they are, which one to continue from, and loading them (``saver.py`` writes them).
+
+    runs/<name>/checkpoints/<stage>/
+        step_00000250/            weights, optimizer, schedule (torch_dist), position in the data and RNG per process
+            checkpoint.json       what it is: stage, step, model, layout; read before any tensor
+            checksums.json        size and CRC-32 of every file; held against the files before they are loaded
+        latest                    name of the newest whole checkpoint; moved last
+
+Any layout and either placement of the encoders loads what any other has saved. A planned stream continues at any
+number of data-parallel ranks; a stream with ``reading.order: buffer`` refuses another number than it was saved by.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.transformer.module import MegatronModule
+from pydantic import TypeAdapter
+
+from megatron_eagle import __version__
+from megatron_eagle.checkpoint import checksums
+from megatron_eagle.checkpoint import safe_index as index
+from megatron_eagle.checkpoint.sharded_state import (
+    load_engine,
+    load_modules,
+    optimizer_parts,
+    restore_random_state,
+    sharded_state,
+    sharded_weights,
+)
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.encoders import encoder_config
+from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.training.engine import Engine
+
+LATEST = "latest"
+DESCRIPTION = "checkpoint.json"
+PROCESS_FILE = "process_{:05d}.pt"  # random states, one a process
+POSITION_FILE = "position_{:05d}.pt"  # place in the data, one a data-parallel rank
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds: its place in the run, and the model it belongs to (``EagleConfig`` as a dict).
+
+    rejected_total: samples skipped in the stage up to this step.
+    peak_rss_bytes: highest resident memory of each process so far, added up over all of them.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    model: dict[str, Any]
+    layout: dict[str, Any]
+    data_parallel_size: int
+    trainable_parameters: int = 0
+    rejected_total: int = 0
+    peak_rss_bytes: int = 0
+    version: str = __version__
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage had reached its last step."""
+        return self.step >= self.steps
+
+
+def find_latest(stage_folder: Path) -> Path | None:
+    """The newest whole checkpoint below ``stage_folder``, or None."""
+    try:
+        name = (stage_folder / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    return stage_folder / name
+
+
+def find_good(stage_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and what is wrong with each newer one.
+
+    Reads whole checkpoints; one process does it for all, because all must continue from the same.
+    """
+    answer: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        for candidate in sorted(stage_folder.glob("step_*[0-9]"), reverse=True):
+            found = checksums.damage(candidate)
+            if not found:
+                answer[0] = candidate
+                break
+            answer[1].append(f"{candidate} is damaged: {'; '.join(found)}")
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0], answer[1]
+
+
+def read_description(checkpoint: Path) -> Description:
+    """Read what ``checkpoint`` is; UserError if it is not a checkpoint of this project."""
+    try:
+        return Description(**json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: {error}") from None
+
+
+def require_same_model(checkpoint: Path, description: Description, config: EagleConfig) -> None:
+    """Raise a UserError that names the first differing number unless the checkpoint was written by this model.
+
+    Numbers that a recipe leaves out count as their defaults, on both sides.
+    """
+    try:
+        theirs = effective_numbers(TypeAdapter(EagleConfig).validate_python(description.model))
+    except ValueError as error:
+        raise UserError(f"{checkpoint} holds a model of other kind: {' '.join(str(error).split())[:300]}") from None
+    difference = _first_difference(theirs, effective_numbers(config), "")
+    if difference:
+        raise UserError(f"{checkpoint} holds another model: {difference}")
+
+
+def effective_numbers(config: EagleConfig) -> dict[str, Any]:
+    """Every number of a model as plain data, an encoder's defaults included."""
+    encoders = [
+        {"kind": settings["kind"], **TypeAdapter(Any).dump_python(encoder_config(settings), mode="json")}
+        for settings in config.encoders
+    ]
+    return {**json.loads(json.dumps(asdict(config))), "encoders": encoders}
+
+
+def _first_difference(theirs: Any, ours: Any, where: str) -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(key, theirs.get(key), ours.get(key)) for key in sorted(theirs.keys() | ours.keys())]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(str(number), *pair) for number, pair in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        return None if theirs == ours else f"{where} is {theirs!r} there, {ours!r} in the recipe"
+    found = (_first_difference(a, b, f"{where}.{key}" if where else key) for key, a, b in pairs)
+    return next((difference for difference in found if difference), None)
+
+
+def load_training_state(checkpoint: Path, description: Description, engine: Engine, groups: Groups) -> bytes | None:
+    """Restore weights, optimizer, schedule and RNG to continue a stage; returns the position in the data (readers)."""
+    parts = optimizer_parts(engine, is_loading=True)
+    load_engine(engine, parts, _load(sharded_state(engine, parts), checkpoint), description.step)
+    restore_random_state(_read_own(checkpoint, PROCESS_FILE, groups.rank))
+    return bytes(_read_own(checkpoint, POSITION_FILE, groups.dp_rank).numpy()) if groups.is_reader else None
+
+
+def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
+    """Load the weights alone, in whatever layout ``modules`` (parts of an Eagle) are built."""
+    load_modules(modules, _load(sharded_weights(modules), checkpoint))
+
+
+def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    checksums.verify(checkpoint)
+    index.verify(checkpoint)
+    try:
+        return dist_checkpointing.load(template, str(checkpoint))
+    except (CheckpointingException, OSError, KeyError) as error:
+        raise UserError(f"{checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_own(checkpoint: Path, name: str, number: int) -> Any:
+    """The file of rank ``number``, or of rank 0 in a run of another size: a planned stream's position is everyone's."""
+    own = checkpoint / name.format(number)
+    return torch.load(own if own.exists() else checkpoint / name.format(0), weights_only=True)

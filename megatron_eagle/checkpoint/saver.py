@@ -1,0 +1,205 @@
+"""Writing a checkpoint while training goes on, so that it exists whole or not at all.
+
+Training waits only while this process's share is gathered and copied into host memory; a thread writes the copy. At the
+end of each later step the processes ask each other whether all have written, and once they have, rank 0 adds the index
+and the checksums, renames ``step_N.partial`` and moves ``latest`` last. Nothing else waits for anybody, and a
+``kill -9`` at any moment takes the thread along and leaves the checkpoint before untouched.
+
+A thread, because Megatron's own writers are forked: out of a process full of threads that may hold locks, and they go
+on writing after the trainer was killed. Writing holds Python's lock for milliseconds at a time.
+"""
+
+import gc
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
+from megatron_eagle.checkpoint.sharded_state import CONTENT, optimizer_parts, random_state, sharded_state
+from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
+from megatron_eagle.errors import UserError
+from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.training.engine import Engine
+
+FAILURES_IN_A_ROW = 2  # a full disk may be cleared while the run goes on; after so many it has to be told
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written; the one before it is untouched."""
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Megatron's plan of who writes what, without its way of writing."""
+
+    writer: FileSystemWriterAsync
+    index: Any
+
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: Any) -> AsyncRequest:
+        self.writer, self.index = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned)
+
+
+class Saver:
+    """Saves the checkpoints of one stage, one at a time; every process calls the same methods at the same steps.
+
+    device: where small tensors for the exchange between processes lie. keep: how many checkpoints stay.
+    say: tells the user a line, on one process.
+    """
+
+    def __init__(
+        self,
+        stage_folder: Path,
+        groups: Groups,
+        device: torch.device,
+        *,
+        keep: int,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._folder, self._groups, self._device, self._keep, self._say = stage_folder, groups, device, keep, say
+        self._pending: Save | None = None
+        self._checked = False
+        self._failures, self._last_failure = 0, ""
+        self._stall = 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been started and is not there yet."""
+        return self._pending is not None
+
+    def take_stall(self) -> float:
+        """Seconds that training has waited for checkpoints since this was asked last."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def start(self, description: Description, engine: Engine, data_position: bytes | None) -> None:
+        """Copy the state and begin to write it; waits for the save before this one.
+
+        data_position: the stream's state on readers, None elsewhere.
+        """
+        self.finish()
+        with self._stalled():
+            final = self._folder / f"step_{description.step:08d}"
+            try:
+                _on_rank_zero(final.with_suffix(PARTIAL), start_partial)
+            except SaveFailed as failure:
+                self._count(failure)
+                return
+            gc.freeze()  # Megatron's optimizer collects garbage among all objects, most of what training would wait for
+            try:
+                save = self._copy(final, description, engine, data_position)
+            finally:
+                gc.unfreeze()
+            save.thread = threading.Thread(target=write, args=(save,), name="checkpoint-writer", daemon=True)
+            save.thread.start()
+            self._pending = save
+
+    def after_step(self) -> None:
+        """Let the checkpoint exist if all processes have written their share; costs a small exchange otherwise."""
+        if self._pending is None:
+            return
+        with self._stalled():
+            thread = self._pending.thread
+            assert thread is not None
+            busy = torch.tensor([thread.is_alive()], dtype=torch.int32, device=self._device)
+            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+            if not busy:
+                self._conclude(self._pending)
+
+    def finish(self, *, must: bool = False) -> None:
+        """Wait until the checkpoint is there. must: a failure is raised even if it is the first in a row."""
+        if self._pending is not None:
+            with self._stalled():
+                assert self._pending.thread is not None
+                self._pending.thread.join()
+                self._conclude(self._pending)
+        if must and self._failures:
+            raise SaveFailed(self._last_failure)
+
+    def _copy(self, final: Path, description: Description, engine: Engine, data_position: bytes | None) -> Save:
+        started = time.perf_counter()
+        state = sharded_state(engine, optimizer_parts(engine, is_loading=False))
+        # That the shards make up whole tensors is checked once; the next saves have the same.
+        sharded, common = save_preprocess({**state, "content_metadata": CONTENT}, not self._checked)
+        self._checked = True
+        # Megatron would start a server process for the results of writers that are processes.
+        filesystem_async._results_queue = queue.Queue()
+        planner = _Planner("torch_dist", 1, thread_count=1)
+        request = planner.async_save(sharded, final.with_suffix(PARTIAL))
+        small: dict[str, Any] = {PROCESS_FILE.format(self._groups.rank): random_state()}
+        if data_position is not None:
+            position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
+            small[POSITION_FILE.format(self._groups.dp_rank)] = position
+        buckets = _copied(request)
+        return Save(description, final, planner.index, planner.writer, common, buckets, small, started)
+
+    def _conclude(self, save: Save) -> None:
+        self._pending = None
+        errors: list[str | None] = [None] * self._groups.world_size
+        dist.all_gather_object(errors, save.error)
+        try:
+            if any(errors):
+                raise SaveFailed("; ".join(error for error in errors if error))
+            parts: list[Any] | None = [None] * self._groups.world_size if self._groups.rank == 0 else None
+            dist.gather_object((save.results, save.measured), parts)
+            _on_rank_zero(save.partial, lambda _: publish(save, parts or [], self._keep))
+        except SaveFailed as failure:
+            if self._groups.rank == 0:  # its bytes are what the disk lacks
+                shutil.rmtree(save.partial, ignore_errors=True)
+            self._count(failure)
+            return
+        self._failures = 0
+        total = time.perf_counter() - save.started
+        name = save.description.stage
+        self._say(f"{name} saved {save.final} in {total:.1f}s")
+
+    def _count(self, failure: SaveFailed) -> None:
+        self._failures += 1
+        self._last_failure = str(failure)
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise failure
+        self._say(f"{failure}; training goes on, the next save tries again")
+
+    @contextmanager
+    def _stalled(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stall += time.perf_counter() - started
+
+
+def _copied(request: AsyncRequest) -> list[Any]:
+    """Megatron's write buckets with every tensor in host memory of its own, which training does not write to."""
+    if request.preload_fn is None:  # this process has nothing to write
+        return []
+    live = {id(tensor) for _, _, (_, tensors) in request.async_fn_args[1] for _, tensor in tensors}
+    return [
+        (path, key, (texts, [(item, t.clone() if id(t) in live else t) for item, t in tensors]))
+        for path, key, (texts, tensors) in request.preload_fn()
+    ]
+
+
+def _on_rank_zero(file: Path, action: Callable[[Path], None]) -> None:
+    """Run ``action`` on rank 0 while the others wait; its failure is everybody's, so that nobody waits for ever."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action(file)
+        except (OSError, RuntimeError) as error:
+            message = [describe_failure(file, error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise SaveFailed(message[0])

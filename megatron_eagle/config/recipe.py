@@ -1,0 +1,288 @@
+"""A recipe: one YAML file that says all of a run - the model, its stages, the data, the optimizer, the layout.
+
+The same file drives a laptop and a cluster. It is read into typed dataclasses, so a key that does not exist or a number
+that cannot work is refused here, before a process is started, with the numbers in the message. Dotted overrides
+(``stages.stage1.steps=10``) change single values from the command line; a stage may be named instead of counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.layout import STRICT, Layout, Positive
+from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout
+from megatron_eagle.config.overrides import apply_override
+from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.sample.conversation import DEFAULT_SYSTEM
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.mixture import tokens_per_tile
+
+Part = Literal["vision", "connector", "language"]
+Rate = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSettings:
+    """Which Eagle, and by which modules it is run.
+
+    preset: a name of ``config.presets``; ``tile_size``, ``encoders`` and ``language`` replace parts of it
+        (``language`` may hold single values of QwenConfig, ``encoders`` is the whole list).
+    transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
+    recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
+        (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
+    kernels: this project's Triton kernels or PyTorch's operations for the same; by default Triton on a CUDA device.
+    initial_weights: checkpoint folder that the first stage starts from; without it weights are drawn from the seed.
+    """
+
+    preset: str
+    tile_size: Positive | None = None
+    encoders: tuple[dict[str, Any], ...] | None = None
+    language: dict[str, Any] = field(default_factory=dict)
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
+    kernels: Literal["triton", "torch"] | None = None
+    initial_weights: str | None = None
+
+    def kernels_on(self, device: str) -> Literal["triton", "torch"]:
+        """What ``kernels`` says, or ``triton`` on a CUDA device and ``torch`` elsewhere."""
+        return self.kernels or ("triton" if device == "cuda" else "torch")
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset '{self.preset}' does not exist; there are {', '.join(sorted(PRESETS))}")
+
+    def eagle(self) -> EagleConfig:
+        """The preset with the replacements applied."""
+        base = PRESETS[self.preset]
+        language = TypeAdapter(QwenConfig).validate_python({**asdict(base.language), **self.language})
+        return EagleConfig(
+            tile_size=self.tile_size or base.tile_size,
+            encoders=self.encoders if self.encoders is not None else base.encoders,
+            language=language,
+            connector_layer_norm_eps=base.connector_layer_norm_eps,
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
+class TokenizerSettings:
+    """A tokenizer folder (``huggingface``) or model file (``sentencepiece``)."""
+
+    kind: Literal["huggingface", "sentencepiece"]
+    path: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReadingSettings:
+    """How samples become packs, for all stages; ``data.settings.DataSettings`` explains each.
+
+    tiling_rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
+    order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
+    packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
+    degrade: show samples that are too long for a pack with fewer frames and tiles instead of rejecting them.
+    decoder: ``pillow``, or ``dali`` for plain JPEGs: on the GPU with workers=0, otherwise by DALI's CPU mode.
+    video: which frames of videos are shown, and in what words (``data.frames.VideoSettings``).
+    workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
+    """
+
+    tiling_rule: Literal["eagle2", "area"] = "eagle2"
+    min_tiles: Positive = 1
+    max_tiles: Positive = 12
+    max_tiles_per_pack: Positive | None = None
+    order: Literal["planned", "buffer"] = "planned"
+    packing: Literal["balanced", "best_fit"] = "balanced"
+    degrade: bool = False
+    decoder: Literal["pillow", "dali"] = "pillow"
+    video: VideoSettings = field(default_factory=VideoSettings)
+    packing_buffer: Positive = 512
+    shuffle_buffer: Positive = 1000
+    system: str = DEFAULT_SYSTEM
+    workers: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.min_tiles > self.max_tiles:
+            raise ValueError(f"min_tiles={self.min_tiles} is more than max_tiles={self.max_tiles}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerSettings:
+    """AdamW. Defaults are those of the released Eagle 2.5 scripts (NVlabs/Eagle, Eagle2_5/shell)."""
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    clip_grad: Annotated[float, Ge(0)] = 1.0
+    distributed: bool = True
+    overlap: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class Stage:
+    """One training stage.
+
+    trainable: parts that learn; every other tensor stays bit for bit what it was.
+    steps, batch: optimizer steps, and packs in each of them over all data-parallel ranks.
+    learning_rate: peak; ``part_learning_rates`` gives single parts another peak. All decay to
+        ``final_fraction`` of their peak after a warm-up of ``warmup_fraction`` of the steps.
+    blend: data sets with the weight at which they are drawn.
+    loss_normaliser: ``global`` divides by the whole batch, so that no layout changes the objective; ``pack`` divides
+        within each pack as the released Eagle code does (docs/loss.md).
+    async_save: checkpoints are written while the next steps run; needs as much host memory as this process saves.
+    gpus: processes the stage was published or planned for; information for planners and job templates.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    trainable: tuple[Part, ...]
+    steps: Positive
+    pack_length: Positive
+    batch: Positive
+    learning_rate: Rate
+    blend: tuple[BlendSource, ...]
+    part_learning_rates: dict[Part, Rate] = field(default_factory=dict)
+    warmup_fraction: Fraction = 0.03
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: Fraction = 0.0
+    loss_normaliser: Literal["global", "pack"] = "global"
+    checkpoint_every: Positive = 250
+    keep_checkpoints: Positive = 2
+    async_save: bool = True
+    layout: Layout | None = None
+    gpus: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise ValueError(f"stage '{self.name}' trains nothing: trainable is empty")
+        if not self.blend:
+            raise ValueError(f"stage '{self.name}' has no data: blend is empty")
+        frozen = sorted(set(self.part_learning_rates) - set(self.trainable))
+        if frozen:
+            raise ValueError(
+                f"stage '{self.name}' gives a learning rate to {', '.join(frozen)}, which it does not train"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class LogSettings:
+    """tensorboard: write event files beside metrics.jsonl; wandb_project: also send them to Weights & Biases."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """A whole run. Relative paths are relative to the folder a command is started in."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: ModelSettings
+    tokenizer: TokenizerSettings
+    stages: tuple[Stage, ...]
+    layout: Layout = field(default_factory=Layout)
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: Annotated[int, Ge(0)] = 1234
+    collective_timeout_minutes: Positive = 10
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ValueError("the recipe has no stages")
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {', '.join(names)}")
+        config = self.model.eagle()
+        for stage in self.stages:
+            layout = self.stage_layout(stage)
+            check_layout(config, layout)
+            try:
+                layout.check_pack_length(stage.pack_length)
+            except ValueError as error:
+                raise ValueError(f"stage '{stage.name}': {error}") from None
+            cost = tokens_per_tile(config)
+            if cost > stage.pack_length:
+                raise ValueError(
+                    f"stage '{stage.name}': pack_length={stage.pack_length} cannot hold one tile of {cost} tokens"
+                )
+
+    def stage(self, name: str) -> Stage:
+        """The stage called ``name``; UserError lists the stages there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(f"stage '{name}' does not exist; the recipe has {', '.join(s.name for s in self.stages)}")
+
+    def stage_before(self, stage: Stage) -> Stage | None:
+        """The stage whose weights ``stage`` starts from, None for the first."""
+        index = self.stages.index(stage)
+        return self.stages[index - 1] if index else None
+
+    def stage_layout(self, stage: Stage) -> Layout:
+        return stage.layout or self.layout
+
+    def with_kernels_on(self, device: str) -> "Recipe":
+        """This recipe with the kernels that it runs with on ``device``, ``cuda`` or ``cpu``, written into it."""
+        if self.model.kernels is not None:
+            return self
+        return replace(self, model=replace(self.model, kernels=self.model.kernels_on(device)))
+
+    def data_settings(self, stage: Stage) -> DataSettings:
+        """What the data room needs to know to stream ``stage``."""
+        config = self.model.eagle()
+        return DataSettings(
+            sources=stage.blend,
+            pack_length=stage.pack_length,
+            tile_size=config.tile_size,
+            tokens_per_tile=tokens_per_tile(config),
+            **{name: value for name, value in vars(self.reading).items() if name != "workers"},
+        )
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read ``path``, apply dotted ``overrides`` ("layout.tp=2") and check everything; UserError is one line."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of keys, it holds a {type(raw).__name__}")
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_lines(error)}") from None
+
+
+def _first_lines(error: ValidationError) -> str:
+    """All of pydantic's findings on one line: where, what, and the value that was refused."""
+    findings = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "value_error":
+            findings.append(f"{where}: {message}" if item["loc"] else message)
+        elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            findings.append(f"{where}: no such key")
+        elif item["type"] in ("missing", "missing_argument"):
+            findings.append(f"{where}: this key is needed")
+        else:
+            findings.append(f"{where}: {message} (got {item['input']!r})")
+    return "; ".join(findings)
+
+
+def recipe_as_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that ``load_recipe`` reads back to the same recipe."""
+    plain = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron, assembling, export, and the proof of each."""

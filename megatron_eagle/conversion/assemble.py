@@ -1,0 +1,219 @@
+"""A new Eagle from its parts: a Qwen2.5, a SigLIP (or PaliGemma's), perhaps a ConvNeXt, and a fresh connector.
+
+The parts keep their own tensor names and are joined into one ``TensorSource``, so that a new model goes through the
+same conversion and the same proof as a released one. What is computed here:
+
+- position embeddings are interpolated (bicubic, as vision transformers are) when the tile size asks for another grid;
+- the embedding gets exactly as many rows as the tokenizer has tokens. Rows of added tokens in the *output* matrix are
+  the mean of all others (NVlabs/Eagle does so); in an untied input embedding they keep what Qwen2.5 has there, and are
+  the mean as well where it has no such row;
+- the connector is drawn like any fresh weight (standard deviation fan_in^-1/2).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.conversion.released import (
+    Dialect,
+    convnext_settings,
+    prefix_of,
+    qwen_config,
+    read_config,
+    siglip_settings,
+)
+from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
+from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
+from megatron_eagle.conversion.tokenizer_files import Vocabulary
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.encoders import encoder_config
+
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+
+
+class Assembled:
+    """Tensors under the names of a released Eagle, read from several sources or computed when asked for."""
+
+    def __init__(self) -> None:
+        self.left_out: dict[str, str] = {}  # name in its source -> why it is not part of the new model
+        self._infos: dict[str, TensorInfo] = {}
+        self._make: dict[str, Callable[[], Tensor]] = {}
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def drop(self, name: str, reason: str) -> None:
+        del self._infos[name], self._make[name]
+        self.left_out[name] = reason
+
+    def replace(self, name: str, info: TensorInfo, change: Callable[[Tensor], Tensor]) -> None:
+        """Give a tensor that is there already another shape, made by ``change`` when it is read."""
+        make = self._make[name]
+        self.add(name, info, lambda: change(make()))
+
+    def add(self, name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
+        self._infos[name], self._make[name] = info, make
+
+    def take(self, source: TensorSource, old: str, new: str) -> None:
+        """All tensors of ``source`` whose name starts with ``old``, under names that start with ``new``."""
+        for name, info in source.infos.items():
+            if name.startswith(old):
+                self.add(new + name.removeprefix(old), info, partial(source.read, name))
+            else:
+                self.left_out[name] = f"not below {old!r}: another part of a model of which only this one is taken"
+
+
+def assemble(
+    parts: Sequence[Path], vocabulary: Vocabulary, *, tile_size: int, seed: int
+) -> tuple[Assembled, EagleConfig, Dialect]:
+    """The new model's tensors, its numbers, and how they are named; ``parts`` in any order."""
+    sources = {path: SafetensorsFolder(path) for path in parts}
+    made = Assembled()
+    qwen = _one(sources, _is_qwen, "a Qwen2.5 (model.embed_tokens.weight without an encoder)")
+    language = _add_language(made, qwen, sources[qwen], vocabulary)
+    encoders: list[dict[str, Any]] = []
+    prefixes: list[str] = []
+    for ending, describe, kind, tower in (
+        (_PATCHES, siglip_settings, "a SigLIP", "vision_model."),
+        ("stem.0.weight", convnext_settings, "a ConvNeXt", ""),
+    ):
+        having = [path for path in parts if path != qwen and _has(sources[path], ending)]
+        if len(having) > 1:
+            raise UserError(f"{len(having)} of the sources have {kind}: {', '.join(map(str, having))}")
+        if not having:
+            continue
+        source = sources[having[0]]
+        old = prefix_of(_vision_names(source), ending, str(having[0]))
+        prefixes.append(f"vision_model.vision_model.vision_towers.{len(prefixes)}.vision_tower.{tower}")
+        made.take(source, old, prefixes[-1])
+        encoders.append(describe(made.infos, prefixes[-1], _vision_config(having[0])))
+    if not encoders:
+        raise UserError("none of the sources holds a SigLIP or a ConvNeXt")
+    if encoders[0]["kind"] == "siglip":
+        encoders[0] = _fit_positions(made, prefixes[0], encoders[0], tile_size)
+    config = EagleConfig(tile_size=tile_size, encoders=tuple(encoders), language=language)
+    tokens = {encoder_config(settings).output_tokens for settings in encoders}
+    if len(tokens) > 1:
+        raise UserError(
+            f"the encoders give {sorted(tokens)} tokens per tile; they are joined by channel, so as many each"
+        )
+    _add_connector(made, config, made.infos["language_model.model.norm.weight"].dtype, seed)
+    scale = "gamma" if any(name.endswith(".gamma") for name in made.infos) else "weight"
+    return made, config, Dialect("A", tuple(prefixes), layer_scale=scale)
+
+
+def _has(source: TensorSource, ending: str) -> bool:
+    return any(name.endswith(ending) for name in _vision_names(source))
+
+
+def _vision_names(source: TensorSource) -> dict[str, TensorInfo]:
+    """Names outside a text tower (SigLIP's and CLIP's have an encoder of their own)."""
+    return {name: info for name, info in source.infos.items() if "text" not in name.split(".")[0]}
+
+
+def _is_qwen(source: TensorSource) -> bool:
+    return _EMBEDDING in source.infos and not _has(source, _PATCHES)
+
+
+def _one(sources: Mapping[Path, TensorSource], fits: Callable[[TensorSource], bool], what: str) -> Path:
+    found = [path for path, source in sources.items() if fits(source)]
+    if len(found) != 1:
+        raise UserError(f"exactly one source must be {what}, {len(found)} of {len(sources)} are")
+    return found[0]
+
+
+def _vision_config(path: Path) -> dict[str, Any]:
+    """What a source's config.json says of its encoder; timm's and single files say nothing that is needed."""
+    if not (path / "config.json").is_file():
+        return {}
+    config = read_config(path)
+    return config.get("vision_config", config)
+
+
+def _add_language(made: Assembled, path: Path, source: TensorSource, vocabulary: Vocabulary) -> QwenConfig:
+    made.take(source, "", "language_model.")
+    config = read_config(path)
+    before = qwen_config(source.infos, "", config, str(path))
+    for name, is_output in ((_EMBEDDING, before.tie_word_embeddings), (_OUTPUT, True)):
+        if name in source.infos:
+            info = source.infos[name]
+            change = partial(_resize_rows, vocabulary=vocabulary, is_output=is_output)
+            made.replace(f"language_model.{name}", TensorInfo((vocabulary.size, info.shape[1]), info.dtype), change)
+    if before.tie_word_embeddings and _OUTPUT in source.infos:
+        made.drop(f"language_model.{_OUTPUT}", "the output matrix is the embedding")
+    return QwenConfig(**{**vars(before), "vocab_size": vocabulary.size})
+
+
+def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor:
+    added = torch.tensor(vocabulary.added, dtype=torch.int64)
+    kept = torch.ones(min(len(old), vocabulary.size), dtype=torch.bool)
+    kept[added[added < len(kept)]] = False
+    total = torch.zeros(old.shape[1], dtype=torch.float64)
+    for rows, keep in zip(
+        old[: len(kept)].split(8192), kept.split(8192), strict=True
+    ):  # float64 takes four times as much
+        total += rows[keep].double().sum(0)
+    mean = (total / int(kept.sum())).to(old.dtype)
+    new = mean.expand(vocabulary.size, -1).clone()
+    new[: len(kept)] = old[: len(kept)]
+    if is_output:
+        new[added] = mean
+    return new
+
+
+def _fit_positions(made: Assembled, prefix: str, settings: dict[str, Any], tile_size: int) -> dict[str, Any]:
+    """SigLIP's settings at ``tile_size``, its position embeddings interpolated if the grid of patches changes."""
+    patch = made.infos[f"{prefix}{_PATCHES}"].shape[-1]
+    if tile_size % patch:
+        raise UserError(f"tiles of {tile_size} pixels cannot be cut into this SigLIP's patches of {patch} pixels")
+    name = f"{prefix}{_POSITIONS}"
+    info, side = made.infos[name], tile_size // patch
+    if info.shape[0] != side**2:
+        made.replace(name, TensorInfo((side**2, info.shape[1]), info.dtype), partial(interpolate, side=side))
+    numbers = {**settings, "image_size": tile_size}
+    if tile_size == 448:  # the default: leave it out as presets do
+        del numbers["image_size"]
+    return numbers
+
+
+def interpolate(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings [n*n, channels] on a grid of ``side`` x ``side``, bicubic."""
+    old = math.isqrt(len(positions))
+    grid = positions.float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    new = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return new.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
+
+
+def _add_connector(made: Assembled, config: EagleConfig, dtype: torch.dtype, seed: int) -> None:
+    width = sum(encoder_config(settings).output_channels for settings in config.encoders)
+    hidden = config.language.hidden_size
+    for name, shape in {
+        "0.weight": (width,),
+        "0.bias": (width,),
+        "1.weight": (hidden, width),
+        "1.bias": (hidden,),
+        "3.weight": (hidden, hidden),
+        "3.bias": (hidden,),
+    }.items():
+        made.add(f"mlp1.{name}", TensorInfo(shape, dtype), partial(_fresh, f"mlp1.{name}", shape, dtype, seed))
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(dtype)

@@ -1,0 +1,256 @@
+"""The two directions of conversion, each with its proof."""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+
+from megatron_eagle.checkpoint.files import (
+    DESCRIPTION,
+    Description,
+    effective_numbers,
+    find_latest,
+    read_description,
+)
+from megatron_eagle.checkpoint.safe_index import METADATA
+from megatron_eagle.checkpoint.sharded_state import CONTENT
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.conversion import logits
+from megatron_eagle.conversion.assemble import Assembled, assemble
+from megatron_eagle.conversion.check import ORIGIN, dialect_of
+from megatron_eagle.conversion.export import write_configs
+from megatron_eagle.conversion.proof import Proof, compare, digests
+from megatron_eagle.conversion.released import Dialect, read_config, recognise, unused_reason
+from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
+from megatron_eagle.conversion.resumable_output import JOURNAL, finish, start
+from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, write_safetensors
+from megatron_eagle.conversion.tensors import TensorSource, WithDtype
+from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
+from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
+from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.mixture import tokens_per_tile
+
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both directions can be told. dtype: round all weights to it; None keeps their types."""
+
+    dtype: torch.dtype | None = None
+    logits: bool = True
+
+
+def hf_to_megatron(
+    sources: Sequence[Path],
+    out: Path,
+    options: Options,
+    *,
+    tile_size: int = 448,
+    tokens: Literal["eagle2", "eagle2.5"] = "eagle2",
+    seed: int = 1234,
+) -> Proof:
+    """One released Eagle, or the parts of a new one, as a checkpoint that ``initial_weights`` of a recipe can name.
+
+    tile_size, tokens, seed: for a new one; Eagle's tokens that the tokenizer lacks, and the connector's draw.
+    """
+    partial = start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
+    clock = _Clock()
+    folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
+    released: TensorSource
+    if len(sources) == 1:
+        released = SafetensorsFolder(folder)
+        config, dialect = recognise(released.infos, read_config(folder), str(folder))
+        if (folder / "tokenizer.json").is_file():
+            _check_size(copy_tokenizer(folder, partial / TOKENIZER, ()), config, folder)
+    else:
+        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[tokens])
+        released, config, dialect = assemble(sources, vocabulary, tile_size=tile_size, seed=seed)
+    rounded = WithDtype(released, options.dtype) if options.dtype else released
+    theirs = AsMegatron(rounded, config, dialect)
+    if options.logits:
+        logits.check_memory(theirs.infos)
+    write_torch_dist(theirs.infos, theirs.read, partial, content=CONTENT)
+    description = Description("converted", 0, 0, asdict(config), asdict(Layout()), data_parallel_size=1)
+    (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1), encoding="utf-8")
+    (partial / ORIGIN).write_text(json.dumps(asdict(dialect), indent=1), encoding="utf-8")
+    clock.lap("conversion")
+    back = AsHuggingFace(TorchDist(partial), config, dialect)
+    trip = compare(Only(rounded, theirs.used), back, "round trip")
+    clock.lap("round trip")
+    shared = _for_both_directions(options, partial, config, rounded, dialect)
+    clock.lap("logits")
+    files = [file for source in sources for file in SafetensorsFolder(source).files]
+    proof = Proof(
+        direction="Hugging Face to Megatron",
+        source=", ".join(map(str, sources)),
+        target=str(out),
+        source_sha256=digests(files),
+        target_sha256=digests(_weight_files(partial)),
+        round_trip=trip,
+        unused=_unused(released, theirs.used),
+        dtype_changes=_dtype_changes(released, rounded),
+        seconds=clock.finish("digests"),
+        **shared,
+    )
+    return finish(proof, partial, out)
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    out: Path,
+    options: Options,
+    *,
+    kind: Literal["A", "B"] | None = None,
+    tokenizer: Path | None = None,
+) -> Proof:
+    """A checkpoint of ours, of any layout, in a released form.
+
+    checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
+    it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own.
+    """
+    checkpoint = find_latest(checkpoint) or checkpoint
+    config = TypeAdapter(EagleConfig).validate_python(read_description(checkpoint).model)
+    dialect = dialect_of(checkpoint, config, kind)
+    partial = start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
+    clock = _Clock()
+    stored = TorchDist(checkpoint)
+    view: TensorSource = AsHuggingFace(stored, config, dialect)
+    rounded = WithDtype(view, options.dtype) if options.dtype else view
+    if options.logits:
+        logits.check_memory(view.infos)
+    write_safetensors(rounded, partial)
+    vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
+    dtype = rounded.infos[dialect.embedding].dtype
+    kind = dialect.format
+    write_configs(partial, config, kind, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens_per_tile(config))
+    clock.lap("conversion")
+    target = SafetensorsFolder(partial)
+    found, found_dialect = recognise(target.infos, read_config(partial), str(partial))
+    if effective_numbers(found) != effective_numbers(config):
+        raise UserError(f"{partial} would be read back as another model: {found}")
+    back = AsMegatron(target, found, found_dialect)
+    ours = Weights(stored, config, list(back.infos), options.dtype)
+    trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
+    clock.lap("round trip")
+    shared = _for_both_directions(options, checkpoint, config, target if not options.dtype else view, dialect)
+    clock.lap("logits")
+    proof = Proof(
+        direction=f"Megatron to Hugging Face, format {kind}",
+        source=str(checkpoint),
+        target=str(out),
+        source_sha256=digests(_weight_files(checkpoint)),
+        target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
+        round_trip=trip,
+        unused=_unused_of_training(stored, config, dialect),
+        dtype_changes=_dtype_changes(view, rounded),
+        seconds=clock.finish("digests"),
+        **shared,
+    )
+    return finish(proof, partial, out)
+
+
+def _for_both_directions(
+    options: Options, checkpoint: Path, config: EagleConfig, released: TensorSource, dialect: Dialect
+) -> dict[str, Any]:
+    """What a proof says of the model and of both sides' logits, whichever side was there first."""
+    found: dict[str, Any] = {
+        "model": asdict(config),
+        "padding_rows": config.language.padded_vocab_size - config.language.vocab_size,
+        "logits": None,
+        "logits_largest": None,
+        "logits_skipped": "--no-logits was given",
+    }
+    if options.logits:
+        batch = logits.probe_batch(config)
+        ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
+        theirs = logits.released_logits(released, config, dialect, batch)
+        found |= {
+            "logits": float((ours - theirs).abs().max()),
+            "logits_largest": float(theirs.abs().max()),
+            "logits_skipped": None,
+        }
+    return found
+
+
+def _tokenizer_folder(sources: Sequence[Path]) -> Path:
+    for path in sources:
+        if path.is_dir() and (path / "tokenizer.json").is_file() and (path / "config.json").is_file():
+            infos = SafetensorsFolder(path).infos
+            if "model.embed_tokens.weight" in infos:
+                return path
+    raise UserError("none of the sources is a Qwen2.5 folder with config.json and tokenizer.json")
+
+
+def _check_size(vocabulary: Vocabulary, config: EagleConfig, where: Path) -> None:
+    if vocabulary.size > config.language.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {vocabulary.size} tokens, the embedding {config.language.vocab_size} rows"
+        )
+
+
+def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:
+    if source.is_file():  # a SentencePiece model, as small runs use: transformers cannot load it, but it belongs here
+        from megatron_eagle.data.sample.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer("sentencepiece", source)
+        shutil.copyfile(source, partial / "tokenizer.model")
+        ids = {"<|im_end|>": tokenizer.im_end, "<IMG_CONTEXT>": tokenizer.image_context, "<|endoftext|>": tokenizer.pad}
+        return Vocabulary(tokenizer.vocab_size, (), ids)
+    if not source.is_dir():
+        raise UserError(f"{source.parent} holds no tokenizer; name one with --tokenizer")
+    vocabulary = copy_tokenizer(source, partial, TOKENS["eagle2"])
+    _check_size(vocabulary, config, source)
+    return vocabulary
+
+
+def _unused(released: TensorSource, used: set[str]) -> dict[str, str | None]:
+    found = {name: unused_reason(name) for name in released.infos if name not in used}
+    return {**found, **released.left_out} if isinstance(released, Assembled) else found
+
+
+def _unused_of_training(stored: TorchDist, config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
+    """Every tensor that is no weight: the optimizer's, in one line; anything else has no reason to be there."""
+    weights = {TensorAddress.of(name).key for name in dialect.sources(config)}
+    rest = sorted(stored.names - weights)
+    optimizer = [name for name in rest if name.startswith("optimizer.")]
+    found: dict[str, str | None] = {name: None for name in rest if name not in optimizer}
+    if optimizer:
+        found[f"optimizer.* ({len(optimizer)} tensors)"] = "the optimizer's state is not part of a released model"
+    return found
+
+
+def _dtype_changes(before: TensorSource, after: TensorSource) -> dict[str, int]:
+    changes = Counter(
+        f"{info.dtype} -> {after.infos[name].dtype}".replace("torch.", "")
+        for name, info in before.infos.items()
+        if info.dtype != after.infos[name].dtype
+    )
+    return dict(changes)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [folder / METADATA, *folder.glob("*.distcp")]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def finish(self, name: str) -> dict[str, float]:
+        self.lap(name)
+        return self._laps

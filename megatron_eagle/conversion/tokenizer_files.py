@@ -1,0 +1,98 @@
+"""The tokenizer that travels with a model: copied, and given Eagle's tokens where they are missing."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
+from megatron_eagle.errors import UserError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Order of the released models' added tokens: it decides their ids.
+TOKENS = {
+    "eagle2": EAGLE_TOKENS,
+    "eagle2.5": (
+        *("<IMG_CONTEXT>", "<img>", "</img>", "<box>", "</box>", "<quad>", "</quad>"),
+        *("<ref>", "</ref>", "<interval>", "</interval>"),
+    ),
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """size: with added tokens; added: ids of the tokens that were missing; ids: of the special tokens asked for."""
+
+    size: int
+    added: tuple[int, ...]
+    ids: dict[str, int]
+
+
+def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary:
+    """Copy the Hugging Face tokenizer of folder ``source`` into ``out``, adding those of ``tokens`` that it lacks."""
+    from tokenizers import AddedToken, Tokenizer
+
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(f"{source}: no tokenizer.json there")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, out / file)
+    try:
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer: {error}") from error
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    missing = [token for token in tokens if token not in known]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    now = tokenizer.get_vocab(with_added_tokens=True)
+    added = {token: now[token] for token in missing}
+    if added:
+        tokenizer.save(str(out / "tokenizer.json"))
+    _update_config(out, added)
+    wanted = ("<|im_end|>", "<|endoftext|>", *tokens)
+    ids = {token: now[token] for token in wanted if token in now}
+    return Vocabulary(tokenizer.get_vocab_size(with_added_tokens=True), tuple(added.values()), ids)
+
+
+def _update_config(out: Path, added: dict[str, int]) -> None:
+    """Tell transformers of the added tokens, and of a chat template if there is none."""
+    config: dict[str, Any] = {}
+    if (out / "tokenizer_config.json").is_file():
+        config = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    if added:
+        decoder = config.setdefault("added_tokens_decoder", {})
+        decoder |= {str(number): {"content": token, **flags} for token, number in added.items()}
+        config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *added]
+        file = out / "added_tokens.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps({**before, **added}, indent=2), encoding="utf-8")
+    if "chat_template" not in config and not (out / "chat_template.jinja").is_file():
+        config["chat_template"] = CHAT_TEMPLATE
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (out / "tokenizer_config.json").write_text(text, encoding="utf-8")

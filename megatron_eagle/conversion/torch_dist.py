@@ -1,0 +1,128 @@
+"""Megatron's sharded checkpoints (torch_dist), read tensor by tensor, without model or process groups.
+
+Global names and shapes do not depend on the layout that wrote a checkpoint: the layers of a transformer lie stacked
+along a first axis, every process has written the pieces that it held, and ``.metadata`` says where each piece is. So a
+whole tensor can be put together from any layout's pieces. The index is read without trust
+(``checkpoint/safe_index.py``), tensors with torch's weights-only loading, so that a checkpoint from elsewhere cannot
+run code.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_eagle.checkpoint.safe_index import Region, read_index
+from megatron_eagle.conversion.tensors import TensorInfo
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.specs import NORMS_IN_CHECKPOINTS
+
+_STACKED = re.compile(r"^(language\.decoder|vision\.[^.]+\.transformer)\.layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class TensorAddress:
+    """Where a parameter of the undivided model lies: a key, and its layer if the layers are stacked there."""
+
+    key: str
+    layer: int | None
+
+    @classmethod
+    def of(cls, name: str) -> "TensorAddress":
+        match = _STACKED.match(name)
+        if match is None:
+            return cls(name, None)
+        rest = match[3]
+        for ours, stored in NORMS_IN_CHECKPOINTS.items():
+            rest = rest.replace(ours, stored)
+        return cls(f"{match[1]}.layers.{rest}", int(match[2]))
+
+
+class TorchDist:
+    """The tensors of a torch_dist checkpoint. Raises UserError if a shard is missing, truncated or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        metadata = read_index(folder)
+        self._stored: dict[str, Any] = metadata.state_dict_metadata
+        storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._pieces: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = defaultdict(list)
+        for index, place in storage.items():
+            self._pieces[index.fqn].append((index, place))
+        self._check_files(storage)
+
+    @property
+    def names(self) -> set[str]:
+        """Global names of all tensors, optimizer's included."""
+        return {name for name, entry in self._stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of a parameter of the undivided model; UserError if the checkpoint does not have it."""
+        place = TensorAddress.of(name)
+        stored = self._tensor(place)
+        shape = tuple(stored.size)
+        if place.layer is not None and place.layer >= shape[0]:
+            raise UserError(f"{self.folder} has {shape[0]} layers of {place.key}, layer {place.layer} is asked for")
+        return TensorInfo(shape if place.layer is None else shape[1:], stored.properties.dtype)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter of the undivided model, put together from its pieces."""
+        place, info = TensorAddress.of(name), self.info(name)
+        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._tensor(place).chunks}
+        whole, filled = torch.empty(0), 0
+        for index, where in self._pieces[place.key]:
+            offsets = tuple(index.offset or ())
+            size = sizes[offsets]
+            if place.layer is not None:
+                if not offsets[0] <= place.layer < offsets[0] + size[0]:
+                    continue
+                piece = self._read_piece(place.key, where, size)[place.layer - offsets[0]]
+                offsets = offsets[1:]
+            else:
+                piece = self._read_piece(place.key, where, size)
+            if piece.shape == info.shape:
+                return piece
+            if not filled:
+                whole = torch.empty(info.shape, dtype=info.dtype)
+            whole[tuple(slice(a, a + n) for a, n in zip(offsets, piece.shape, strict=True))] = piece
+            filled += piece.numel()
+        if filled != info.numbers:
+            raise UserError(f"{self.folder}: the pieces of {name} hold {filled} of its {info.numbers} numbers")
+        return whole
+
+    def _tensor(self, place: TensorAddress) -> TensorStorageMetadata:
+        stored = self._stored.get(place.key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise UserError(f"{self.folder} has no tensor {place.key}")
+        return stored
+
+    def _read_piece(self, key: str, where: _StorageInfo, size: tuple[int, ...]) -> Tensor:
+        file = self.folder / where.relative_path
+        try:
+            with file.open("rb") as handle:
+                region: Any = Region(handle, where.offset, where.length)
+                tensor = torch.load(region, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch reports damage as whatever the damaged bytes led it into
+            raise UserError(f"{file} is damaged at {key}: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != size:
+            raise UserError(f"{file} is damaged at {key}: a tensor of {list(size)} should be there")
+        return tensor
+
+    def _check_files(self, storage: Mapping[MetadataIndex, _StorageInfo]) -> None:
+        ends: dict[str, int] = defaultdict(int)
+        for place in storage.values():
+            ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            try:
+                size = (self.folder / name).stat().st_size
+            except FileNotFoundError:
+                raise UserError(f"{self.folder}: the shard {name} is missing") from None
+            if size < end:
+                raise UserError(f"{self.folder / name} is truncated: it has {size} bytes of {end}")

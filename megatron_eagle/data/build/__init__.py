@@ -1,0 +1,1 @@
+"""Sources as users have them -> checked Energon shards."""

@@ -1,0 +1,142 @@
+"""One block of samples -> one shard: media looked at, good samples into a tar file, bad ones into its list.
+
+A block's result is a tar file and, written last, a small file of counts and rejected samples, which says that the shard
+is finished. Both depend on the block alone, so blocks may be built by any process, on any machine, in any order.
+"""
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.data.build.sources import Item, locate
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.images import decode_image, read_extension
+from megatron_eagle.data.media.video import VideoReader
+from megatron_eagle.data.sample.conversation import Conversation
+from megatron_eagle.data.storage.shards import sample_key
+from megatron_eagle.errors import BrokenSample
+
+STATE_FOLDER = ".state"
+
+
+@dataclass(frozen=True)
+class Block:
+    """number: of the block in the source, and of its shard; items: its samples, good ones and rejected ones."""
+
+    number: int
+    items: tuple[Item, ...]
+
+    @property
+    def weight(self) -> int:
+        return sum(item.weight for item in self.items)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a block; rejected: place, id and reason of each bad sample."""
+
+    number: int
+    read: int
+    written: int
+    rejected: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Medium:
+    """A file that goes into a shard, and the name ending its format asks for, whatever it was called."""
+
+    extension: str
+    content: bytes | FileSlice
+
+
+def shard_name(number: int) -> str:
+    """The tar file of a block."""
+    return f"shard-{number:06d}.tar"
+
+
+def read_report(folder: Path, number: int) -> ShardReport | None:
+    """The report of a block that is finished, or None."""
+    try:
+        return ShardReport(**json.loads(_state_file(folder, number).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _state_file(folder: Path, number: int) -> Path:
+    return folder / STATE_FOLDER / f"shard-{number:06d}.json"
+
+
+def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
+    """Builds one shard of ``folder``; a block without a good sample leaves none, only its report."""
+    partial = folder / f".{shard_name(block.number)}.partial"
+    rejected, written = [], 0
+    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+        for item in block.items:
+            try:
+                if not isinstance(item.content, Conversation):
+                    raise BrokenSample(item.content)
+                images = [_load_image(item, name, max_pixels) for name in item.content.images]
+                videos = [_load_video(item, name, max_pixels) for name in item.content.videos]
+            except BrokenSample as error:
+                rejected.append({**item.place, "id": item.claimed_id, "reason": str(error)})
+                continue
+            _add(tar, item.number, item.content, images, videos)
+            written += 1
+    if written:
+        os.replace(partial, folder / shard_name(block.number))
+    else:
+        partial.unlink()
+    report = ShardReport(block.number, len(block.items), written, rejected)
+    write_atomically(_state_file(folder, block.number), json.dumps(asdict(report)))
+    return report
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
+    """An image file that has been decoded once, to be sure."""
+    part = locate(item, name, "image")
+    try:
+        data = part.read()
+        decode_image(data, max_pixels=max_pixels)
+        return _Medium(read_extension(data, max_pixels=max_pixels), data)
+    except BrokenSample as error:
+        raise BrokenSample(f"image {name}: {error}") from error
+    except OSError as error:
+        raise BrokenSample(f"image {name} cannot be read: {error.strerror}") from error
+
+
+def _load_video(item: Item, name: str, max_pixels: int) -> _Medium:
+    """A video whose first and last frame have been decoded; the file itself is copied only when it is written."""
+    part = locate(item, name, "video")
+    try:
+        with VideoReader(part, max_pixels=max_pixels) as reader:
+            reader.check()
+            return _Medium(reader.extension, part)
+    except BrokenSample as error:
+        raise BrokenSample(f"video {name}: {error}") from error
+
+
+def _add(
+    tar: tarfile.TarFile, number: int, conversation: Conversation, images: list[_Medium], videos: list[_Medium]
+) -> None:
+    """Entries have no dates or owners, so that bytes depend on content only."""
+    key = sample_key(number, conversation.id)
+    image_names = [f"{place}.{image.extension}" for place, image in enumerate(images)]
+    video_names = [f"v{place}.{video.extension}" for place, video in enumerate(videos)]
+    record = json.dumps(conversation.to_record(image_names, video_names), ensure_ascii=False)
+    contents = [record.encode(), *(medium.content for medium in [*images, *videos])]
+    for name, content in zip(["json", *image_names, *video_names], contents, strict=True):
+        info = tarfile.TarInfo(f"{key}.{name}")
+        info.size = len(content) if isinstance(content, bytes) else content.size
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open() as file:
+            tar.addfile(info, file)

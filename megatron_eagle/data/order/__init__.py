@@ -1,0 +1,1 @@
+"""Which samples share a pack and which rank gets it: lengths, packing, plan."""

@@ -1,0 +1,184 @@
+"""How well samples pack and how evenly packs share out: each algorithm on the same lengths, as a table and a plot.
+
+Padding is tokens that are computed for nothing. The spread of cost over the ranks of a step is time in which all but
+one rank wait: a step lasts as long as its slowest rank. It is given for packs taken in order, for packs dealt by cost
+(``balance_ranks.py``), and as the bound that no dealing can go below, since every rank has as many packs and one of
+them has the heaviest. The more packs a rank has, the more evenly they can be dealt.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eagle.data.order.balance_ranks import (
+    balance_ranks,
+    least_slowest_over_mean,
+    pack_costs,
+    slowest_over_mean,
+)
+from megatron_eagle.data.order.knapsack import PackPlan, pack_balanced, pack_best_fit, pack_greedy
+from megatron_eagle.data.order.sample_index import Ints
+
+RANKS = 64
+PACKS_PER_RANK = (1, 4, 16)
+STEPS = 20  # of each size; their average is reported
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is packed into what: tokens and tiles of a pack, and what a pack costs (``settings.DataSettings``)."""
+
+    length: int
+    max_tiles: int | None
+    delta: int
+    attention_parity: int
+    tile_cost: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Slowest rank over mean, averages over steps: packs in order, dealt by cost, and the bound for any dealing.
+
+    tiles: most tiles of a rank over mean, of the same dealing; None without tiles. They cost a rank time only if it
+        encodes its own (``tile_cost`` then makes them part of the cost that is dealt by).
+    """
+
+    in_order: float
+    dealt: float
+    bound: float
+    tiles: float | None
+
+
+@dataclass(frozen=True)
+class PackingResult:
+    """One algorithm. costs: of every pack, in a shuffled order.
+
+    spread: by packs a rank.
+    """
+
+    name: str
+    seconds: float
+    packs: int
+    padding: float
+    costs: NDArray[np.float64]
+    spread: dict[int, Spread]
+
+
+def lognormal_lengths(samples: int, median: float, sigma: float, length: int, seed: int = 0) -> Ints:
+    """int64 [samples]: a long-tailed distribution; what would be longer than a pack is drawn again."""
+    generator = np.random.default_rng(seed)
+    found = np.zeros(0, np.int64)
+    while len(found) < samples:
+        drawn = np.exp(generator.normal(math.log(median), sigma, samples)).astype(np.int64)
+        found = np.concatenate([found, drawn[(drawn >= 16) & (drawn <= length)]])
+    return found[:samples]
+
+
+def compare_packings(tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int = RANKS) -> list[PackingResult]:
+    """Packs the same samples by every algorithm."""
+    algorithms: dict[str, Callable[[], PackPlan]] = {
+        "balanced": lambda: pack_balanced(
+            tokens, bounds.length, delta=bounds.delta, tiles=tiles, max_tiles=bounds.max_tiles
+        ),
+        "best_fit": lambda: pack_best_fit(tokens, bounds.length, tiles=tiles, max_tiles=bounds.max_tiles),
+        "greedy": lambda: pack_greedy(tokens, bounds.length, tiles=tiles, max_tiles=bounds.max_tiles),
+    }
+    return [_measure(name, pack, tokens, tiles, bounds, ranks) for name, pack in algorithms.items()]
+
+
+def _measure(
+    name: str, pack: Callable[[], PackPlan], tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int
+) -> PackingResult:
+    started = time.process_time()
+    packs = pack().packs
+    seconds = time.process_time() - started
+    useful = sum(int(tokens[own].sum()) for own in packs)
+    costs = pack_costs(packs, tokens, tiles, bounds.length, bounds.attention_parity, bounds.tile_cost)
+    tiles_of = np.array([tiles[own].sum() for own in packs], dtype=np.float64)
+    order = np.random.default_rng(0).permutation(len(costs))
+    costs, tiles_of = costs[order], tiles_of[order]
+    return PackingResult(
+        name=name,
+        seconds=seconds,
+        packs=len(packs),
+        padding=1 - useful / (len(packs) * bounds.length),
+        costs=costs,
+        spread={
+            each: spread for each in PACKS_PER_RANK if (spread := _spread(costs, tiles_of, ranks, each)) is not None
+        },
+    )
+
+
+def _spread(costs: NDArray[np.float64], tiles: NDArray[np.float64], ranks: int, each: int) -> Spread | None:
+    """None if there is not one step's worth of packs."""
+    batch = ranks * each
+    firsts = range(0, len(costs) - batch + 1, batch)[:STEPS]
+    steps = [costs[first : first + batch] for first in firsts]
+    if not steps:
+        return None
+    in_order = [slowest_over_mean(own, [range(rank, batch, ranks) for rank in range(ranks)]) for own in steps]
+    shares = [balance_ranks(own, ranks) for own in steps]
+    dealt = [slowest_over_mean(own, share) for own, share in zip(steps, shares, strict=True)]
+    with_tiles = [(tiles[f : f + batch], s) for f, s in zip(firsts, shares, strict=True) if tiles[f : f + batch].any()]
+    of_tiles = [slowest_over_mean(own, share) for own, share in with_tiles]
+    bounds = [least_slowest_over_mean(own, ranks) for own in steps]
+    return Spread(
+        float(np.mean(in_order)),
+        float(np.mean(dealt)),
+        float(np.mean(bounds)),
+        float(np.mean(of_tiles)) if of_tiles else None,
+    )
+
+
+def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
+    """The results as lines of text."""
+    sizes = sorted({each for result in results for each in result.spread})
+    heads = [f"{each} a rank: in order / dealt / bound" for each in sizes]
+    lines = [
+        f"slowest of {ranks} ranks over their mean, and what it took to pack; no dealing can go below the bound, since "
+        "every rank has as many packs and one of them has the heaviest",
+        " | ".join(["algorithm", "packs an epoch", "padding", "CPU seconds", *heads]),
+    ]
+    for r in results:
+        own = [r.spread.get(each) for each in sizes]
+        spreads = [_cell(s) if s else "-" for s in own]
+        lines.append(" | ".join([r.name, str(r.packs), f"{r.padding:.3%}", f"{r.seconds:.1f}", *spreads]))
+    return "\n".join(lines)
+
+
+def _cell(spread: Spread) -> str:
+    tiles = "" if spread.tiles is None else f" (tiles {spread.tiles:.4f})"
+    return f"{spread.in_order:.4f} / {spread.dealt:.4f} / {spread.bound:.4f}{tiles}"
+
+
+def plot(results: Sequence[PackingResult], tokens: Ints, title: str, path: Path) -> None:
+    """A PNG of three parts: lengths of samples, cost of packs, slowest rank over mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (lengths, costs, spread) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure.suptitle(title)
+    bins = np.unique(np.geomspace(max(1, tokens.min()), tokens.max() + 1, 50).astype(np.int64))
+    lengths.hist(tokens, bins=bins.tolist(), color="tab:gray")
+    lengths.set(xscale="log", xlabel="tokens of a sample", ylabel="samples")
+    for r in results:
+        costs.hist(r.costs / r.costs.mean(), bins=60, histtype="step", label=f"{r.name}, padding {r.padding:.2%}")
+        sizes = sorted(r.spread)
+        (line,) = spread.plot(sizes, [r.spread[each].dealt for each in sizes], marker="o", label=f"{r.name}, dealt")
+        in_order = [r.spread[each].in_order for each in sizes]
+        spread.plot(sizes, in_order, marker="o", linestyle=":", color=line.get_color(), label=f"{r.name}, in order")
+    costs.set(xlabel="cost of a pack / mean", ylabel="packs", yscale="log")
+    spread.set(xlabel="packs a rank", ylabel="slowest rank / mean", xscale="log", xticks=list(PACKS_PER_RANK))
+    spread.set_xticklabels([str(each) for each in PACKS_PER_RANK])
+    for part in (costs, spread):
+        part.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

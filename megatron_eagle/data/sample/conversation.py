@@ -1,0 +1,298 @@
+"""A conversation: from a ShareGPT/LLaVA record, checked, to ChatML token ids and labels.
+
+Records look like ``{"id": ..., "image": "a.png" or [...], "conversations": [{"from": "human", "value": "..."}]}``, with
+"video" like "image". ``<image>`` in a text says where an image is shown, ``<video>`` where a video is, in the order of
+the lists; a record without any marker shows its images and videos before the first human turn (the LLaVA and InternVL
+rule), and one of videos alone may call them ``<image>`` (LLaVA-Video does); any other difference between markers and
+media is an error, never a guess. Tokens follow Eagle (NVlabs/Eagle, ``Eagle2_5/eaglevl/train``): ChatML, turn texts
+stripped, loss on the assistant's words and the <|im_end|> after them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
+from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.errors import BrokenSample
+
+Role = Literal["system", "user", "assistant", "observation"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "observation": "observation",
+}
+MARKER = "<image>"
+VIDEO_MARKER = "<video>"
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked conversation: one ``<image>`` marker per image, one ``<video>`` per video, none in an assistant's turn.
+
+    id: the record's id as a string.
+    images: one name per image, in the order of the markers (a path in a JSONL file, an entry's name in a shard).
+    turns: at least one; a system turn can only be the first.
+    extra: the record's other fields, kept as they are (a task's name, a source, ...).
+    videos: as images.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    videos: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(turn.role != "system" for turn in self.turns):
+            raise BrokenSample("empty conversation: no turn in it")
+        for number, turn in enumerate(self.turns, 1):
+            if turn.role == "system" and number > 1:
+                raise BrokenSample(f"turn {number} is from system, only the first turn can be")
+            for marker in (MARKER, VIDEO_MARKER):
+                if turn.role == "assistant" and marker in turn.text:
+                    raise BrokenSample(f"turn {number}, from gpt/assistant, holds an {marker} marker")
+        for marker, what, names in ((MARKER, "images", self.images), (VIDEO_MARKER, "videos", self.videos)):
+            markers = sum(turn.text.count(marker) for turn in self.turns)
+            if markers != len(names):
+                relation = "more" if markers > len(names) else "fewer"
+                raise BrokenSample(f"{relation} {marker} markers than {what}: {markers} markers, {len(names)} {what}")
+
+    @property
+    def media(self) -> list[tuple[Literal["image", "video"], int]]:
+        """Kind and number within its kind of every image and video, in the order of the markers."""
+        counts = {"image": 0, "video": 0}
+        found: list[tuple[Literal["image", "video"], int]] = []
+        for marker in re.findall(f"{MARKER}|{VIDEO_MARKER}", "\n".join(turn.text for turn in self.turns)):
+            kind: Literal["image", "video"] = "image" if marker == MARKER else "video"
+            found.append((kind, counts[kind]))
+            counts[kind] += 1
+        return found
+
+    def to_record(self, images: Sequence[str], videos: Sequence[str] = ()) -> dict[str, Any]:
+        """The record that ``parse_record`` reads back as this conversation, with other names for its media."""
+        turns = [{"from": turn.role, "value": turn.text} for turn in self.turns]
+        media = {"image": list(images), **({"video": list(videos)} if videos else {})}
+        return {**self.extra, "id": self.id, **media, "conversations": turns}
+
+
+def parse_record(record: Any, *, default_id: str | None = None) -> Conversation:
+    """Checks a decoded JSON record; raises BrokenSample with the reason.
+
+    default_id: stands in for a missing id; without it a record must have one.
+    """
+    if not isinstance(record, dict):
+        raise BrokenSample(f"record is a JSON {type(record).__name__}, not an object")
+    turns = [_parse_turn(turn, number) for number, turn in enumerate(_list_of_turns(record), 1)]
+    images, videos = (_parse_names(record.get(kind), kind) for kind in ("image", "video"))
+    extra = {name: value for name, value in record.items() if name not in ("id", "image", "video", "conversations")}
+    turns = _place_media(turns, len(images), len(videos))
+    conversation = Conversation(record_id(record, default_id), images, tuple(turns), extra, videos)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BrokenSample("nothing to learn: no turn from gpt/assistant")
+    return conversation
+
+
+def record_id(record: Any, default: str | None = None) -> str:
+    """The record's id as a string, or ``default``; raises BrokenSample if there is neither."""
+    value = record.get("id") if isinstance(record, dict) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value:
+        return _valid_unicode(value, "id")
+    if value is None and default is not None:
+        return default
+    raise BrokenSample("record has no id" if value is None else f"id is neither text nor a whole number: {value!r}")
+
+
+def _list_of_turns(record: dict[str, Any]) -> list[Any]:
+    turns = record.get("conversations")
+    if turns is None:
+        raise BrokenSample("empty conversation: no field 'conversations'")
+    if not isinstance(turns, list):
+        raise BrokenSample(f"'conversations' is a {type(turns).__name__}, not a list")
+    return turns
+
+
+def _parse_turn(turn: Any, number: int) -> Turn:
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise BrokenSample(f"turn {number} has no 'from' and 'value'")
+    name, text = turn["from"], turn["value"]
+    if not isinstance(name, str) or name not in ROLES:
+        raise BrokenSample(f"turn {number} is from {name!r}; known are {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise BrokenSample(f"turn {number} has a {type(text).__name__} as its value, not text")
+    return Turn(ROLES[name], _valid_unicode(text.strip(), f"turn {number}"))
+
+
+def _valid_unicode(text: str, where: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which is no text and cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BrokenSample(f"{where} is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+def _parse_names(value: Any, kind: str) -> tuple[str, ...]:
+    names = [] if value is None or value == "" else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise BrokenSample(f"'{kind}' is neither a path nor a list of paths: {value!r}")
+    return tuple(names)
+
+
+def _place_media(turns: list[Turn], images: int, videos: int) -> list[Turn]:
+    """Without any marker, all images and then all videos go before the first human turn's text."""
+    found = {marker: sum(turn.text.count(marker) for turn in turns) for marker in (MARKER, VIDEO_MARKER)}
+    if not images and videos and found == {MARKER: videos, VIDEO_MARKER: 0}:
+        return [replace(turn, text=turn.text.replace(MARKER, VIDEO_MARKER)) for turn in turns]
+    if any(found.values()):
+        return turns
+    markers = f"{MARKER}\n" * images + f"{VIDEO_MARKER}\n" * videos
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
+            return [*turns[:number], Turn("user", (markers + turn.text).strip()), *turns[number + 1 :]]
+    return turns
+
+
+@dataclass
+class EncodedConversation:
+    """tokens, labels: int64 [n], labels not shifted; tile_slots: int64 [t], position of each tile's first token."""
+
+    tokens: Tensor
+    labels: Tensor
+    tile_slots: Tensor
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """A frame of a video: the words before it and its tiles."""
+
+    words: str
+    tiles: int
+
+
+def encode_conversation(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    tiles: Sequence[int],
+    tokens_per_tile: int,
+    system: str = DEFAULT_SYSTEM,
+    videos: Sequence[Sequence[ShownFrame]] = (),
+) -> EncodedConversation:
+    """Token ids and labels of a whole conversation.
+
+    tiles: tiles of each image, thumbnail included.
+    system: text of the system turn of a conversation that brings none; empty for no such turn.
+    videos: frames of each video. A frame's words are tokenised by themselves, so that tokens of text and of frames can
+        be counted apart.
+    """
+    writer = _Writer(tokenizer, tiles, tokens_per_tile, videos)
+    writer.turns(conversation.turns, system)
+    return writer.finish()
+
+
+def encode_prompt(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    tiles: Sequence[int],
+    tokens_per_tile: int,
+    system: str = DEFAULT_SYSTEM,
+    videos: Sequence[Sequence[ShownFrame]] = (),
+) -> EncodedConversation:
+    """What a model reads before it writes the next answer: the turns, without the assistant's last one if the
+    conversation ends with it, and the header of an answer.
+
+    It is exactly the beginning of what ``encode_conversation`` gives; no label is learned.
+    """
+    ends_with_answer = conversation.turns[-1].role == "assistant"
+    writer = _Writer(tokenizer, tiles, tokens_per_tile, videos)
+    writer.turns(conversation.turns[:-1] if ends_with_answer else conversation.turns, system)
+    writer.header("assistant")
+    prompt = writer.finish()
+    return EncodedConversation(prompt.tokens, torch.full_like(prompt.labels, IGNORE_LABEL), prompt.tile_slots)
+
+
+class _Writer:
+    """Appends ChatML: ``<|im_start|>ROLE\nTEXT<|im_end|>\n``, with images and frames in place of their markers."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tiles: Sequence[int],
+        tokens_per_tile: int,
+        videos: Sequence[Sequence[ShownFrame]],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tiles, self._videos = tiles, videos
+        self._tokens_per_tile = tokens_per_tile
+        self._images = self._films = 0
+        self._tokens: list[int] = []
+        self._labels: list[int] = []
+        self._slots: list[int] = []
+
+    def _append(self, ids: list[int], learned: bool = False) -> None:
+        self._tokens += ids
+        self._labels += ids if learned else [IGNORE_LABEL] * len(ids)
+
+    def turns(self, turns: Sequence[Turn], system: str) -> None:
+        """All turns; if they bring no system turn, one of the text ``system``, if any, before them."""
+        if system and (not turns or turns[0].role != "system"):
+            turns = [Turn("system", system), *turns]
+        for turn in turns:
+            self.header(turn.role)
+            self._content(turn.text, learned=turn.role == "assistant")
+
+    def header(self, role: Role) -> None:
+        self._append([self._tokenizer.im_start, *self._tokenizer.encode(f"{role}\n")])
+
+    def _content(self, text: str, *, learned: bool) -> None:
+        # An image always ends with one newline of its own, so the one that usually follows a marker is taken with it.
+        first, *rest = re.split(f"({MARKER}|{VIDEO_MARKER})\n?", text)
+        piece = first
+        for marker, following in zip(rest[::2], rest[1::2], strict=True):
+            if marker == MARKER:
+                # Images are numbered when there are several (NVlabs/Eagle's training data preparation).
+                number = f"<image {self._images + 1}>" if len(self._tiles) > 1 else ""
+                self._append(self._tokenizer.encode(piece + number), learned)
+                self._picture(self._tiles[self._images])
+                self._images += 1
+            else:
+                self._append(self._tokenizer.encode(piece), learned)
+                for frame in self._videos[self._films]:
+                    self._append(self._tokenizer.encode(frame.words))
+                    self._picture(frame.tiles)
+                self._films += 1
+            piece = f"\n{following}"
+        self._append(self._tokenizer.encode(piece), learned)
+        self._append([self._tokenizer.im_end], learned)
+        self._append(self._tokenizer.encode("\n"))
+
+    def _picture(self, tiles: int) -> None:
+        self._append([self._tokenizer.image_start])
+        start = len(self._tokens)
+        self._slots += [start + tile * self._tokens_per_tile for tile in range(tiles)]
+        self._append([self._tokenizer.image_context] * (tiles * self._tokens_per_tile))
+        self._append([self._tokenizer.image_end])
+
+    def finish(self) -> EncodedConversation:
+        for what, shown, given in (("images", self._images, self._tiles), ("videos", self._films, self._videos)):
+            if shown != len(given):
+                raise ValueError(f"{shown} {what} were shown, {len(given)} were given")
+        return EncodedConversation(
+            *(torch.tensor(x, dtype=torch.int64) for x in (self._tokens, self._labels, self._slots))
+        )

@@ -1,0 +1,165 @@
+"""How one sample's pictures are cut: tiles of each image, frames of each video with their words, and all tokens.
+
+Planning does this with sizes from the sample_index, reading with those of the files; the same sizes give the same plan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_eagle.config.data import DataSettings
+from megatron_eagle.data.media.frames import VideoInfo, spread_frames
+from megatron_eagle.data.media.tiling import Grid, Tiling, choose_grid
+from megatron_eagle.data.sample.budget import BudgetRequest, allocate, capped, outcomes, tiles_under
+from megatron_eagle.data.sample.conversation import ShownFrame
+from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.errors import BrokenSample
+
+FRAME_TAGS = 2  # tokens around a frame's tiles, which count as text for an image
+WORDS_KEPT = 200_000  # texts before a frame, whose tokens are remembered
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a sample has to show: (width, height) of each image, upright, and what is known of each video."""
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    videos: tuple[VideoInfo, ...] = ()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is shown of one video: seconds and words of each frame, the grid each is cut to, tokens of it all."""
+
+    times: tuple[float, ...]
+    words: tuple[str, ...]
+    grid: Grid
+    tokens: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one frame, thumbnail included."""
+        columns, rows = self.grid
+        return columns * rows + (1 if columns * rows > 1 else 0)
+
+    @property
+    def frames(self) -> list[ShownFrame]:
+        return [ShownFrame(words, self.tiles) for words in self.words]
+
+
+@dataclass(frozen=True)
+class VisualPlan:
+    """How a sample's pictures are cut: the rule, the tiles of each image that follow from it, and frames of videos.
+
+    tokens: of all tiles, and of frames with their words. outcomes: what had to be left out (``budget.outcomes``).
+    """
+
+    tiling: Tiling
+    tiles: tuple[int, ...]
+    clips: tuple[Clip, ...]
+    tokens: int
+    outcomes: tuple[str, ...] = ()
+
+    @property
+    def total_tiles(self) -> int:
+        return sum(self.tiles) + self.total_frame_tiles
+
+    @property
+    def total_frame_tiles(self) -> int:
+        return sum(clip.tiles * len(clip.times) for clip in self.clips)
+
+    @property
+    def total_frames(self) -> int:
+        return sum(len(clip.times) for clip in self.clips)
+
+
+class VisualPlanner:
+    """Decides how samples are cut; it remembers how many tokens words before a frame have.
+
+    With ``settings.degrade``, as much is shown as the pack leaves room for (``budget.py``).
+    """
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self._words: dict[str, int] = {}
+
+    def plan(self, pictures: Pictures, text: int) -> VisualPlan:
+        """The cut for a sample with ``text`` tokens beside its pictures; raises BrokenSample if it fits no pack."""
+        s = self.settings
+        plan = self._whole(pictures)
+        if s.degrade and self._over(plan, text) > 0:
+            plan = self._degraded(pictures, text)
+        tokens, tiles = text + plan.tokens, plan.total_tiles
+        if s.max_tiles_per_pack is not None and tiles > s.max_tiles_per_pack:
+            raise BrokenSample(f"sample of {tiles} tiles, a pack holds {s.max_tiles_per_pack}")
+        if tokens > s.pack_length:
+            raise BrokenSample(f"sample of {tokens} tokens ({tiles} tiles), a pack holds {s.pack_length}")
+        return plan
+
+    def _over(self, plan: VisualPlan, text: int) -> int:
+        """Tokens by which a cut is too much for a pack, of its tokens or of its tiles; not above 0 if it fits."""
+        s = self.settings
+        most_tiles = plan.total_tiles if s.max_tiles_per_pack is None else s.max_tiles_per_pack
+        return max(text + plan.tokens - s.pack_length, (plan.total_tiles - most_tiles) * s.tokens_per_tile)
+
+    def _whole(self, pictures: Pictures) -> VisualPlan:
+        s = self.settings
+        tiles = tiles_under(s.max_tiles, pictures.sizes, s.tiling)
+        return self._assemble(s.tiling, tiles, pictures, [s.video.wanted(info) for info in pictures.videos])
+
+    def _assemble(
+        self, tiling: Tiling, tiles: tuple[int, ...], pictures: Pictures, frames: Sequence[int]
+    ) -> VisualPlan:
+        clips = tuple(self._clip(i, info, n) for i, (info, n) in enumerate(zip(pictures.videos, frames, strict=True)))
+        tokens = sum(tiles) * self.settings.tokens_per_tile + sum(clip.tokens for clip in clips)
+        return VisualPlan(tiling, tiles, clips, tokens)
+
+    def _clip(self, video: int, info: VideoInfo, frames: int) -> Clip:
+        s = self.settings
+        times = s.video.times(info, frames)
+        words = s.video.words(video, info, times)
+        clip = Clip(times, words, self._frame_grid(info), 0)
+        tokens = len(times) * (clip.tiles * s.tokens_per_tile + FRAME_TAGS) + sum(map(self._count, words))
+        return Clip(times, words, clip.grid, tokens)
+
+    def _frame_grid(self, info: VideoInfo) -> Grid:
+        return choose_grid(info.width, info.height, capped(self.settings.tiling, self.settings.video.frame_tiles))
+
+    def _count(self, words: str) -> int:
+        known = self._words.get(words)
+        if known is None:
+            if len(self._words) >= WORDS_KEPT:
+                self._words.clear()
+            known = self._words[words] = len(self.tokenizer.encode(words))
+        return known
+
+    def _degraded(self, pictures: Pictures, text: int) -> VisualPlan:
+        """Phases 1 and 2 of the budget.
+
+        A frame's words are first taken to be as long as the longest of them; should others be longer, or the tiles too
+        many, the budget is made smaller until all fits.
+        """
+        s = self.settings
+        wanted = [s.video.wanted(info) for info in pictures.videos]
+        least = [min(s.video.least_frames, most) for most in wanted]
+        room = s.pack_length
+        clips = [self._clip(i, info, n) for i, (info, n) in enumerate(zip(pictures.videos, wanted, strict=True))]
+        words = [max(map(self._count, clip.words[1:] or clip.words)) for clip in clips]
+        headers = sum(max(0, self._count(clip.words[0]) - own) for clip, own in zip(clips, words, strict=True))
+        on_top = [
+            FRAME_TAGS + own + (clip.tiles - 1) * s.tokens_per_tile for clip, own in zip(clips, words, strict=True)
+        ]
+        while True:
+            wish = BudgetRequest(
+                text_tokens=text + headers,
+                image_sizes=pictures.sizes,
+                frames=sum(wanted),
+                least_frames=sum(least),
+                frame_tokens=max(on_top, default=0),
+            )
+            granted = allocate(wish, room, s.tiling, s.tokens_per_tile)
+            tiling = capped(s.tiling, granted.tile_cap)
+            plan = self._assemble(tiling, granted.tiles, pictures, spread_frames(granted.frames, wanted, least))
+            over = self._over(plan, text)
+            if over <= 0:
+                return replace(plan, outcomes=outcomes(wish, granted, s.tiling))
+            room -= over

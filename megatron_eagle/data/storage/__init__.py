@@ -1,0 +1,1 @@
+"""Where a data set lies and what one sample looks like in its shards."""

@@ -1,0 +1,1 @@
+"""Shards -> endless packs of a rank, resumable exactly."""

@@ -1,0 +1,176 @@
+"""The endless stream of packs of one data-parallel rank, which can be saved and continued exactly.
+
+``open_stream`` gives one of two with the same face: ``__next__``, ``state`` and ``restore``. ``PlannedStream`` knows
+all lengths beforehand and depends on the seed alone. ``PackStream``, here, is for data whose lengths are not known:
+Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks and workers: same packs.
+"""
+
+import gc
+import io
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import torch
+from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, reraise_exception
+from megatron.energon.epathlib import EPath
+from megatron.energon.metadataset.metadataset_v2 import BlendDatasetReference, MetadatasetBlend
+from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
+
+from megatron_eagle.config.data import DataSettings
+from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
+from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
+from megatron_eagle.data.stream.planned import PlannedStream, differences
+from megatron_eagle.errors import UserError
+
+# Energon prints every thread's stack when a reader is silent for a minute; filling the first buffer may take longer.
+FIRST_BUFFER_SECONDS = 600.0
+
+
+def open_stream(
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    workers: int = 0,
+    batch: int | None = None,
+) -> "Stream":
+    """The stream that ``settings.order`` asks for.
+
+    batch: packs of a step over all ranks, one a rank by default; only a planned stream deals them by cost.
+    """
+    if settings.order == "planned":
+        return PlannedStream(
+            settings, tokenizer, rank=rank, world_size=world_size, seed=seed, workers=workers, batch=batch
+        )
+    return PackStream(settings, tokenizer, rank=rank, world_size=world_size, seed=seed, workers=workers)
+
+
+class PackStream(Iterator[PackedBatch]):
+    """Packs for data-parallel rank ``rank`` of ``world_size``; the ranks' samples are disjoint within an epoch.
+
+    seed: decides order and blend. workers: reader processes; 0 reads in this process.
+    Raises UserError for a source that is no data set or has fewer samples than there are readers, and later if
+    ``settings.max_rejected_in_a_row`` samples in a row are broken.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not among {world_size} data-parallel ranks")
+        _check_sources(settings, world_size * max(1, workers))
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._identity = {
+            "settings": {**asdict(settings), "sources": None},
+            "sources": [(dataset_identity(source.path), source.weight) for source in settings.sources],
+            "vocab_size": tokenizer.vocab_size,
+            "rank": rank,
+            "world_size": world_size,
+            "seed": seed,
+            "workers": workers,
+        }
+        self._workers = WorkerConfig(
+            rank=rank,
+            world_size=world_size,
+            num_workers=workers,
+            seed_offset=seed,
+            global_error_handler=reraise_exception,
+        )
+        self._loader = self._new_loader()
+        self._packs: Iterator[PackSample] | None = None
+
+    def _new_loader(self) -> SavableDataLoader[PackSample]:
+        s = self._settings
+        references = [BlendDatasetReference(path=EPath(x.path), weight=x.weight) for x in s.sources]
+        blend = MetadatasetBlend(blend=references)
+        blend.post_initialize(EPath("."))  # where relative paths would start; an EPath has none left
+        loaded = blend.get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=self._workers,
+            max_samples_per_sequence=s.max_samples_per_sequence,
+            decoder=None,
+        )
+        packs = EagleTaskEncoder(s, self._tokenizer).build_train_datasets(
+            datasets=loaded.datasets,
+            worker_config=self._workers,
+            batch_size=None,
+            shuffle_buffer_size=s.shuffle_buffer,
+            blend_mode=loaded.blend_mode,
+        )
+        # Without worker processes Energon would freeze and collect the garbage of the trainer itself.
+        collect_every = GC_DEFAULT_EVERY_N_ITER if self._workers.num_workers else 0
+        loader = get_savable_loader(
+            packs, gc_collect_every_n_steps=collect_every, watchdog_initial_timeout_seconds=FIRST_BUFFER_SECONDS
+        )
+        loader.pin_memory = torch.cuda.is_available()
+        return loader
+
+    def __next__(self) -> PackedBatch:
+        if self._packs is None:
+            self._packs = iter(self._loader)
+        rejected: list[tuple[str, str]] = []
+        while len(rejected) < self._settings.max_rejected_in_a_row:
+            pack = next(self._packs)
+            rejected += pack.rejected
+            if pack.batch is not None:
+                pack.batch.rejected = rejected
+                return pack.batch
+        sample_id, reason = rejected[-1]
+        raise UserError(
+            f"{len(rejected)} samples in a row are broken, the last is {sample_id!r}: {reason} "
+            f"(sources: {', '.join(source.path for source in self._settings.sources)})"
+        )
+
+    def state(self) -> bytes:
+        """The position after the pack returned last, to be kept with the model's checkpoint."""
+        buffer = io.BytesIO()
+        torch.save({"identity": self._identity, "position": self._loader.save_state_rank()}, buffer)
+        return buffer.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Continues after ``state`` with exactly the packs that followed it.
+
+        The state is a pickle: restore only what this program saved. Raises UserError if the stream that was saved had
+        other settings, ranks, workers or seed, because its continuation would not be the same stream.
+        """
+        saved = torch.load(io.BytesIO(state), weights_only=False)
+        _check_identity(saved["identity"], self._identity)
+        self._packs = None
+        self._loader = self._new_loader()
+        self._loader.restore_state_rank(saved["position"])
+
+    def close(self) -> None:
+        """Ends the reader processes, which takes Energon up to five seconds each; the stream cannot be used after."""
+        self._packs = None
+        del self._loader
+        gc.collect()  # the loader is part of a reference cycle
+
+
+Stream: TypeAlias = PlannedStream | PackStream
+
+
+def _check_sources(settings: DataSettings, readers: int) -> None:
+    for source in settings.sources:
+        samples = sum(shard_counts(source.path).values())
+        if samples < readers:
+            raise UserError(f"{source.path}: {samples} samples cannot be shared out over {readers} readers")
+
+
+def _check_identity(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    changed = differences(saved, own)
+    if changed:
+        raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")

@@ -1,0 +1,1 @@
+"""A job walked through symbolically on one machine: exchanges, bytes, deadlocks."""

@@ -1,0 +1,1 @@
+"""Steps that are run and measured: bench, calibration, accounting of tensors."""

@@ -1,0 +1,163 @@
+"""How a training process is stopped from outside, and how it notices that it hangs.
+
+A time limit or a preemption reaches the processes of a run as a signal, each at its own moment. They agree on it once
+a step, so that all of them leave after the same step, with a checkpoint of it. A hang is the opposite: no process can
+agree on anything any more, so each one watches its own clock, writes down where all its threads stand and ends itself.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import torch
+
+STOPPED_EXIT_CODE = 85  # "saved, and to be continued"; any number nothing else uses
+HANG_EXIT_CODE = 86
+STACKS_FOLLOW = "Timeout ("  # how faulthandler begins
+SILENT = "ranks that wrote no stacks: "
+STEPS_REMEMBERED = 64
+STEPS_BEFORE_MEDIAN = 3
+_POLL_SECONDS = 0.5
+
+
+class StoppedEarly(Exception):
+    """The run was asked to stop, has saved, and is not at its last step."""
+
+
+@dataclass(frozen=True)
+class HangLimits:
+    """When a step counts as hanging, in seconds.
+
+    factor: a step may take this many times the median of the recent ones,
+    at_least: but never less than this.
+    otherwise: limit for all that is not an ordinary step: start, first steps, saving a checkpoint.
+    grace: between writing the stacks and ending the process, so that the others write theirs before they are ended.
+    """
+
+    factor: float = 20.0
+    at_least: float = 300.0
+    otherwise: float = 1800.0
+    grace: float = 10.0
+
+    def __post_init__(self) -> None:
+        if min(self.factor, self.at_least, self.otherwise) <= 0 or self.grace < 0:
+            raise ValueError(f"hang limits must be positive, got {self}")
+
+
+class Watchdog:
+    """One process's watch over its own training; ``close`` it at the end.
+
+    limits: when to call it a hang; None watches nothing.
+    stacks: folder that gets ``rank_00003.txt`` with the stacks of all threads of a process that hangs.
+    """
+
+    def __init__(self, limits: HangLimits | None = None, stacks: Path | None = None, rank: int = 0) -> None:
+        self._limits = limits
+        self._stop = False
+        self._recent: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._mark = time.monotonic()
+        self._deadline = float("inf")
+        self._file: TextIO | None = None
+        self._closed = threading.Event()
+        if limits is not None:
+            if stacks is None:
+                raise ValueError("hang limits need a folder for the stacks")
+            self._file = _open_stacks(stacks, rank)
+            self._allow(limits.otherwise)
+            threading.Thread(target=self._end_when_hanging, name="hang-watch", daemon=True).start()
+
+    def stop_on(self, *signals: signal.Signals) -> None:
+        """From now on these signals ask for a stop after the current step, instead of ending the process."""
+        for number in signals:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def after_step(self, device: "torch.device") -> bool:
+        """Note that a step is done; whether any process of the run was asked to stop. All processes call this."""
+        stop = self.agree(self._stop, device)
+        now = time.monotonic()
+        self._recent.append(now - self._mark)
+        self._mark = now
+        self._allow(self._step_limit())
+        return stop
+
+    def agree(self, own: bool, device: "torch.device") -> bool:
+        """Whether ``own`` is true in any process of the run."""
+        import torch
+        import torch.distributed as dist
+
+        wanted = torch.tensor([own], dtype=torch.int32, device=device)
+        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return bool(wanted)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around anything between steps that takes its own time."""
+        if self._limits is not None:
+            self._allow(self._limits.otherwise)
+        yield
+        self._mark = time.monotonic()
+        self._allow(self._step_limit())
+
+    def close(self) -> None:
+        """Stop watching; the stack file stays if the process was late enough to write its stacks."""
+        self._closed.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            if time.monotonic() < self._deadline:
+                Path(self._file.name).unlink(missing_ok=True)
+            self._file = None
+
+    def _step_limit(self) -> float:
+        if self._limits is None:
+            return float("inf")
+        if len(self._recent) < STEPS_BEFORE_MEDIAN:
+            return self._limits.otherwise
+        return max(self._limits.at_least, self._limits.factor * statistics.median(self._recent))
+
+    def _allow(self, seconds: float) -> None:
+        if self._file is None:
+            return
+        self._deadline = time.monotonic() + seconds
+        # A thread in C: it writes the stacks even while some call holds Python's lock for ever.
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def _end_when_hanging(self) -> None:
+        assert self._limits is not None
+        while not self._closed.wait(_POLL_SECONDS):
+            if time.monotonic() > self._deadline + self._limits.grace:
+                self._name_the_silent()
+                os._exit(HANG_EXIT_CODE)
+
+    def _name_the_silent(self) -> None:
+        """Whoever has written no stacks by now cannot; when this process ends, its scheduler may wake it up."""
+        if self._file is None:
+            return
+        files = sorted(Path(self._file.name).parent.glob("rank_*.txt"))
+        silent = [file.stem.removeprefix("rank_") for file in files if STACKS_FOLLOW not in file.read_text()]
+        self._file.write(f"{SILENT}{' '.join(silent)}\n")
+        self._file.flush()
+
+
+def _open_stacks(folder: Path, rank: int) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f"rank_{rank:05d}.txt").open("w", encoding="utf-8")
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    file.write(f"rank {rank} on {node}, process {os.getpid()}\n")
+    file.flush()
+    return file
