@@ -15,27 +15,10 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_eagle.checkpoint.checksums import gather, place
+from megatron_eagle.compat.checkpoint_index import INDEX_CLASSES
 from megatron_eagle.errors import UserError
 
 METADATA = ".metadata"
-_PLAIN_CLASSES = {
-    "torch": {"Size", "dtype", "device", "strided", "memory_format", "contiguous_format"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict"},
-}
 
 
 def read_index(folder: Path) -> Metadata:
@@ -89,7 +72,7 @@ def check_relative(path: str, where: str) -> None:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _PLAIN_CLASSES.get(module, ()) or (module == "torch" and _is_dtype(name)):
+        if name in INDEX_CLASSES.get(module, ()) or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which does not belong into a checkpoint's index")
 

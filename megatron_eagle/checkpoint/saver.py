@@ -10,7 +10,6 @@ on writing after the trainer was killed. Writing holds Python's lock for millise
 """
 
 import gc
-import queue
 import shutil
 import threading
 import time
@@ -21,15 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
 from megatron_eagle.checkpoint.sharded_state import CONTENT, optimizer_parts, random_state, sharded_state
 from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
+from megatron_eagle.compat.saving import plan_save
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.engine import Engine
@@ -39,17 +34,6 @@ FAILURES_IN_A_ROW = 2  # a full disk may be cleared while the run goes on; after
 
 class SaveFailed(UserError):
     """A checkpoint could not be written; the one before it is untouched."""
-
-
-class _Planner(TorchDistSaveShardedStrategy):
-    """Megatron's plan of who writes what, without its way of writing."""
-
-    writer: FileSystemWriterAsync
-    index: Any
-
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: Any) -> AsyncRequest:
-        self.writer, self.index = writer, planned[1]
-        return super()._get_save_and_finalize_callbacks(writer, planned)
 
 
 class Saver:
@@ -132,18 +116,13 @@ class Saver:
         started = time.perf_counter()
         state = sharded_state(engine, optimizer_parts(engine, is_loading=False))
         # That the shards make up whole tensors is checked once; the next saves have the same.
-        sharded, common = save_preprocess({**state, "content_metadata": CONTENT}, not self._checked)
+        planned = plan_save({**state, "content_metadata": CONTENT}, final.with_suffix(PARTIAL), check=not self._checked)
         self._checked = True
-        # Megatron would start a server process for the results of writers that are processes.
-        filesystem_async._results_queue = queue.Queue()
-        planner = _Planner("torch_dist", 1, thread_count=1)
-        request = planner.async_save(sharded, final.with_suffix(PARTIAL))
         small: dict[str, Any] = {PROCESS_FILE.format(self._groups.rank): random_state()}
         if data_position is not None:
             position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
             small[POSITION_FILE.format(self._groups.dp_rank)] = position
-        buckets = _copied(request)
-        return Save(description, final, planner.index, planner.writer, common, buckets, small, started)
+        return Save(description, final, planned.index, planned.writer, planned.common, planned.buckets, small, started)
 
     def _conclude(self, save: Save) -> None:
         self._pending = None
@@ -179,17 +158,6 @@ class Saver:
             yield
         finally:
             self._stall += time.perf_counter() - started
-
-
-def _copied(request: AsyncRequest) -> list[Any]:
-    """Megatron's write buckets with every tensor in host memory of its own, which training does not write to."""
-    if request.preload_fn is None:  # this process has nothing to write
-        return []
-    live = {id(tensor) for _, _, (_, tensors) in request.async_fn_args[1] for _, tensor in tensors}
-    return [
-        (path, key, (texts, [(item, t.clone() if id(t) in live else t) for item, t in tensors]))
-        for path, key, (texts, tensors) in request.preload_fn()
-    ]
 
 
 def _on_rank_zero(file: Path, action: Callable[[Path], None]) -> None:

@@ -6,7 +6,6 @@ written. Failures are told with the file and the free bytes, because a full disk
 
 import json
 import os
-import queue
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_eagle.checkpoint import checksums
 from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, Description
+from megatron_eagle.compat.saving import FileSystemWriterAsync, write_bucket
 
 PARTIAL = ".partial"
 
@@ -57,7 +56,7 @@ def write(save: Save) -> None:
         files = []
         for number, bucket in enumerate(save.buckets):
             file = Path(bucket[0])
-            save.results += _write_bucket(save.writer, number, bucket)
+            save.results += write_bucket(save.writer, number, bucket)
             files.append(file)
         save.buckets = []  # the copy is needed no more
         for name, value in save.small.items():
@@ -67,17 +66,6 @@ def write(save: Save) -> None:
         save.measured = checksums.measure(files)
     except Exception as error:  # whatever it is, training has to hear of it
         save.error = describe_failure(file, error)
-
-
-def _write_bucket(writer: FileSystemWriterAsync, number: int, bucket: Any) -> list[Any]:
-    done: queue.Queue[tuple[int, Any]] = queue.Queue()
-    running: queue.Queue[int] = queue.Queue()
-    running.put(number)
-    FileSystemWriterAsync.write_preloaded_data([writer.transforms], number, bucket, done, running, True)
-    _, results = done.get_nowait()
-    if isinstance(results, Exception):
-        raise results
-    return list(results)
 
 
 def _save(value: Any, file: Path) -> None:

@@ -5,12 +5,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+class Verbs(Protocol):
+    """What ``ArgumentParser.add_subparsers`` returns; argparse has no public name for it."""
+
+    def add_parser(self, name: str, **settings: Any) -> argparse.ArgumentParser: ...
 
 
 def print_once(line: str) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_eagle.checkpoint.safe_index import Region, read_index
+from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.specs import NORMS_IN_CHECKPOINTS
@@ -52,8 +52,8 @@ class TorchDist:
         self.folder = folder
         metadata = read_index(folder)
         self._stored: dict[str, Any] = metadata.state_dict_metadata
-        storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._pieces: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = defaultdict(list)
+        storage: dict[MetadataIndex, StorageInfo] = metadata.storage_data
+        self._pieces: dict[str, list[tuple[MetadataIndex, StorageInfo]]] = defaultdict(list)
         for index, place in storage.items():
             self._pieces[index.fqn].append((index, place))
         self._check_files(storage)
@@ -103,7 +103,7 @@ class TorchDist:
             raise UserError(f"{self.folder} has no tensor {place.key}")
         return stored
 
-    def _read_piece(self, key: str, where: _StorageInfo, size: tuple[int, ...]) -> Tensor:
+    def _read_piece(self, key: str, where: StorageInfo, size: tuple[int, ...]) -> Tensor:
         file = self.folder / where.relative_path
         try:
             with file.open("rb") as handle:
@@ -115,7 +115,7 @@ class TorchDist:
             raise UserError(f"{file} is damaged at {key}: a tensor of {list(size)} should be there")
         return tensor
 
-    def _check_files(self, storage: Mapping[MetadataIndex, _StorageInfo]) -> None:
+    def _check_files(self, storage: Mapping[MetadataIndex, StorageInfo]) -> None:
         ends: dict[str, int] = defaultdict(int)
         for place in storage.values():
             ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)

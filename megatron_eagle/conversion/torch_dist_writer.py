@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_eagle.checkpoint.safe_index import METADATA
+from megatron_eagle.compat.checkpoint_index import StorageInfo, extra_state_key
 from megatron_eagle.conversion.chunked_file import ChunkedFile
 from megatron_eagle.conversion.tensors import Progress, TensorInfo
 from megatron_eagle.conversion.torch_dist import TensorAddress
@@ -67,7 +67,7 @@ def write_torch_dist(
     items = list(_items(infos, read, layers))
     progress = Progress("writing", sum(info.bytes for info in infos.values()))
     stored: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, StorageInfo] = {}
     for number, shard in enumerate(_shards(items, shard_bytes)):
         file = f"__0_{number}.distcp"
         for item, (start, length) in zip(shard, _write_shard(shard, folder / file, progress), strict=True):
@@ -75,7 +75,7 @@ def write_torch_dist(
                 stored[item.key], index = BytesStorageMetadata(), MetadataIndex(item.key)
             else:
                 index = _enter(stored, item, layers[item.key])
-            storage[index] = _StorageInfo(file, start, length)
+            storage[index] = StorageInfo(file, start, length)
     progress.close()
     (folder / METADATA).write_bytes(pickle.dumps(Metadata(state_dict_metadata=stored, storage_data=storage)))
     torch.save({"content_metadata": dict(content)}, folder / "common.pt")
@@ -93,8 +93,7 @@ def _items(
         place = TensorAddress.of(name)
         yield _Item(place.key, info, place.layer, lambda name=name: read(name))  # type: ignore[misc]
         if LINEAR.search(name):
-            count = layers[place.key] or 1
-            key = f"{place.key.removesuffix('weight')}_extra_state/shard_{place.layer or 0}_{count}"
+            key = extra_state_key(place.key, place.layer, layers[place.key])
             yield _Item(key, None, None, lambda: [None])
 
 

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from megatron_eagle.compat.torch_dispatch import (
+    READ_ONE_NUMBER,
+    TorchDispatchMode,
+    group_of,
+    tree_leaves,
+    tree_map_only,
+)
 
 LARGEST_REAL_BYTES = 1 << 18  # of uint8: messages of words are shorter, a tile's pixels longer
 _META = torch.device("meta")
@@ -77,7 +83,7 @@ class SymbolicRank(TorchDispatchMode):
             return self._exchange(name.split(".")[0], func, args)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         weightless = any(leaf.is_meta for leaf in leaves)
-        if name == "_local_scalar_dense" and weightless:
+        if name == READ_ONE_NUMBER and weightless:
             return 1.0 if leaves[0].is_floating_point() else 1
         if weightless:
             if name.startswith("index."):  # how many rows a mask picks is a fact of the whole numbers
@@ -92,8 +98,7 @@ class SymbolicRank(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _exchange(self, operation: str, func: Any, args: Any) -> Any:
-        group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-        ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+        ranks = dist.get_process_group_ranks(group_of(args))
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if operation in _PEER_TO_PEER:
             own, other = dist.get_rank(), ranks[args[2]]

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_eagle.compat.fake_processes import join_alone
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.compat.process_groups import stand_in_for_gloo
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.dry_run.deadlock_check import Program, as_seen_by, meet
@@ -36,7 +36,6 @@ from megatron_eagle.training.engine import build_engine
 from megatron_eagle.training.loss import normalise_weights
 
 WALKED_OF_A_REPLICA = 8  # processes; of larger replicas only the first two tensor-parallel ranks of each place
-_BACKEND = "symbolic_rank"
 
 
 @dataclass(frozen=True)
@@ -219,12 +218,8 @@ def _walk(
 def _alone_in_the_world(layout: Layout, places: list[RankCoordinates], rank: int) -> Iterator[Groups]:
     """Process groups as process ``rank`` would have them, with nobody at the other end."""
     from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
-    if _BACKEND not in dist.Backend.backend_list:
-        create: Any = _create_fake_pg
-        dist.Backend.register_backend(_BACKEND, create, extended_api=True, devices=["cpu", "meta"])
-    dist.init_process_group(_BACKEND, rank=rank, world_size=len(places), store=FakeStore())
+    join_alone(rank, len(places))
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
@@ -233,10 +228,7 @@ def _alone_in_the_world(layout: Layout, places: list[RankCoordinates], rank: int
             context_parallel_size=layout.cp,
             create_gloo_process_groups=False,
         )
-        # The optimizer asks for gloo's groups, for checkpoints, which are not written here.
-        stand_in = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = stand_in
-        parallel_state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO = stand_in
+        stand_in_for_gloo()
         yield split(layout, places, timedelta(minutes=1))
     finally:
         destroy()

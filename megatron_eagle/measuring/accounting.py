@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megatron_eagle.compat.gradient_buffers import gradient_tensors, weight_tensors
+from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, storage_key, tree_leaves
 from megatron_eagle.training.engine import Engine
 
 
@@ -28,7 +28,7 @@ class TensorAccounting(TorchDispatchMode):
 
     def ignore(self, *tensors: torch.Tensor) -> None:
         """Do not count these: they were there before."""
-        self._ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._ignored |= {storage_key(tensor.untyped_storage()) for tensor in tensors}
 
     def restart_peak(self) -> None:
         self.peak = self.live
@@ -36,15 +36,15 @@ class TensorAccounting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _plain(leaf)}
+        before = {storage_key(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _plain(leaf)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if _plain(leaf) and leaf.untyped_storage()._cdata not in before:
+            if _plain(leaf) and storage_key(leaf.untyped_storage()) not in before:
                 self._add(leaf.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._known or key in self._ignored:
             return
         size = storage.nbytes()
@@ -63,7 +63,7 @@ def _plain(leaf: Any) -> bool:
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of all ``tensors``, those that share memory counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_key(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def held_bytes(engine: Engine) -> dict[str, int]:
@@ -72,10 +72,10 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     The engine has made a step: Adam's moments exist from then on.
     """
     owners = engine.gradient_owners()
-    gradients = [buffer.grad_data for owner in owners for buffer in owner.buffers]
+    gradients = [tensor for owner in owners for tensor in gradient_tensors(owner)]
     weights = [p.data for module, _ in engine.weight_owners() for p in module.parameters()]
-    weights += [buffer.param_data for owner in owners for buffer in owner.buffers if buffer.param_data is not None]
-    held = {t.untyped_storage()._cdata for t in weights}
+    weights += [tensor for owner in owners for tensor in weight_tensors(owner)]
+    held = {storage_key(t.untyped_storage()) for t in weights}
     state: list[torch.Tensor] = []
     for part in engine.optimizer.chained_optimizers:
         inner = part.optimizer
@@ -84,7 +84,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 tensors = [parameter.data, *(v for v in inner.state[parameter].values() if torch.is_tensor(v))]
-                state += [t for t in tensors if t.untyped_storage()._cdata not in held]
+                state += [t for t in tensors if storage_key(t.untyped_storage()) not in held]
     return {
         "weights": storage_bytes(weights),
         "gradients": storage_bytes(gradients),

@@ -8,17 +8,18 @@ it without the logits of all positions.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from megatron_eagle.compat.gpt_model import HookedGPTModel
 from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model.build_context import BuildContext, transformer_config
@@ -26,7 +27,7 @@ from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
 
 
-class QwenModel(GPTModel):
+class QwenModel(HookedGPTModel):
     """The layers of one pipeline stage; the first stage also embeds, the last also predicts.
 
     pre_process, post_process: whether this stage is the first, the last.
@@ -72,7 +73,7 @@ class QwenModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=qwen.tie_word_embeddings,
-            position_embedding_type="none",  # see _preprocess
+            position_embedding_type="none",  # see before_layers
             scatter_embedding_sequence_parallel=False,
             pg_collection=build.groups,
             vp_stage=vp_stage,
@@ -86,23 +87,22 @@ class QwenModel(GPTModel):
         with self._on_host.keep() if self._on_host else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
-    def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        """Megatron's own, with the second of its results, the rotary angles, made from ``position_ids``."""
-        decoder_input, _, *others = super()._preprocess(*args, position_ids=position_ids, **kwargs)
-        return decoder_input, rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta), *others
+    def before_layers(self, position_ids: Tensor) -> Tensor:
+        """Rotary angles [l, 1, 1, head_dim] of ``position_ids`` [1, l]."""
+        return rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta)
 
-    def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others: Any
+    def after_layers(
+        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]
     ) -> Tensor:
-        """Megatron's own, but with labels the last stage returns their cross entropies summed with ``loss_mask``.
+        """Megatron's own ``predict``, but with labels the last stage returns cross entropies summed with ``loss_mask``.
 
         labels: int64 [1, l]. loss_mask: float32 [1, l], the weights of the positions. The sum is a float32 scalar.
         """
         if labels is None or loss_mask is None or not self.post_process:
-            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+            return predict()
         if self.loss_in_kernel:
             return self._loss_in_kernel(hidden_states, labels[0], loss_mask[0])
-        return (super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others) * loss_mask).sum()
+        return (predict() * loss_mask).sum()
 
     def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """The same from hidden states [l(/tp with sequence parallelism), 1, hidden_size], logits never held whole."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.compat.process_groups import keep_context_levels
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
 
@@ -163,17 +164,13 @@ def _gather_places(own: RankCoordinates, device: torch.device) -> list[RankCoord
 
 
 def _make_context_levels(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> None:
-    """Make the groups of context parallelism's two levels, the inner one first, where Megatron would keep them.
-
-    Megatron makes the same ones (``hierarchical_context_parallel_sizes``), but needs einops for it.
-    """
+    """Make the groups of context parallelism's two levels, the inner one first, where Megatron would keep them."""
     inner: dict[RankCoordinates, list[int]] = {}
     outer: dict[RankCoordinates, list[int]] = {}
     for rank, place in enumerate(places):
         inner.setdefault(replace(place, cp=place.cp // layout.ulysses), []).append(rank)
         outer.setdefault(replace(place, cp=place.cp % layout.ulysses), []).append(rank)
-    levels = [_one_group_of(list(level.values()), timeout) for level in (inner, outer)]
-    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = levels
+    keep_context_levels([_one_group_of(list(level.values()), timeout) for level in (inner, outer)])
 
 
 def _one_group_of(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:

@@ -20,6 +20,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_eagle.compat.gradient_buffers import count_padding_as_content
 from megatron_eagle.config.recipe import OptimizerSettings, Stage
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -65,22 +66,8 @@ def _make(
     chunks: list[DistributedDataParallel], config: OptimizerConfig, overrides: dict[ParamKey, Any], **groups: Any
 ) -> list[MegatronOptimizer]:
     for chunk in chunks:
-        _count_padding_as_content(chunk)
+        count_padding_as_content(chunk)
     return list(get_megatron_optimizer(config, chunks, config_overrides=overrides, **groups).chained_optimizers)
-
-
-def _count_padding_as_content(chunk: DistributedDataParallel) -> None:
-    """Make the distributed optimizer save what belongs to each parameter.
-
-    megatron-core 0.16.1 joins the buckets of a gradient buffer without the padding at their ends and then cuts out each
-    parameter at its place *with* padding: after the first bucket whose length is no multiple of 128, every parameter is
-    saved with its neighbour's optimizer state, and the last elements with zeros (a warning calls it issue 504). Buckets
-    that count their padding as content have both in the same place.
-    """
-    for buffer in chunk.buffers:
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, stage: Stage) -> OptimizerParamScheduler:

@@ -1,16 +1,16 @@
-"""Megatron-Core trains on a CPU under the platform's redirections, and nothing outside of it changes."""
+"""compat/platform.py: Megatron-Core trains on a CPU under its redirections, and nothing outside of it changes."""
 
 import importlib.metadata
 import subprocess
 import sys
 from collections import Counter
 from datetime import timedelta
-from functools import partial
 
 import pytest
 import torch
 
-from megatron_eagle.compat.platform import _FACTORIES, FusedAdam, _Redirection, install
+from megatron_eagle.compat.cpu import FACTORIES, Redirection
+from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import initialise
@@ -106,7 +106,7 @@ def test_torch_outside_megatron_is_untouched():
     import megatron.core.utils
     from megatron.core.tensor_parallel import random
 
-    for name in _FACTORIES:
+    for name in FACTORIES:
         assert getattr(torch, name) is getattr(torch._C._VariableFunctions, name, getattr(torch, name))
         assert getattr(megatron.core.utils.torch, name) is not getattr(torch, name)
     assert megatron.core.utils.torch.Tensor is torch.Tensor
@@ -125,7 +125,7 @@ def test_installing_again_changes_nothing():
     first, methods = install(), (torch.Tensor.cuda, torch.Tensor.type)
     assert install() is first
     assert (torch.Tensor.cuda, torch.Tensor.type) == methods
-    assert sum(isinstance(finder, _Redirection) for finder in sys.meta_path) == 1
+    assert sum(isinstance(finder, Redirection) for finder in sys.meta_path) == 1
 
 
 def test_modules_imported_before_are_treated_too():
@@ -141,76 +141,7 @@ def test_modules_imported_before_are_treated_too():
 
 
 def test_another_version_of_megatron_core_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, _Redirection)])
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, Redirection)])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(UserError, match=r"megatron-core 0\.16\.1; this installation has 0\.99\.0"):
         install()
-
-
-@pytest.mark.parametrize("decoupled", [True, False], ids=["AdamW", "Adam"])
-def test_adam_makes_torchs_steps_and_counts_them_in_the_group(decoupled):
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.arange(5.0)) for _ in range(2))
-    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
-        [theirs], lr=0.1, weight_decay=0.3, betas=(0.8, 0.9)
-    )
-    adam = FusedAdam([ours], lr=0.1, weight_decay=0.3, betas=(0.8, 0.9), adam_w_mode=decoupled)
-    for _ in range(4):
-        ours.grad = torch.randn(5, generator=generator)
-        theirs.grad = ours.grad.clone()
-        adam.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs)
-    assert adam.param_groups[0]["step"] == 4
-    assert set(adam.state[ours]) == {"exp_avg", "exp_avg_sq"}
-
-
-def groups_of(layout):
-    groups = initialise(layout, install(), timeout=timedelta(seconds=60))
-    members = partial(torch.distributed.get_process_group_ranks)
-    hosts = groups.encoder_hosts and members(groups.encoder_hosts)
-    return (
-        members(groups.replica),
-        members(groups.dp),
-        hosts,
-        groups.reader_rank,
-        groups.is_reader,
-        groups.is_last_stage,
-    )
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        (
-            Layout(tp=2),
-            [
-                ([0, 1], [0, 2], [0, 1], 0, True, True),
-                ([0, 1], [1, 3], [0, 1], 0, False, True),
-                ([2, 3], [0, 2], [2, 3], 2, True, True),
-                ([2, 3], [1, 3], [2, 3], 2, False, True),
-            ],
-        ),
-        (
-            Layout(pp=2),
-            [
-                ([0, 2], [0, 1], [0], 0, True, False),
-                ([1, 3], [0, 1], [1], 1, True, False),
-                ([0, 2], [2, 3], None, 0, False, True),
-                ([1, 3], [2, 3], None, 1, False, True),
-            ],
-        ),
-    ],
-    ids=["tp-dp", "pp-dp"],
-)
-def test_groups_of_a_run(worlds, layout, expected):
-    assert worlds(4).run(groups_of, layout) == expected
-
-
-def test_processes_that_cannot_be_split_are_refused(worlds):
-    from worlds import WorldError
-
-    with pytest.raises(
-        WorldError, match="2 processes cannot be split into replicas of tp=3 x pp=1 x cp=1 = 3 processes"
-    ):
-        worlds(2).run(groups_of, Layout(tp=3))

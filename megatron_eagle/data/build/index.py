@@ -14,17 +14,14 @@ from megatron_eagle.errors import UserError
 
 def write_index(folder: Path, shards: list[str]) -> None:
     """Writes Energon's index: what ``energon prepare`` does after its questions, all shards in the split ``train``."""
-    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
-
+    from megatron_eagle.compat.energon import prepare_index
     from megatron_eagle.data.stream.energon import CONVERSATION_FORMAT
 
     # Energon forks processes. One that collected a codec left behind here would wait for threads it does not have.
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            WebdatasetPreparator.prepare_dataset(
-                folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(4, len(shards))
-            )
+            prepare_index(folder, shards)
     finally:
         gc.unfreeze()
     kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
@@ -48,8 +45,9 @@ def check_dataset(path: Path | str, expected: int | None = None) -> int:
 
     Raises UserError if the index promises another number, there are not ``expected`` ones, or one cannot be parsed.
     """
-    from megatron.energon import WorkerConfig, get_savable_loader, get_val_dataset, reraise_exception
+    from megatron.energon import WorkerConfig, get_val_dataset, reraise_exception
 
+    from megatron_eagle.compat.energon import open_loader
     from megatron_eagle.data.stream.energon import CookingTaskEncoder
 
     promised = sum(shard_counts(path).values())
@@ -58,8 +56,7 @@ def check_dataset(path: Path | str, expected: int | None = None) -> int:
         str(path), split_part="train", worker_config=workers, batch_size=None, task_encoder=CookingTaskEncoder()
     )
     # The simpler get_loader collects garbage every ten samples, which would take most of the time.
-    loader = get_savable_loader(samples, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)
-    loader.pin_memory = False
+    loader = open_loader(samples, pin_memory=False, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)
     found = 0
     for sample in loader:
         if sample.reason is not None:

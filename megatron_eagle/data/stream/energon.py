@@ -18,7 +18,6 @@ from typing import Any
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
-    PackingDataset,
     Sample,
     SavableDataset,
     WorkerConfig,
@@ -27,6 +26,7 @@ from megatron.energon import (
     stateless,
 )
 
+from megatron_eagle.compat.energon import pack_quietly
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.knapsack import PackPlan, pack_balanced, pack_best_fit
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
@@ -176,7 +176,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         worker_config: WorkerConfig,
     ) -> SavableDataset[PackSample]:
         """Energon's, without batching (a pack is the microbatch) and without its progress bar."""
-        return _QuietPackingDataset(
+        return pack_quietly(
             dataset,
             buffer_size=self._settings.packing_buffer,
             pre_packer=self.select_samples_to_pack,
@@ -186,13 +186,6 @@ class EagleTaskEncoder(CookingTaskEncoder):
             final_packer_stateless=True,
             worker_config=worker_config,
         )
-
-
-class _QuietPackingDataset(PackingDataset[EncodedSample, EncodedSample, PackSample]):
-    """Energon draws a progress bar on every reader of every rank while the first buffer fills."""
-
-    def _fill_reading_buffer(self, source_iter: Any, log_progress: bool = False) -> bool:
-        return super()._fill_reading_buffer(source_iter, log_progress=False)
 
 
 def _broken(sample: CookedSample | EncodedSample, reason: str) -> EncodedSample:

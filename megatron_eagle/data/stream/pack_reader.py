@@ -4,10 +4,9 @@ import contextlib
 import tarfile
 from collections.abc import Iterator
 
-from megatron.energon.cache.file_store import WebdatasetFileStore
-from megatron.energon.epathlib import EPath
 from torch.utils.data import Dataset
 
+from megatron_eagle.compat.energon import ShardFiles
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.media.dali import DaliDecoder
 from megatron_eagle.data.media.file_slice import FileSlice
@@ -32,7 +31,7 @@ class PackReader(Dataset[PackedBatch]):
         self._settings, self._tokenizer = settings, tokenizer
         self._planner = VisualPlanner(settings, tokenizer)
         self._dali = DaliDecoder(settings.tile_size, gpu) if settings.decoder == "dali" else None
-        self._stores: dict[Location, WebdatasetFileStore] = {}
+        self._shards: dict[Location, ShardFiles] = {}
 
     def __getitem__(self, pack: PlannedPack) -> PackedBatch:
         segments: list[Segment] = []
@@ -68,21 +67,17 @@ class PackReader(Dataset[PackedBatch]):
     def _file(self, sample: PlannedSample, ending: str) -> bytes:
         """One file of a sample."""
         with _delivered(sample, ending):
-            data, _ = self._store(sample)[f"{sample.key}.{ending}"]
-        return bytes(data)
+            return self._shards_of(sample).read(sample.key, ending)
 
     def _place(self, sample: PlannedSample, ending: str) -> FileSlice:
         """Where one file of a sample lies; a video is not read as a whole."""
         with _delivered(sample, ending):
-            store = self._store(sample)
-            entry = store.sqlite_reader.get_sample_part(sample.key, ending)
-            return FileSlice(store.tar_filepaths[entry.tar_file_id], entry.raw_byte_offset, entry.raw_byte_size)
+            return FileSlice(*self._shards_of(sample).locate(sample.key, ending))
 
-    def _store(self, sample: PlannedSample) -> WebdatasetFileStore:
-        store = self._stores.get(sample.path)
-        if store is None:
-            store = self._stores[sample.path] = WebdatasetFileStore(EPath(sample.path))
-        return store
+    def _shards_of(self, sample: PlannedSample) -> ShardFiles:
+        if sample.path not in self._shards:
+            self._shards[sample.path] = ShardFiles(sample.path)
+        return self._shards[sample.path]
 
 
 @contextlib.contextmanager

@@ -12,11 +12,9 @@ from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import torch
-from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, reraise_exception
-from megatron.energon.epathlib import EPath
-from megatron.energon.metadataset.metadataset_v2 import BlendDatasetReference, MetadatasetBlend
-from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
+from megatron.energon import SavableDataLoader, WorkerConfig, reraise_exception
 
+from megatron_eagle.compat.energon import load_blend, open_loader
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
@@ -94,30 +92,21 @@ class PackStream(Iterator[PackedBatch]):
 
     def _new_loader(self) -> SavableDataLoader[PackSample]:
         s = self._settings
-        references = [BlendDatasetReference(path=EPath(x.path), weight=x.weight) for x in s.sources]
-        blend = MetadatasetBlend(blend=references)
-        blend.post_initialize(EPath("."))  # where relative paths would start; an EPath has none left
-        loaded = blend.get_datasets(
-            training=True,
-            split_part="train",
-            worker_config=self._workers,
-            max_samples_per_sequence=s.max_samples_per_sequence,
-            decoder=None,
-        )
+        sources = [(source.path, source.weight) for source in s.sources]
         packs = EagleTaskEncoder(s, self._tokenizer).build_train_datasets(
-            datasets=loaded.datasets,
+            **load_blend(sources, self._workers, max_samples_per_sequence=s.max_samples_per_sequence),
             worker_config=self._workers,
             batch_size=None,
             shuffle_buffer_size=s.shuffle_buffer,
-            blend_mode=loaded.blend_mode,
         )
         # Without worker processes Energon would freeze and collect the garbage of the trainer itself.
-        collect_every = GC_DEFAULT_EVERY_N_ITER if self._workers.num_workers else 0
-        loader = get_savable_loader(
-            packs, gc_collect_every_n_steps=collect_every, watchdog_initial_timeout_seconds=FIRST_BUFFER_SECONDS
+        garbage = {} if self._workers.num_workers else {"gc_collect_every_n_steps": 0}
+        return open_loader(
+            packs,
+            pin_memory=torch.cuda.is_available(),
+            watchdog_initial_timeout_seconds=FIRST_BUFFER_SECONDS,
+            **garbage,
         )
-        loader.pin_memory = torch.cuda.is_available()
-        return loader
 
     def __next__(self) -> PackedBatch:
         if self._packs is None:
