@@ -1,18 +1,17 @@
 """Small models of the five published shapes, released checkpoints of random numbers, and saving them in a layout."""
 
 import json
-import queue
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 
 from megatron_eagle.checkpoint.files import DESCRIPTION, Description, load_weights
 from megatron_eagle.checkpoint.sharded_state import CONTENT
+from megatron_eagle.compat.checkpoint_saving import collect_results_here
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig
@@ -97,6 +96,5 @@ def resave(source: str, config: EagleConfig, layout: Layout, folder: str, precis
         description = Description("test", 3, 3, asdict(config), asdict(layout), groups.dp_size)
         (Path(folder) / DESCRIPTION).write_text(json.dumps(asdict(description)))
     torch.distributed.barrier()
-    # Megatron would start one more Python in every process, for results that never leave it.
-    filesystem_async._results_queue = queue.Queue()
+    collect_results_here()
     dist_checkpointing.save(state, folder, content_metadata=CONTENT)

@@ -4,12 +4,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from eagle_cases import EAGLE, pack
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, group_of
 from megatron_eagle.config.data import BlendSource
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Part, Recipe, Stage, TokenizerSettings
@@ -135,10 +134,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func.name().split("::")
         if namespace == "c10d" and name.split(".")[0] not in ("send", "recv_", "recv_any_source_"):
-            objects = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
-            (group,) = [item for item in objects if "ProcessGroup" in str(item._type())]
-            members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-            self.calls.append((name, members))
+            self.calls.append((name, tuple(dist.get_process_group_ranks(group_of(args)))))
         return func(*args, **(kwargs or {}))
 
 

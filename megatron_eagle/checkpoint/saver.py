@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
 from megatron_eagle.checkpoint.sharded_state import CONTENT, optimizer_parts, random_state, sharded_state
 from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
-from megatron_eagle.compat.saving import plan_save
+from megatron_eagle.compat.checkpoint_saving import plan_save
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.engine import Engine

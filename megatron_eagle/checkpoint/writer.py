@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_eagle.checkpoint import checksums
 from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, Description
-from megatron_eagle.compat.saving import FileSystemWriterAsync, write_bucket
+from megatron_eagle.compat.checkpoint_saving import FileSystemWriterAsync, write_bucket
 
 PARTIAL = ".partial"
 

@@ -9,10 +9,10 @@ import checkpoint_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from worlds import WorldError
 
 from megatron_eagle.checkpoint import safe_index as index
+from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.conversion.convert import Options, hf_to_megatron
 from megatron_eagle.conversion.logits import logits_of_rank, probe_batch
@@ -148,7 +148,7 @@ def test_objects_that_would_run_code_are_refused(worlds, checkpoint, tmp_path):
     torch.save([MakesFolder(ran)], folder / "evil.distcp")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     place = next(at for at in metadata.storage_data if "_extra_state" in at.fqn)
-    metadata.storage_data[place] = _StorageInfo("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
+    metadata.storage_data[place] = StorageInfo("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(WorldError, match=r"UserError: .*evil\.distcp holds .*, which cannot be loaded without running"):
         load_as_training_does(worlds, folder)

@@ -6,6 +6,7 @@ import torch
 from eagle_cases import EAGLE, EagleConfig, QwenConfig
 from megatron.core import dist_checkpointing, parallel_state
 
+from megatron_eagle.compat.checkpoint_saving import collect_results_here
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
@@ -44,6 +45,7 @@ def state_of(models):
 
 def save(config, layout, seed, folder):
     cases.start(layout)
+    collect_results_here()
     dist_checkpointing.save(state_of(cases.build(config, layout, seed=seed)), folder)
 
 

@@ -1,0 +1,46 @@
+"""compat/gradient_buffers.py."""
+
+import torch
+from contracts import megatron_groups, the, without_gpu
+
+from megatron_eagle.compat.gradient_buffers import count_padding_as_content, gradient_tensors, weight_tensors
+
+pytestmark = without_gpu
+
+
+def wrapped(*, distributed: bool):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, overlap_grad_reduce=True, bucket_size=3)
+    return DistributedDataParallel(config, ddp, torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 7)))
+
+
+def test_contract_memory_of_gradients_and_weights():
+    words = (
+        "Megatron's DistributedDataParallel no longer keeps gradients in buffers' grad_data, or weights in param_data "
+        "with the distributed optimizer: measuring/accounting.py counts their bytes"
+    )
+    the("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer", words)
+    with megatron_groups():
+        chunk, plain = wrapped(distributed=True), wrapped(distributed=False)
+        parameters = list(chunk.parameters())
+        assert sum(tensor.numel() for tensor in gradient_tensors(plain)) == sum(p.numel() for p in parameters), words
+        own = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(chunk)}
+        assert {parameter.untyped_storage().data_ptr() for parameter in parameters} == own, words
+        assert weight_tensors(plain) == [], words
+
+
+def test_contract_padding_of_buckets():
+    words = (
+        "Megatron's gradient buckets no longer say in numel_unpadded how much of them is no padding: "
+        "training/optimizer.py has it count as content, or the distributed optimizer would save other parameters' states"
+    )
+    with megatron_groups():
+        chunk = wrapped(distributed=True)
+        (buffer,) = chunk.buffers
+        assert len(buffer.buckets) > 1 and all(b.numel_unpadded < b.grad_data.numel() for b in buffer.buckets), words
+        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) < buffer.numel, words
+        count_padding_as_content(chunk)
+        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) == buffer.numel, words
