@@ -35,7 +35,7 @@ def test_contract_memory_of_gradients_and_weights():
 def test_contract_padding_of_buckets():
     words = (
         "Megatron's gradient buckets no longer say in numel_unpadded how much of them is no padding: "
-        "training/optimizer.py has it count as content, or the distributed optimizer would save other parameters' states"
+        "training/optimizer.py has it count as content, or the distributed optimizer would save others' states"
     )
     with megatron_groups():
         chunk = wrapped(distributed=True)

@@ -32,8 +32,8 @@ def test_contract_marks_of_split_weights():
 
 def test_contract_mark_of_a_tied_embedding():
     words = (
-        "Megatron no longer marks the last stage's copy of a tied embedding as shared: model/weights.py draws and loads "
-        "it as the embedding by that"
+        "Megatron no longer marks the last stage's copy of a tied embedding as shared: model/weights.py draws and "
+        "loads it as the embedding by that"
     )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
