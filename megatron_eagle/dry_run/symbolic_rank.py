@@ -107,6 +107,7 @@ class SymbolicRank(TorchDispatchMode):
             self.calls.append(Call("send" if sending else "recv", pair, _sizes(tensors)))
         elif operation == "alltoall_base_":
             received, given, _, take, give = args[:5]
+            take, give = _shares(take, received, len(ranks)), _shares(give, given, len(ranks))
             self.calls.append(Call(operation, tuple(ranks), (*_sizes([given[:1]]), tuple(give), tuple(take))))
             if (sum(give), sum(take)) != (len(given), len(received)):
                 raise ValueError(f"{len(given)} rows for shares {give}, room for {len(received)} from {take}")
@@ -130,6 +131,11 @@ class SymbolicRank(TorchDispatchMode):
             if number < len(broadcasts) and broadcasts[number].shape == tensor.shape:
                 tensor.copy_(broadcasts[number])
             self._read[members] = number + 1
+
+
+def _shares(sizes: list[int], rows: torch.Tensor, members: int) -> list[int]:
+    """How many of ``rows`` belong to each member; none are said where all have as many."""
+    return list(sizes) or [len(rows) // members] * members
 
 
 def _real_mask(pick: Any) -> bool:
