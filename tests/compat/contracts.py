@@ -1,10 +1,11 @@
-"""What the contract tests share: finding a name of a library, and Megatron's groups in a process by itself.
+"""What the contract tests share: failing in words, finding a name, and Megatron's groups in a process by itself.
 
-A contract test says in words what a library no longer does when it fails, and who leans on it.
+When a contract test fails, a library no longer does what ``compat`` leans on: the words say what, and who needs it.
 """
 
+import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,15 +20,31 @@ from megatron_eagle.compat.platform import install
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="builds Megatron's modules on a CPU")
 
 
-def the(path: str, words: str) -> Any:
-    """What stands at ``module:name.name``; fails with ``words`` if nothing does."""
+def contract(words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a test fail with ``words``, which may name its parameters in braces, whatever goes wrong in it."""
+
+    def of(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def checked(**arguments: Any) -> None:
+            reason = None
+            try:
+                test(**arguments)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if reason:  # not where it is caught, or pytest would print the cause's traceback first
+                pytest.fail(f"{words.format(**arguments)} ({reason})", pytrace=False)
+
+        return checked
+
+    return of
+
+
+def the(path: str) -> Any:
+    """What stands at ``module:name.name``; ImportError or AttributeError if nothing does."""
     module, _, names = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for name in names.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        pytest.fail(f"{words} ({error})", pytrace=False)
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
     return found
 
 

@@ -29,15 +29,15 @@ class Source:
     """One file. foreign, ours: what its imports bind, by the local name; classes: those it defines."""
 
     path: Path
-    tree: ast.Module
+    nodes: list[ast.AST]
     foreign: dict[str, str] = field(default_factory=dict)
     ours: dict[str, str] = field(default_factory=dict)
     classes: dict[str, ast.ClassDef] = field(default_factory=dict)
 
     @staticmethod
     def of(path: Path, text: str, own_packages: Iterable[str]) -> "Source":
-        source = Source(path, ast.parse(text))
-        for node in ast.walk(source.tree):
+        source = Source(path, list(ast.walk(ast.parse(text))))
+        for node in source.nodes:
             bound: dict[str, str] = {}
             if isinstance(node, ast.Import):
                 bound = {
@@ -68,7 +68,7 @@ def own_names(sources: Iterable[Source]) -> set[str]:
     """Every private name that one of ``sources`` defines: functions, classes, variables, attributes of ``self``."""
     found: set[str] = set()
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -80,7 +80,7 @@ def own_names(sources: Iterable[Source]) -> set[str]:
 
 def findings(source: Source, own: set[str], all_sources: Iterable[Source]) -> Iterator[tuple[int, str]]:
     """(line, what) of every private name of another library in ``source``."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from ((node.lineno, name) for name in _imported(node, source))
         elif isinstance(node, ast.Attribute) and is_private(node.attr):

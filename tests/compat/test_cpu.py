@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from contracts import the
+from contracts import contract, the
 
 from megatron_eagle.compat.cpu import FACTORIES, REPLACED
 from megatron_eagle.compat.platform import install
@@ -133,7 +133,7 @@ def test_modules_imported_before_are_treated_too():
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in REPLACED.items() for name in names])
+@contract("{module} no longer has {name}: compat/cpu.py puts our own there, so that Megatron needs no CUDA")
 def test_contract_names_that_are_replaced(module, name):
     install()
-    words = f"{module} no longer has {name}: compat/cpu.py puts our own there, so that Megatron needs no CUDA"
-    assert the(f"{module}:{name}", words) is REPLACED[module][name], words
+    assert the(f"{module}:{name}") is REPLACED[module][name]

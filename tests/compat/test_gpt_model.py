@@ -1,7 +1,7 @@
 """compat/gpt_model.py."""
 
 import torch
-from contracts import megatron_groups, the, without_gpu
+from contracts import contract, megatron_groups, the, without_gpu
 
 from megatron_eagle.compat.gpt_model import HookedGPTModel
 
@@ -18,13 +18,13 @@ class Hooked(HookedGPTModel):
 
 
 @without_gpu
+@contract(
+    "Megatron's GPTModel.forward no longer passes the second result of _preprocess to its layers as rotary angles, "
+    "or its layers' output with labels and loss_mask to _postprocess: model/qwen.py makes angles and loss there"
+)
 def test_contract_hooks_before_and_behind_the_layers():
-    words = (
-        "Megatron's GPTModel.forward no longer passes the second result of _preprocess to its layers as rotary angles, "
-        "or its layers' output with labels and loss_mask to _postprocess: model/qwen.py makes angles and loss there"
-    )
-    the("megatron.core.models.gpt:GPTModel._preprocess", words)
-    the("megatron.core.models.gpt:GPTModel._postprocess", words)
+    the("megatron.core.models.gpt:GPTModel._preprocess")
+    the("megatron.core.models.gpt:GPTModel._postprocess")
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -45,6 +45,6 @@ def test_contract_hooks_before_and_behind_the_layers():
         )
         tokens, mask = torch.arange(4)[None], torch.ones(1, 4)
         losses, hidden, labels, loss_mask = model(tokens, torch.arange(4)[None], None, labels=tokens, loss_mask=mask)
-        assert given and given[0] is model.angles, words
-        assert (losses.shape, hidden.shape) == ((1, 4), (4, 1, 8)), words
-        assert labels is tokens and loss_mask is mask, words
+        assert given and given[0] is model.angles
+        assert (losses.shape, hidden.shape) == ((1, 4), (4, 1, 8))
+        assert labels is tokens and loss_mask is mask

@@ -1,7 +1,7 @@
 """compat/gradient_buffers.py."""
 
 import torch
-from contracts import megatron_groups, the, without_gpu
+from contracts import contract, megatron_groups, the, without_gpu
 
 from megatron_eagle.compat.gradient_buffers import count_padding_as_content, gradient_tensors, weight_tensors
 
@@ -17,30 +17,30 @@ def wrapped(*, distributed: bool):
     return DistributedDataParallel(config, ddp, torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 7)))
 
 
+@contract(
+    "Megatron's DistributedDataParallel no longer keeps gradients in buffers' grad_data, or weights in param_data "
+    "with the distributed optimizer: measuring/accounting.py counts their bytes"
+)
 def test_contract_memory_of_gradients_and_weights():
-    words = (
-        "Megatron's DistributedDataParallel no longer keeps gradients in buffers' grad_data, or weights in param_data "
-        "with the distributed optimizer: measuring/accounting.py counts their bytes"
-    )
-    the("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer", words)
+    the("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer")
     with megatron_groups():
         chunk, plain = wrapped(distributed=True), wrapped(distributed=False)
         parameters = list(chunk.parameters())
-        assert sum(tensor.numel() for tensor in gradient_tensors(plain)) == sum(p.numel() for p in parameters), words
+        assert sum(tensor.numel() for tensor in gradient_tensors(plain)) == sum(p.numel() for p in parameters)
         own = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(chunk)}
-        assert {parameter.untyped_storage().data_ptr() for parameter in parameters} == own, words
-        assert weight_tensors(plain) == [], words
+        assert {parameter.untyped_storage().data_ptr() for parameter in parameters} == own
+        assert weight_tensors(plain) == []
 
 
+@contract(
+    "Megatron's gradient buckets no longer say in numel_unpadded how much of them is no padding: "
+    "training/optimizer.py has it count as content, or the distributed optimizer would save others' states"
+)
 def test_contract_padding_of_buckets():
-    words = (
-        "Megatron's gradient buckets no longer say in numel_unpadded how much of them is no padding: "
-        "training/optimizer.py has it count as content, or the distributed optimizer would save others' states"
-    )
     with megatron_groups():
         chunk = wrapped(distributed=True)
         (buffer,) = chunk.buffers
-        assert len(buffer.buckets) > 1 and all(b.numel_unpadded < b.grad_data.numel() for b in buffer.buckets), words
-        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) < buffer.numel, words
+        assert len(buffer.buckets) > 1 and all(b.numel_unpadded < b.grad_data.numel() for b in buffer.buckets)
+        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) < buffer.numel
         count_padding_as_content(chunk)
-        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) == buffer.numel, words
+        assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) == buffer.numel
