@@ -80,9 +80,6 @@ class SymbolicRank(TorchDispatchMode):
         if name == "_local_scalar_dense" and weightless:
             return 1.0 if leaves[0].is_floating_point() else 1
         if weightless:
-            if name.startswith("index."):  # how many rows a mask picks is a fact of the whole numbers
-                picks = [p.nonzero()[:, 0] if _real_mask(p) else p for p in args[1]]
-                args = (args[0], picks, *args[2:])
             args, kwargs = tree_map_only(torch.Tensor, _weightless, (args, kwargs))
             if name.startswith("copy_") and not leaves[0].is_meta:
                 return leaves[0]
@@ -102,6 +99,8 @@ class SymbolicRank(TorchDispatchMode):
             self.calls.append(Call("send" if sending else "recv", pair, _sizes(tensors)))
         elif operation == "alltoall_base_":
             received, given, _, take, give = args[:5]
+            if not take and not give:  # equal shares
+                take, give = ([len(rows) // len(ranks)] * len(ranks) for rows in (received, given))
             self.calls.append(Call(operation, tuple(ranks), (*_sizes([given[:1]]), tuple(give), tuple(take))))
             if (sum(give), sum(take)) != (len(given), len(received)):
                 raise ValueError(f"{len(given)} rows for shares {give}, room for {len(received)} from {take}")
@@ -125,10 +124,6 @@ class SymbolicRank(TorchDispatchMode):
             if number < len(broadcasts) and broadcasts[number].shape == tensor.shape:
                 tensor.copy_(broadcasts[number])
             self._read[members] = number + 1
-
-
-def _real_mask(pick: Any) -> bool:
-    return isinstance(pick, torch.Tensor) and not pick.is_meta and pick.dtype == torch.bool
 
 
 def _weightless(tensor: torch.Tensor) -> torch.Tensor:
