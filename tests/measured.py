@@ -10,10 +10,9 @@ from pydantic import TypeAdapter
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.measuring.accounting import TensorAccounting, held_bytes, storage_bytes
-from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.training.engine import build_engine
-from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.step import Step
 
 SETTINGS: dict[str, Any] = {
     "name": "planned",
@@ -83,10 +82,8 @@ def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(seconds=60))
     engine = build_engine(recipe, stage, platform, groups)
     own = slice(groups.dp_rank, None, groups.dp_size)
-    read = (lambda: packs_of(recipe, lengths, tiles)[own]) if groups.is_reader else list
-    batches = distribute_batch(read, groups, platform.device)
-    batches = normalise_weights(batches, "global", packs_in_step=stage.batch, data_parallel_group=groups.dp)
-    engine.step(batches)
+    step = Step(engine, groups, stage, platform.device)
+    batches = step.normalise(step.run(lambda: packs_of(recipe, lengths, tiles)[own]).batches)
     with TensorAccounting() as seen:
         engine.forward_backward(batches)
         train_peak = seen.peak

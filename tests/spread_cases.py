@@ -83,11 +83,9 @@ def train(
     from megatron_eagle.checkpoint import files as checkpoint
     from megatron_eagle.checkpoint.saver import Saver
     from megatron_eagle.compat.platform import install
-    from megatron_eagle.parallel.distribute_batch import distribute_batch
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.training.engine import build_engine
-    from megatron_eagle.training.loss import normalise_weights
-    from megatron_eagle.training.step_stats import step_loss
+    from megatron_eagle.training.step import Step
 
     recipe = make_recipe(layout, trainable, optimizer or {}, model or {})
     platform = install()
@@ -98,14 +96,13 @@ def train(
         description = checkpoint.read_description(start)
         checkpoint.load_training_state(start, description, engine, groups)
         first = description.step
+    step = Step(engine, groups, recipe.stages[0], platform.device)
     losses, norms = [], []
     for number in range(first, stop):
         own = make_step(number)[groups.dp_rank :: groups.dp_size]
-        batches = distribute_batch(lambda own=own: own, groups, platform.device)
-        batches = normalise_weights(batches, "global", packs_in_step=4, data_parallel_group=groups.dp)
-        share, norm = engine.step(batches)
-        losses.append(step_loss(share, groups, platform.device))
-        norms.append(norm)
+        result = step.run(lambda own=own: own)
+        losses.append(step.collect(result).loss)
+        norms.append(result.grad_norm)
     if save_to is not None:
         description = checkpoint.Description("stage", stop, len(STEPS), asdict(EAGLE), asdict(layout), groups.dp_size)
         position = b"readers always have one" if groups.is_reader else None

@@ -86,9 +86,6 @@ class SymbolicRank(TorchDispatchMode):
         if name == READ_ONE_NUMBER and weightless:
             return 1.0 if leaves[0].is_floating_point() else 1
         if weightless:
-            if name.startswith("index."):  # how many rows a mask picks is a fact of the whole numbers
-                picks = [p.nonzero()[:, 0] if _real_mask(p) else p for p in args[1]]
-                args = (args[0], picks, *args[2:])
             args, kwargs = tree_map_only(torch.Tensor, _weightless, (args, kwargs))
             if name.startswith("copy_") and not leaves[0].is_meta:
                 return leaves[0]
@@ -136,10 +133,6 @@ class SymbolicRank(TorchDispatchMode):
 def _shares(sizes: list[int], rows: torch.Tensor, members: int) -> list[int]:
     """How many of ``rows`` belong to each member; none are said where all have as many."""
     return list(sizes) or [len(rows) // members] * members
-
-
-def _real_mask(pick: Any) -> bool:
-    return isinstance(pick, torch.Tensor) and not pick.is_meta and pick.dtype == torch.bool
 
 
 def _weightless(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Walks a job of hundreds of processes through one step on this machine, without a GPU and without the others.
 
 Every distinct process is built by the trainer's own code and taken through a whole step - packs handed round, encoders,
-pipeline, gradient sums, optimizer - on tensors without memory (``symbolic_rank.py``). Its bytes must equal the
-planner's account exactly. What it would exchange is written down, repeated for all processes of its kind, and played
-out for the whole job (``deadlock_check.py``): every collective must find all its members, in order and with fitting
-sizes, and every message its receiver. Replicas whose packs hold no tile are among them, because those are the ones
-that hang jobs.
+pipeline, gradient sums, optimizer, the step's numbers - on tensors without memory (``symbolic_rank.py``). Its bytes
+must equal the planner's account exactly. What it would exchange is written down, repeated for all processes of its
+kind, and played out for the whole job (``deadlock_check.py``): every collective must find all its members, in order and
+with fitting sizes, and every message its receiver. Replicas whose packs hold no tile are among them, because those are
+the ones that hang jobs.
 """
 
 import time
@@ -26,14 +26,13 @@ from megatron_eagle.dry_run.symbolic_rank import Call, SymbolicRank
 from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.accounting import held_bytes
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import Groups, RankCoordinates, destroy, split
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.memory import ProcessRanks, persistent
 from megatron_eagle.planning.samples import Mix, synthetic
 from megatron_eagle.planning.schedule import passes
 from megatron_eagle.training.engine import build_engine
-from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.step import Step, packs_per_replica
 
 WALKED_OF_A_REPLICA = 8  # processes; of larger replicas only the first two tensor-parallel ranks of each place
 
@@ -95,14 +94,12 @@ def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
         replicas = layout.data_parallel_size(gpus)
     except ValueError as error:
         raise UserError(f"stage '{stage.name}': {error}") from None
-    if stage.batch % replicas:
-        raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
+    each = packs_per_replica(stage, replicas)
     started = time.perf_counter()
     # Transformer Engine's modules and this project's kernels cannot run without a GPU. They exchange what their
     # stand-ins do, but for the loss kernel, which has its own sums among the processes that share the vocabulary: as
     # many on each, because these hold the same labels.
     recipe = replace(recipe, model=replace(recipe.model, transformer_impl="local", kernels="torch"))
-    each = stage.batch // replicas
     packs = min(each, 2 * layout.pp * (layout.vpp or 1))
     match_exchanges(layout.pp, layout.vpp, each)
     places = coordinates(layout, gpus)
@@ -195,10 +192,8 @@ def _walk(
     batches = [synthetic(pack, config.tile_size, cost, torch.device("meta")) for pack in shapes]
     with _alone_in_the_world(layout, places, rank) as groups, SymbolicRank(recorded) as symbolic:
         engine = build_engine(recipe, stage, Platform(torch.device("meta"), "gloo"), groups)
-        own = distribute_batch((lambda: batches) if groups.is_reader else list, groups, torch.device("cpu"))
-        own = normalise_weights(own, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
-        engine.forward_backward(own)
-        engine.update()
+        step = Step(engine, groups, stage, torch.device("cpu"))
+        step.collect(step.run(lambda: batches))
     held = held_bytes(engine)
     replica = (place.pp * layout.cp + place.cp) * layout.tp + place.tp
     planned = persistent(recipe, stage, gpus, ProcessRanks(place.pp, place.dp * layout.cp + place.cp, replica, rank))[

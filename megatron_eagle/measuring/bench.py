@@ -8,7 +8,7 @@ is a step without reading. ``bench_report.py`` writes the result down.
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,22 +21,19 @@ from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.data.stream.planned import PlannedStream
-from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.accounting import TensorAccounting, held_bytes, storage_bytes
 from megatron_eagle.model.mixture import tokens_per_tile
-from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
 from megatron_eagle.planning.plan import StagePlan, describe_layout, plan_stage
 from megatron_eagle.planning.samples import Given, Samples, synthetic
-from megatron_eagle.training.engine import Engine, build_engine
-from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.engine import build_engine
+from megatron_eagle.training.step import COMPUTING, DISTRIBUTING, PHASES, UPDATING, Step, packs_per_replica
 from megatron_eagle.training.throughput import useful_flops
 
 WARM_UP = 1  # steps that are not counted
-PHASES = ("hand round", "forward and backward", "update")
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,7 @@ def run_bench(
     layout = recipe.stage_layout(stage)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
-        if stage.batch % groups.dp_size:
-            raise UserError(f"batch={stage.batch} packs cannot be shared out to {groups.dp_size} replicas")
+        packs_per_replica(stage, groups.dp_size)
         whole, described = _packs(recipe, stage, samples)
         shapes = Given(tuple(_shape(batch) for batch in whole))
         plan = plan_stage(recipe, stage, groups.world_size, hardware, shapes, simulated=groups.dp_size)
@@ -147,8 +143,8 @@ def _summary(
         peak_bytes=peak,
         predicted_seconds=plan.seconds,
         predicted_phases={
-            "forward and backward": plan.pipeline + plan.encoders + plan.gradient_sums,
-            "update": plan.update + plan.reduction - plan.gradient_sums,
+            COMPUTING: plan.pipeline + plan.encoders + plan.gradient_sums,
+            UPDATING: plan.update + plan.reduction - plan.gradient_sums,
         },
         predicted_bytes=memory_of(recipe, stage, groups.world_size, ProcessRanks(0), own).peak,
         profile=hardware.name,
@@ -174,9 +170,7 @@ def _packs(recipe: Recipe, stage: Stage, samples: Samples | None) -> tuple[list[
 
 
 def _shape(batch: PackedBatch) -> PackShape:
-    borders = batch.cu_seqlens.tolist()
-    segments = tuple(end - start for start, end in zip(borders[:-1], borders[1:], strict=True))
-    return PackShape(segments, len(batch.tile_slots), batch.length - batch.useful_tokens)
+    return PackShape(batch.segment_lengths, len(batch.tile_starts), batch.length - batch.useful_tokens)
 
 
 class _Bench:
@@ -185,36 +179,30 @@ class _Bench:
     def __init__(
         self, recipe: Recipe, stage: Stage, platform: Platform, groups: Groups, own: Sequence[PackedBatch]
     ) -> None:
-        self.stage, self.device, self.groups, self.own = stage, platform.device, groups, list(own)
-        self.engine: Engine = build_engine(recipe, stage, platform, groups)
+        self.device, self.own = platform.device, list(own)
+        self.taken = Step(build_engine(recipe, stage, platform, groups), groups, stage, platform.device)
 
     def step(self) -> list[float]:
         """Seconds of each of ``PHASES``."""
-        marks = [self._now()]
-        batches = self._batches()
-        marks.append(self._now())
-        self.engine.forward_backward(batches)
-        marks.append(self._now())
-        self.engine.update()
-        marks.append(self._now())
-        return [end - start for start, end in zip(marks[:-1], marks[1:], strict=True)]
+        seconds = dict.fromkeys(PHASES, 0.0)
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            started = self._now()
+            yield
+            seconds[name] += self._now() - started
+
+        self.taken.run(lambda: self.own, phase=timed)
+        return list(seconds.values())
 
     def peak_bytes(self) -> int:
         """Most bytes of tensors at a time; on a CPU counted in one more step, which is slow."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
-        batches = self._batches()
-        with TensorAccounting() as seen:
-            self.engine.forward_backward(batches)
-            self.engine.update()
-        inputs = storage_bytes(t for batch in batches for t in vars(batch).values() if torch.is_tensor(t))
-        return sum(held_bytes(self.engine).values()) + inputs + seen.peak
-
-    def _batches(self) -> list[PackedBatch]:
-        batches = distribute_batch((lambda: self.own) if self.groups.is_reader else list, self.groups, self.device)
-        return normalise_weights(
-            batches, self.stage.loss_normaliser, packs_in_step=self.stage.batch, data_parallel_group=self.groups.dp
-        )
+        seen = TensorAccounting()
+        result = self.taken.run(lambda: self.own, phase=lambda name: nullcontext() if name == DISTRIBUTING else seen)
+        inputs = storage_bytes(t for batch in result.batches for t in vars(batch).values() if torch.is_tensor(t))
+        return sum(held_bytes(self.taken.engine).values()) + inputs + seen.peak
 
     def _now(self) -> float:
         if self.device.type == "cuda":

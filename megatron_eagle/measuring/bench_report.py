@@ -8,9 +8,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.measuring.bench import PHASES, Measurement
+from megatron_eagle.measuring.bench import Measurement
 from megatron_eagle.planning.report import markdown
+from megatron_eagle.training.step import DISTRIBUTING, PHASES
 
+_EARLIER_NAMES = {"hand round": DISTRIBUTING}  # of phases, in reports of 2026-11-20
 _COLOURS = dict(zip(PHASES, ("#98a2ad", "#1d5fa6", "#a9c7e8"), strict=True))
 
 
@@ -24,8 +26,10 @@ def report_name(measured: Measurement) -> str:
 def read_measurement(path: Path) -> Measurement:
     """The JSON of an earlier report; UserError if it is none."""
     try:
-        return Measurement(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry["phases"] = {_EARLIER_NAMES.get(name, name): seconds for name, seconds in entry["phases"].items()}
+        return Measurement(**entry)
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no report of this command: {error}") from None
 
 

@@ -28,7 +28,7 @@ from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.samples import synthetic
 from megatron_eagle.planning.timing import Timing
 from megatron_eagle.training.engine import build_engine
-from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.step import Step
 
 FITTED = ("products", "attention", "convolutions", "memory_share", "launch")
 REPEATS = 3  # of which the fastest counts: whatever disturbs a run makes it slower
@@ -118,6 +118,7 @@ def _passes(recipe: Recipe, stage: Stage, platform: Platform, groups: Groups) ->
     config = recipe.model.eagle()
     cost = tokens_per_tile(config)
     engine = build_engine(recipe, stage, platform, groups)
+    step = Step(engine, groups, stage, platform.device)
 
     def sums() -> None:
         for owner in engine.gradient_owners():
@@ -128,8 +129,7 @@ def _passes(recipe: Recipe, stage: Stage, platform: Platform, groups: Groups) ->
     runs = []
     for pack in variants(stage.pack_length, cost):
         batch = synthetic(pack, config.tile_size, cost).to(platform.device)
-        batches = normalise_weights([batch], "global", packs_in_step=1, data_parallel_group=None)
-        seconds = _fastest(partial(engine.forward_backward, batches), platform.device)
+        seconds = _fastest(partial(engine.forward_backward, step.normalise([batch])), platform.device)
         runs.append(Timed(pack, seconds - exchanged))
     return runs
 

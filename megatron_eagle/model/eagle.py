@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, check_layout
-from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
 from megatron_eagle.model.build_context import BuildContext, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.mixture import Mixture, tokens_per_tile
@@ -101,7 +101,7 @@ class EagleModel(MegatronModule):
             decoder_input=self._embed(batch, held, features) if self.pre_process else None,
             labels=batch.labels[None, held] if compute_loss else None,
             loss_mask=batch.loss_weights[None, held] if compute_loss else None,
-            packed_seq_params=PackMask.of(batch.cu_seqlens, self.context),
+            packed_seq_params=PackMask.of(batch.cu_seqlens, batch.borders, self.context),
         )
         if compute_loss or not self.post_process:
             return output
@@ -126,15 +126,21 @@ class EagleModel(MegatronModule):
         if features is None:
             embeddings = self._take_part(embeddings)
         else:
-            offsets = torch.arange(self.tokens_per_tile, device=held.device)
-            places = (batch.tile_slots[:, None] + offsets).flatten()
-            rows = torch.searchsorted(held, places).clamp(max=len(held) - 1)
-            ours = held[rows] == places
-            chosen = features.flatten(0, 1)[ours][:, None].to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, rows[ours], chosen)
+            rows, which = (to_device(indices, held.device) for indices in self._tile_places(batch))
+            chosen = features.flatten(0, 1)[which][:, None].to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, rows, chosen)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return embeddings
+
+    def _tile_places(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(rows of this process's embeddings, which of the tiles' features belong there), int64 on the host.
+
+        Worked out there, because how many they are is the size of what follows on the device.
+        """
+        starts = torch.tensor(batch.tile_starts, dtype=torch.int64)
+        places = (starts[:, None] + torch.arange(self.tokens_per_tile)).flatten()
+        return self.context.share.find(places, batch.length)
 
     def _take_part(self, embeddings: Tensor) -> Tensor:
         """Give trainable encoder and connector parameters a gradient of zero in a pack without tiles.

@@ -73,15 +73,13 @@ class Work:
     @staticmethod
     def useful(batch: PackedBatch) -> "Work":
         """The work in a pack that is not padding, which is its last segment."""
-        borders = [border for border in batch.cu_seqlens.tolist() if border <= batch.useful_tokens]
-        return Work.of_segments([end - start for start, end in pairwise(borders)], len(batch.tile_slots))
+        borders = [border for border in batch.borders if border <= batch.useful_tokens]
+        return Work.of_segments([end - start for start, end in pairwise(borders)], len(batch.tile_starts))
 
     @staticmethod
     def computed(batch: PackedBatch) -> "Work":
         """All that a pack makes the machine do, padding included."""
-        return Work.of_segments(
-            [end - start for start, end in pairwise(batch.cu_seqlens.tolist())], len(batch.tile_slots)
-        )
+        return Work.of_segments(batch.segment_lengths, len(batch.tile_starts))
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.tiles + other.tiles)

@@ -49,6 +49,18 @@ class ContextShard:
         place = torch.cat([torch.arange(run.start, run.stop, device=device) for run in self.runs(length)])
         return place.chunk(self.ulysses)[self.rank % self.ulysses]
 
+    def find(self, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Which of ``places``, positions of the pack on the host, this process holds: (rows among its own, which).
+
+        Both int64 on the host and as long as there are such places.
+        """
+        if self.ring * self.ulysses == 1:
+            return places, torch.arange(len(places))
+        held = self.positions(length)
+        rows = torch.searchsorted(held, places).clamp(max=len(held) - 1)
+        which = (held[rows] == places).nonzero()[:, 0]
+        return rows[which], which
+
     def in_pack_order(self, x: Tensor) -> Tensor:
         """[L, ...] as the places hold it, one place after another -> in the pack's order."""
         if self.ring == 1:
@@ -142,20 +154,20 @@ class PackMask(PackedSeqParams):
     context: Context
 
     @staticmethod
-    def of(cu_seqlens: Tensor, context: Context) -> "PackMask":
-        borders = cu_seqlens.tolist()
+    def of(cu_seqlens: Tensor, borders: Sequence[int], context: Context) -> "PackMask":
+        """borders: ``cu_seqlens`` on the host."""
         runs = context.share.runs(borders[-1])
-        positions = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        dtype, device = cu_seqlens.dtype, cu_seqlens.device
         return PackMask(
             qkv_format="sbhd",
             cu_seqlens=cu_seqlens,
-            query_positions=positions.to(cu_seqlens),
+            query_positions=torch.cat([torch.arange(run.start, run.stop, dtype=dtype, device=device) for run in runs]),
             pieces=pieces(borders, runs),
             context=context,
         )
 
 
-def pieces(borders: list[int], runs: list[range]) -> list[Piece]:
+def pieces(borders: Sequence[int], runs: list[range]) -> list[Piece]:
     """Cut ``runs`` of a pack at the borders of its segments, and shorter where a piece needs a mask written out."""
     cut, before = [], 0
     for run in runs:

@@ -34,6 +34,7 @@ class Groups:
 
     dp: the group of processes that hold the same weights and train on different packs.
     replica: all tp x cp x pp processes of this process's copy of the model.
+    replica_hosts: the same processes, for what goes from host to host; gloo, also where ``replica`` is NCCL's.
     replica_coordinates: where each process of ``replica`` stands, in the order of that group.
     reader_rank: global rank of the one process of the replica that reads its packs (tp, cp and pp rank 0).
     encoder_hosts: the processes of the replica on its first pipeline stage; None on the other stages.
@@ -53,6 +54,7 @@ class Groups:
     dp_size: int
     dp: dist.ProcessGroup
     replica: dist.ProcessGroup
+    replica_hosts: dist.ProcessGroup
     replica_coordinates: tuple[RankCoordinates, ...]
     reader_rank: int
     encoder_hosts: dist.ProcessGroup | None
@@ -116,7 +118,9 @@ def split(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> 
     replicas = [[rank for rank, place in enumerate(places) if place.dp == number] for number in range(dp_size)]
     hosts = [[rank for rank in ranks if places[rank].pp == 0] for ranks in replicas]
     replica, world_group = _one_group_of(replicas, timeout), dist.group.WORLD
-    assert replica is not None and world_group is not None
+    # Megatron makes gloo groups beside NCCL's, too, so gloo is known to find its way between the nodes.
+    replica_hosts = _one_group_of(replicas, timeout, "gloo") if dist.get_backend() == "nccl" else replica
+    assert replica is not None and replica_hosts is not None and world_group is not None
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -130,6 +134,7 @@ def split(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> 
         dp_size=dp_size,
         dp=parallel_state.get_data_parallel_group(),
         replica=replica,
+        replica_hosts=replica_hosts,
         replica_coordinates=tuple(places[rank] for rank in replicas[own.dp]),
         reader_rank=min(hosts[own.dp]),  # Megatron numbers tp and cp fastest
         encoder_hosts=_one_group_of(hosts, timeout),
@@ -173,11 +178,11 @@ def _make_context_levels(layout: Layout, places: list[RankCoordinates], timeout:
     keep_context_levels([_one_group_of(list(level.values()), timeout) for level in (inner, outer)])
 
 
-def _one_group_of(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+def _one_group_of(members: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup | None:
     """Make every group (all processes must take part in that) and return the one this process is in, if any."""
     own = None
     for ranks in members:
-        group = dist.new_group(ranks, timeout=timeout)
+        group = dist.new_group(ranks, timeout=timeout, backend=backend)
         if dist.get_rank() in ranks:
             own = group
     return own

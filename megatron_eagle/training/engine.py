@@ -49,14 +49,10 @@ class Engine:
     final_learning_rate: float
     trainable_parameters: int
 
-    def step(self, batches: Sequence[PackedBatch]) -> tuple[float, float]:
-        """One optimizer step on this replica's packs; returns (this process's share of the loss, gradient norm)."""
-        return self.forward_backward(batches), self.update()
-
-    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
+    def forward_backward(self, batches: Sequence[PackedBatch]) -> Tensor:
         """Gradients of ``batches``, reduced over all that share them; returns this process's share of the loss.
 
-        The share is 0.0 on processes without the last pipeline stage.
+        The share is a float64 scalar on the device, 0 on processes without the last pipeline stage.
         """
         for buffers in self.gradient_owners():
             buffers.zero_grad_buffer()
@@ -65,7 +61,9 @@ class Engine:
         losses = run_schedule(self.chunks, batches, features, forward_only=False)
         if self.encoder:
             self.encoder.backward()
-        return float(torch.stack(losses).double().sum()) if losses else 0.0
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=batches[0].loss_weights.device)
+        return torch.stack(losses).double().sum()
 
     def update(self) -> float:
         """Clip the gradients and step; returns their norm before clipping."""

@@ -98,11 +98,22 @@ class StepRecord:
 
 
 def sample_digest(sample_ids: Iterable[str]) -> str:
-    """First 16 hex digits of the sha256 of a step's sample ids.
+    """16 hex digits for a step's sample ids, in any order: who held a sample says nothing about what was trained on.
 
-    The ids are sorted, because which data-parallel rank held a sample says nothing about what was trained on.
+    The sum of the ids' hashes modulo 2^64, so that processes which each know their own ids add up their sums.
     """
-    return hashlib.sha256(json.dumps(sorted(sample_ids)).encode()).hexdigest()[:16]
+    return digest_as_text(id_sum(sample_ids))
+
+
+def id_sum(sample_ids: Iterable[str]) -> int:
+    """Sum modulo 2^64 of the first eight bytes of each id's sha256; an id that comes twice counts twice."""
+    hashes = (hashlib.sha256(json.dumps(identity).encode()).digest() for identity in sample_ids)
+    return sum(int.from_bytes(digest[:8], "big") for digest in hashes) % (1 << 64)
+
+
+def digest_as_text(total: int) -> str:
+    """The digest of samples whose ``id_sum``s add up to ``total``."""
+    return f"{total % (1 << 64):016x}"
 
 
 def read_metrics(folder: Path) -> dict[str, list[StepRecord]]:

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -34,13 +34,12 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.data.stream.streams import Stream, open_stream
 from megatron_eagle.errors import LostContact, UserError
-from megatron_eagle.parallel.distribute_batch import distribute_batch
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
-from megatron_eagle.training.log import StepRecord, TrainingLog, sample_digest
-from megatron_eagle.training.loss import normalise_weights
+from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.run_folder import RunFolder
-from megatron_eagle.training.step_stats import gather_step_stats, step_loss
+from megatron_eagle.training.step import Step, StepResult, packs_per_replica
+from megatron_eagle.training.step_stats import StepStats, gather_rejected
 from megatron_eagle.training.throughput import stated_peak, utilisation
 from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
 
@@ -83,15 +82,11 @@ class StageRun:
         *,
         fallback: bool = False,
     ) -> None:
-        if stage.batch % groups.dp_size:
-            raise UserError(
-                f"batch={stage.batch} packs cannot be shared out evenly to {groups.dp_size} data-parallel ranks"
-            )
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
         self.fallback = fallback
-        self.packs_per_replica = stage.batch // groups.dp_size
+        self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
@@ -155,17 +150,14 @@ class StageRun:
         return stream
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
-        log = self._open_log()
+        log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
+        read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
             stage_folder, self.groups, self.platform.device, keep=self.stage.keep_checkpoints, say=self._say
         )
         try:
             while self.step < self.stage.steps:
-                record = self._one_step(engine, stream)
-                if log and record:
-                    log.step(record)
-                with self._doing("agreeing on whether to stop"):
-                    stop = self.watch.after_step(self.platform.device)
+                stop = self._one_step(step, read, log)
                 self._save_if_due(engine, stream, stop or self.step == self.stage.steps)
                 if stop and self.step < self.stage.steps:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
@@ -191,26 +183,25 @@ class StageRun:
             if leaving or not self.stage.async_save:
                 self.saver.finish(must=leaving)
 
-    def _one_step(self, engine: Engine, stream: Stream | None) -> StepRecord | None:
-        """Read, share out, compute; returns the record of the step on rank 0, None elsewhere."""
+    def _one_step(self, step: Step, read: Callable[[], list[PackedBatch]], log: TrainingLog | None) -> bool:
+        """Take a step and log it on rank 0; whether any process was asked to stop."""
         started = time.perf_counter()
-        read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
-        with self._doing("handing packs round"):
-            batches = distribute_batch(read, self.groups, self.platform.device)
-            waited = time.perf_counter() - started
-            normalised = normalise_weights(
-                batches,
-                self.stage.loss_normaliser,
-                packs_in_step=self.stage.batch,
-                data_parallel_group=self.groups.dp,
-            )
-        with self._doing("forward and backward"):
-            loss = engine.forward_backward(normalised)
-        with self._doing("optimizer step"):
-            grad_norm = engine.update()
-        self.step += 1
+        result = step.run(read, phase=self._doing)
         with self._doing("collecting the step's numbers"):
-            return self._record(engine, batches, loss, grad_norm, waited, started)
+            stats = step.collect(result, stop=self.watch.asked)
+            rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
+        self.step += 1
+        self.rejected_total += stats.rejected
+        if not math.isfinite(stats.loss):
+            ids = [identity for batch in result.batches for identity in batch.sample_ids]
+            self.saver.finish()  # every process is here
+            raise RuntimeError(
+                f"{self.stage.name} step {self.step}: loss is {stats.loss}; samples of this replica: {ids}"
+            )
+        if log:
+            log.step(self._record(step.engine, result, stats, rejected, time.perf_counter() - started))
+        self.watch.step_done()
+        return stats.stop
 
     @contextmanager
     def _doing(self, operation: str) -> Iterator[None]:
@@ -229,42 +220,26 @@ class StageRun:
             raise LostContact(failure) from error
 
     def _record(
-        self,
-        engine: Engine,
-        batches: Sequence[PackedBatch],
-        loss: float,
-        grad_norm: float,
-        waited: float,
-        started: float,
-    ) -> StepRecord | None:
-        total = step_loss(loss, self.groups, self.platform.device)
-        if not math.isfinite(total):
-            ids = [identity for batch in batches for identity in batch.sample_ids]
-            self.saver.finish()  # every process is here
-            raise RuntimeError(f"{self.stage.name} step {self.step}: loss is {total}; samples of this replica: {ids}")
-        counts = gather_step_stats(self.recipe.model.eagle(), self.stage.trainable, batches, self.groups)
-        if counts is None:
-            return None
-        self.rejected_total += len(counts.rejected)
-        seconds = time.perf_counter() - started
+        self, engine: Engine, result: StepResult, stats: StepStats, rejected: list[tuple[str, str]], seconds: float
+    ) -> StepRecord:
         return StepRecord(
             stage=self.stage.name,
             step=self.step,
             steps=self.stage.steps,
-            loss=total,
+            loss=stats.loss,
             learning_rate=engine.learning_rate,
-            grad_norm=grad_norm,
-            useful_tokens=counts.useful_tokens,
+            grad_norm=result.grad_norm,
+            useful_tokens=stats.useful_tokens,
             tokens=self.stage.batch * self.stage.pack_length,
-            tiles=counts.tiles,
-            tile_balance=counts.tile_balance,
+            tiles=stats.tiles,
+            tile_balance=stats.tile_balance,
             seconds=seconds,
-            **utilisation(counts.flops, seconds, self.groups.world_size, self.platform.device),
-            data_wait=waited,
+            **utilisation(stats.flops, seconds, self.groups.world_size, self.platform.device),
+            data_wait=result.data_wait,
             checkpoint_stall_s=self.saver.take_stall(),
-            sample_digest=sample_digest(counts.sample_ids),
+            sample_digest=stats.sample_digest,
             rejected_total=self.rejected_total,
-            rejected=counts.rejected,
+            rejected=rejected,
         )
 
     def _description(self, engine: Engine) -> Description:

@@ -1,78 +1,112 @@
 """What a step was like, put together from all processes: its loss, and what its packs held.
 
-Kept out of the loop because each number lives somewhere else - the loss on the last pipeline stage, the samples on the
-process that read them - and everyone has to take part in collecting it.
+Each number lives somewhere else - the loss on the last pipeline stage, the samples on the process that read them, a
+wish to stop wherever the signal came - and all of them travel in one sum of ``len(_SUMMED)`` numbers, however many
+processes there are. Of the samples' ids a digest travels that can be added up; the names of rejected samples follow
+only in a step that has any.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_eagle.config.model import EagleConfig
-from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.parallel.shard_tiles import TileShards, tile_balance
+from megatron_eagle.parallel.shard_tiles import TileShards
+from megatron_eagle.training.log import digest_as_text, id_sum
 from megatron_eagle.training.throughput import useful_flops
+
+# float64: exact for counts up to 2^53, and for the 32-bit halves of digests of up to two million readers.
+_SUMMED = ("stop", "digest_high", "digest_low", "useful_tokens", "tiles", "flops", "rejected")
+_HALF = 32
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the packs of a step held. rejected: (sample id, reason) of the samples skipped since the step before.
+    """A step of the whole run, the same on every process.
 
-    flops: useful operations of the step. tile_balance: mean / max tiles over the processes that encode, with spread
-    encoders; None otherwise.
+    loss: the objective. sample_digest: ``log.sample_digest`` of all its samples. flops: useful operations. rejected:
+    how many samples were skipped since the step before. stop: whether any process was asked to stop. tile_balance:
+    mean / max tiles over the processes that encode, with spread encoders; None otherwise.
     """
 
-    sample_ids: list[str]
+    loss: float
+    sample_digest: str
     useful_tokens: int
     tiles: int
     flops: float
-    rejected: list[tuple[str, str]]
+    rejected: int
+    stop: bool
     tile_balance: float | None = None
 
 
-def step_loss(share: float, groups: Groups, device: torch.device) -> float:
-    """The loss of the step on every process, from the shares of those that hold the last pipeline stage."""
-    own = share if groups.is_last_stage and groups.tp_rank == 0 else 0.0
-    total = torch.tensor([own], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)
+def collect_stats(
+    loss: Tensor,
+    batches: Sequence[PackedBatch],
+    config: EagleConfig,
+    trainable: Sequence[str],
+    groups: Groups,
+    *,
+    stop: bool = False,
+) -> StepStats:
+    """The step's numbers, of which each process gives its own: every process calls this with its replica's packs.
 
-
-def gather_step_stats(
-    config: EagleConfig, trainable: Sequence[str], batches: Sequence[PackedBatch], groups: Groups
-) -> StepStats | None:
-    """What all replicas read, on rank 0; None elsewhere. Every process calls this with its replica's packs."""
-    if not groups.is_reader:
-        return None
-    own = StepStats(
-        sample_ids=[identity for batch in batches for identity in batch.sample_ids],
-        useful_tokens=sum(batch.useful_tokens for batch in batches),
-        tiles=sum(len(batch.tile_slots) for batch in batches),
-        flops=useful_flops(config, trainable, batches),
-        rejected=[item for batch in batches for item in batch.rejected],
-    )
-    parts: list[Any] = [own]
-    if groups.dp_size > 1:  # the readers' data-parallel group is all of them
-        parts = [None] * groups.dp_size
-        dist.all_gather_object(parts, own, group=groups.dp)
-    if groups.rank != 0:
-        return None
+    loss: this process's share, float64 scalar on the device. stop: whether this process was asked to stop. The one
+    place of a step where the host waits for the device.
+    """
+    tiles = sum(len(batch.tile_starts) for batch in batches)
+    counts = dict.fromkeys(_SUMMED, 0.0) | {"stop": float(stop)}
+    if groups.is_reader:
+        digest = id_sum(identity for batch in batches for identity in batch.sample_ids)
+        counts |= {
+            "digest_high": float(digest >> _HALF),
+            "digest_low": float(digest % (1 << _HALF)),
+            "useful_tokens": float(sum(batch.useful_tokens for batch in batches)),
+            "tiles": float(tiles),
+            "flops": useful_flops(config, trainable, batches),
+            "rejected": float(sum(len(batch.rejected) for batch in batches)),
+        }
+    own = loss if groups.is_last_stage and groups.tp_rank == 0 else torch.zeros_like(loss)
+    numbers = torch.cat([own[None], _on_device(list(counts.values()), loss.device)])
+    dist.all_reduce(numbers)
+    if groups.spread_encoders:
+        most = _on_device([max(TileShards.of(tiles, groups.replica_size).per_rank)], loss.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        numbers = torch.cat([numbers, most])
+    total, *others = [float(number) for number in numbers.cpu()]
+    summed = dict(zip(_SUMMED, others[: len(_SUMMED)], strict=True))
     return StepStats(
-        sample_ids=[identity for part in parts for identity in part.sample_ids],
-        useful_tokens=sum(part.useful_tokens for part in parts),
-        tiles=sum(part.tiles for part in parts),
-        flops=sum(part.flops for part in parts),
-        rejected=[item for part in parts for item in part.rejected],
-        tile_balance=_tile_balance([part.tiles for part in parts], groups),
+        loss=total,
+        sample_digest=digest_as_text((int(summed["digest_high"]) << _HALF) + int(summed["digest_low"])),
+        useful_tokens=int(summed["useful_tokens"]),
+        tiles=int(summed["tiles"]),
+        flops=summed["flops"],
+        rejected=int(summed["rejected"]),
+        stop=summed["stop"] > 0,
+        tile_balance=_balance(summed["tiles"], groups.world_size, others[-1]) if groups.spread_encoders else None,
     )
 
 
-def _tile_balance(tiles_per_replica: Sequence[int], groups: Groups) -> float | None:
-    if not groups.spread_encoders:
-        return None
-    shares = [TileShards.of(tiles, groups.replica_size) for tiles in tiles_per_replica]
-    return tile_balance([count for share in shares for count in share.per_rank])
+def gather_rejected(batches: Sequence[PackedBatch], groups: Groups) -> list[tuple[str, str]]:
+    """(sample id, reason) of all samples skipped since the step before, on rank 0; nothing elsewhere.
+
+    Costs as much as their names, so every process calls this only after a step whose ``StepStats.rejected`` is not 0.
+    """
+    if not groups.is_reader:
+        return []
+    own = [item for batch in batches for item in batch.rejected]
+    parts: list[list[tuple[str, str]]] | None = [[]] * groups.dp_size if groups.rank == 0 else None
+    dist.gather_object(own, parts, dst=0, group=groups.dp)  # the readers' data-parallel group is all of them
+    return [item for part in parts or [] for item in part]
+
+
+def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(numbers, dtype=torch.float64), device)
+
+
+def _balance(tiles: float, processes: int, most: float) -> float:
+    return tiles / processes / most if most else 1.0

@@ -1,8 +1,9 @@
 """How a training process is stopped from outside, and how it notices that it hangs.
 
-A time limit or a preemption reaches the processes of a run as a signal, each at its own moment. They agree on it once
-a step, so that all of them leave after the same step, with a checkpoint of it. A hang is the opposite: no process can
-agree on anything any more, so each one watches its own clock, writes down where all its threads stand and ends itself.
+A time limit or a preemption reaches the processes of a run as a signal, each at its own moment. They agree on it with
+the numbers of each step (``step_stats.py``), so that all of them leave after the same step, with a checkpoint of it. A
+hang is the opposite: no process can agree on anything any more, so each one watches its own clock, writes down where
+all its threads stand and ends itself.
 """
 
 import contextlib
@@ -18,10 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    import torch
+from typing import TextIO
 
 STOPPED_EXIT_CODE = 85  # "saved, and to be continued"; any number nothing else uses
 HANG_EXIT_CODE = 86
@@ -86,23 +84,17 @@ class Watchdog:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
 
-    def after_step(self, device: "torch.device") -> bool:
-        """Note that a step is done; whether any process of the run was asked to stop. All processes call this."""
-        stop = self.agree(self._stop, device)
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._stop
+
+    def step_done(self) -> None:
+        """Note that a step is done: the next one has its own time."""
         now = time.monotonic()
         self._recent.append(now - self._mark)
         self._mark = now
         self._allow(self._step_limit())
-        return stop
-
-    def agree(self, own: bool, device: "torch.device") -> bool:
-        """Whether ``own`` is true in any process of the run."""
-        import torch
-        import torch.distributed as dist
-
-        wanted = torch.tensor([own], dtype=torch.int32, device=device)
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
-        return bool(wanted)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

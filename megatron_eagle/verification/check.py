@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,12 @@ from torch import Tensor
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.data import BlendSource
 from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
-from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.weights import WeightSlice, weight_slices
-from megatron_eagle.parallel.distribute_batch import distribute_batch
-from megatron_eagle.parallel.groups import Groups, initialise
+from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.parallel.process_pool import World, WorldError
 from megatron_eagle.training.engine import Engine, build_engine
-from megatron_eagle.training.loss import normalise_weights
-from megatron_eagle.training.step_stats import step_loss
+from megatron_eagle.training.step import Step
 from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
 from megatron_eagle.verification.rows import Row
 from megatron_eagle.verification.subject import STEPS, Subject, tables_subject
@@ -154,17 +152,22 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
     engine = build_engine(recipe, stage, platform, groups)
     _fill(engine, folder)
-    losses, gradient_distance = [], 0.0
-    for number, packs in enumerate(subject.steps[row.packing]):
-        share = engine.forward_backward(_batches(packs, stage, groups))
-        if number == 0:
+    step = Step(engine, groups, stage, platform.device)
+    losses: list[float] = []
+    gradient_distances: list[float] = []
+
+    def hold_gradients() -> None:
+        if not losses:
             _gather_sharded_gradients(engine)
-            gradient_distance = _distance(engine, folder, expected.gradients, lambda p: p.main_grad)
-        engine.update()
-        losses.append(step_loss(share, groups, torch.device("cpu")))
+            gradient_distances.append(_distance(engine, folder, expected.gradients, lambda p: p.main_grad))
+
+    for packs in subject.steps[row.packing]:
+        own = packs[groups.dp_rank :: groups.dp_size]
+        result = step.run(partial(list, own), before_update=hold_gradients)
+        losses.append(step.collect(result).loss)
     weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
-    worst = torch.tensor([loss_distance, gradient_distance, weight_distance], dtype=torch.float64)
+    worst = torch.tensor([loss_distance, *gradient_distances, weight_distance], dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return tuple(worst.tolist())
 
@@ -207,13 +210,6 @@ def _fill(engine: Engine, folder: str) -> None:
     for module, group in engine.weight_owners():
         hf_names.load(module, sources, state, group)
     engine.reload_optimizer()
-
-
-def _batches(packs: Sequence[PackedBatch], stage: Stage, groups: Groups) -> list[PackedBatch]:
-    """This replica's share of the global batch, the way a trainer gets it."""
-    own = list(packs[groups.dp_rank :: groups.dp_size])
-    batches = distribute_batch(lambda: own, groups, torch.device("cpu"))
-    return normalise_weights(batches, stage.loss_normaliser, packs_in_step=stage.batch, data_parallel_group=groups.dp)
 
 
 def _gather_sharded_gradients(engine: Engine) -> None:

@@ -54,20 +54,18 @@ def real_calls(recipe, shapes):
 
     from megatron_eagle.compat.platform import install
     from megatron_eagle.model.mixture import tokens_per_tile
-    from megatron_eagle.parallel.distribute_batch import distribute_batch
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.planning.samples import synthetic
     from megatron_eagle.training.engine import build_engine
-    from megatron_eagle.training.loss import normalise_weights
+    from megatron_eagle.training.step import Step
 
     platform, stage, config = install(), recipe.stages[0], recipe.model.eagle()
     groups = initialise(recipe.layout, platform, timeout=timedelta(seconds=60))
     batches = [synthetic(shape, config.tile_size, tokens_per_tile(config)) for shape in shapes[groups.dp_rank]]
     with Recorder() as recorder:
         engine = build_engine(recipe, stage, platform, groups)
-        own = distribute_batch((lambda: batches) if groups.is_reader else list, groups, platform.device)
-        own = normalise_weights(own, "global", packs_in_step=stage.batch, data_parallel_group=groups.dp)
-        engine.step(own)
+        step = Step(engine, groups, stage, platform.device)
+        step.collect(step.run(lambda: batches))
     return recorder.calls
 
 

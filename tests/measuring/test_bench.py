@@ -15,13 +15,14 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.data.stream.streams import open_stream
 from megatron_eagle.errors import UserError
-from megatron_eagle.measuring.bench import PHASES, run_bench
+from megatron_eagle.measuring.bench import run_bench
 from megatron_eagle.measuring.bench_report import read_measurement, table, write_report
 from megatron_eagle.measuring.calibrate import FITTED, Timed, calibrate, fit, predicted, variants, worst_error
 from megatron_eagle.model.flops import Parts
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware, hardware_as_yaml, load_hardware
 from megatron_eagle.planning.samples import DataOf, Given, Mix, samples_of
+from megatron_eagle.training.step import PHASES
 
 ROOT = Path(__file__).parents[2]
 RECIPE = recipe_of({"pp": 2, "layers_per_stage": [1, 2], "encoder": "spread"})

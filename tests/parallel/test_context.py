@@ -128,6 +128,6 @@ def test_attention_of_a_place_is_the_packs_under_a_mask(ring, borders, monkeypat
     )[0].transpose(0, 1)
     for share in shares(ring, 1):
         held = share.positions(48)
-        place = PackMask.of(torch.tensor(borders, dtype=torch.int32), Context(share))
+        place = PackMask.of(torch.tensor(borders, dtype=torch.int32), borders, Context(share))
         assert place.query_positions.tolist() == held.tolist() and place.query_positions.dtype == torch.int32
         torch.testing.assert_close(_attend_by_pieces(query[held], key, value, place, None), want[held])

@@ -23,7 +23,7 @@ TIED = EagleConfig(
 
 def without_padding(batch: PackedBatch) -> PackedBatch:
     """The pack without its empty last segment."""
-    return replace(batch, cu_seqlens=batch.cu_seqlens[:-1], useful_tokens=batch.length)
+    return replace(batch, cu_seqlens=batch.cu_seqlens[:-1], borders=batch.borders[:-1], useful_tokens=batch.length)
 
 
 # With one round of zigzag, chunks are 32 positions in two places and 16 in four; ROUNDS makes them 8. Tiles take 16

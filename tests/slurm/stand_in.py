@@ -98,7 +98,8 @@ def train(options: argparse.Namespace, watch: Peers, rank: int) -> bool:
         if os.environ.get("STAND_IN_DIES_AT") == f"{stage['name']} {step} {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         step, state = step + 1, after(state, stage["name"], step + 1)
-        stop = watch.after_step(rank)
+        stop = watch.agree(watch.asked, rank)
+        watch.step_done()
         if rank == 0:
             entry = {"stage": stage["name"], "step": step, "loss": loss_of(state), "sample_digest": state}
             with metrics.open("a") as file:

@@ -16,17 +16,14 @@ import signal, sys, time
 from pathlib import Path
 from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
-class Alone(Watchdog):
-    def agree(self, own, device):
-        return own
-
-watch = Alone(HangLimits(factor=3, at_least=0.5, otherwise=20, grace=0.5), Path(sys.argv[1]), rank=3)
+watch = Watchdog(HangLimits(factor=3, at_least=0.5, otherwise=20, grace=0.5), Path(sys.argv[1]), rank=3)
 watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
 for step in range(int(sys.argv[2])):
     time.sleep(0.02)
     with watch.saving():
         time.sleep(0.8 if step == 4 else 0.0)  # longer than a step may take
-    if watch.after_step(None):
+    watch.step_done()
+    if watch.asked:
         print("stopped", flush=True)
         break
     print("step", step, flush=True)

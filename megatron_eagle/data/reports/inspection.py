@@ -153,7 +153,7 @@ pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 8px }}
 
 def _samples(batch: PackedBatch, tokenizer: Tokenizer) -> list[str]:
     """One block of the page for each sample of a pack; text is decoded from the very tokens that are trained on."""
-    borders = batch.cu_seqlens.tolist()
+    borders = batch.borders
     blocks = []
     for sample_id, start, end in zip(batch.sample_ids, borders, borders[1:], strict=False):
         own = (batch.tile_slots >= start) & (batch.tile_slots < end)
