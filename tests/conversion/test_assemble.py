@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizer_folder import write_qwen_like
 
-from megatron_eagle.conversion.assemble import interpolate
 from megatron_eagle.conversion.check import check
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.hf_names import interpolate
 
 NO_LOGITS = Options(logits=False)
 
@@ -122,5 +122,5 @@ def test_interpolation_keeps_a_plane_and_the_same_size():
 
 def test_sources_that_cannot_be_an_eagle(tmp_path):
     write_parts(tmp_path, "eagle2-1b", rows=480)
-    with pytest.raises(UserError, match="none of the sources holds a SigLIP or a ConvNeXt"):
+    with pytest.raises(UserError, match="none of the sources holds a SigLIP, a ConvNeXt or a DINOv2"):
         hf_to_megatron([tmp_path / "qwen", tmp_path / "qwen"], tmp_path / "in", NO_LOGITS)

@@ -14,12 +14,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.encoders import encoder_config
-from megatron_eagle.model.encoders.siglip import normalise
+from megatron_eagle.model.encoders import encoder_hf_names
+from megatron_eagle.model.encoders.dinov2.module import MEAN, STD
+from megatron_eagle.model.encoders.siglip.module import normalise
 from megatron_eagle.model.weights import weight_slices
 
 TOLERANCE = 1e-5
@@ -63,11 +65,11 @@ def run_siglip(layout):
     numbers = {name: value for name, value in cases.SIGLIP.items() if name != "kind"}
     theirs = randomise(SiglipVisionModel(SiglipVisionConfig(**numbers, vision_use_head=False)), 1)
     (model,) = cases.build(EagleConfig(64, (cases.SIGLIP,), cases.QWEN), layout)
-    sources = hf_names.siglip_sources(config)
+    sources = encoder_hf_names("siglip").reference_sources(config, "", "siglip")
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(3)
     pixels = (tiles.float() / 255 - 0.5) / 0.5
-    ours = model.vision.siglip.hidden_states(normalise(tiles))
+    ours = model.vision.siglip.from_pixels(normalise(tiles))
     return compare(model, sources, theirs, ours, theirs(pixels).last_hidden_state)
 
 
@@ -80,7 +82,7 @@ def run_convnext(layout):
         if "LayerNorm" in type(module).__name__:
             module.eps = 1e-5
     (model,) = cases.build(EagleConfig(64, (cases.CONVNEXT,), cases.QWEN), layout)
-    sources = hf_names.convnext_sources(config)
+    sources = encoder_hf_names("convnext").reference_sources(config, "", "convnext")
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(2)
     features = theirs(as_released(tiles, config.image_size)).last_hidden_state
@@ -107,7 +109,7 @@ def run_mixture_and_connector(layout):
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(3)
     with torch.no_grad():
-        shuffled = released_pixel_shuffle(model.vision.siglip.hidden_states(normalise(tiles)).unflatten(1, (8, 8)))
+        shuffled = released_pixel_shuffle(model.vision.siglip.from_pixels(normalise(tiles)).unflatten(1, (8, 8)))
         joined = torch.cat([shuffled.reshape(3, 16, -1), model.vision.convnext(tiles)], dim=-1)
     return compare(model, sources, theirs, model.encode(tiles), theirs(joined))
 

@@ -11,7 +11,8 @@ from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.model.eagle import EagleModel, build_eagle
-from megatron_eagle.model.flops import Parts, Work, encoder_flops, head_flops, layer_flops, step_flops
+from megatron_eagle.model.cost import Parts
+from megatron_eagle.model.flops import Work, encoder_flops, head_flops, layer_flops, step_flops
 from megatron_eagle.parallel.groups import initialise
 
 EVERYTHING = ("vision", "connector", "language")
@@ -78,8 +79,8 @@ def test_published_sizes():
     """SigLIP so400m: 411 M weights on 1024 tokens and their attention. ConvNeXt-XXL: timm lists 198 GMAC at 256 pixels,
     and 512 pixels are four times as many. Qwen2.5-7B: 7.07 billion weights in matrix products."""
     eagle = PRESETS["eagle2-9b"]
-    assert encoder_flops(eagle, 0, FORWARD_ONLY).forward == pytest.approx(0.974e12, rel=0.005)
-    assert encoder_flops(eagle, 1, FORWARD_ONLY).forward == pytest.approx(4 * 2 * 198e9, rel=0.005)
+    assert encoder_flops(eagle.encoders[0], FORWARD_ONLY).forward == pytest.approx(0.974e12, rel=0.005)
+    assert encoder_flops(eagle.encoders[1], FORWARD_ONLY).forward == pytest.approx(4 * 2 * 198e9, rel=0.005)
     layer = layer_flops(eagle.language, FORWARD_ONLY, 1).forward
     weights = (28 * layer + head_flops(eagle.language, FORWARD_ONLY, 1).forward) / 2
     assert weights == pytest.approx(7.07e9, rel=0.002)
