@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizer_folder import write_qwen_like
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from megatron_eagle.conversion.check import check
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
@@ -107,6 +108,43 @@ def test_untied_mixture_from_three_parts(tmp_path):
     assert torch.equal(inside[:380], qwen["model.embed_tokens.weight"][:size])
     assert torch.equal(out[first:], qwen["lm_head.weight"][:first].double().mean(0).float().expand(size - first, -1))
     assert check(tmp_path / "in", tmp_path / "out").equal
+
+
+def test_siglip_and_dinov2_as_transformers_saves_it(tmp_path):
+    """At twice the tile size that they were trained at; the proof compares logits with transformers' own modules."""
+    _, _, vision, _ = write_parts(tmp_path, "eagle2-1b", rows=480)
+    numbers = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+    theirs = Dinov2Model(Dinov2Config(**numbers, image_size=32))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    theirs.save_pretrained(tmp_path / "dino")
+    parts = [tmp_path / "dino", tmp_path / "qwen", tmp_path / "paligemma"]
+    proof = hf_to_megatron(parts, tmp_path / "in", Options(), tile_size=64)
+    assert proof.logits is not None and proof.logits < 1e-4
+    assert "own training only" in proof.unused[next(name for name in proof.unused if name.endswith("mask_token"))]
+    megatron_to_hf(tmp_path / "in", tmp_path / "out", NO_LOGITS)
+    made, tower = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        "vision_model.vision_model.vision_towers.1.vision_tower.",
+    )
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith("position_embeddings"):
+            tensor = theirs.embeddings.interpolate_pos_encoding(torch.zeros(1, 65, 32), 64, 64)
+        if not name.endswith("mask_token"):
+            assert torch.equal(made[tower + name], tensor), name
+    assert torch.equal(made[f"{tower}embeddings.cls_token"], theirs.embeddings.cls_token)
+    assert made[f"{tower.replace('.1.', '.0.')}vision_model.post_layernorm.weight"].equal(
+        vision["post_layernorm.weight"]
+    )
+
+
+def test_dinov2_with_registers_is_refused(tmp_path):
+    write_parts(tmp_path, "eagle2-1b", rows=480)
+    numbers = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 8}
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**numbers, image_size=32)).save_pretrained(tmp_path / "dino")
+    with pytest.raises(UserError, match="register_tokens: a DINOv2 with registers is not supported"):
+        hf_to_megatron([tmp_path / "dino", tmp_path / "qwen"], tmp_path / "in", NO_LOGITS, tile_size=32)
 
 
 def test_interpolation_keeps_a_plane_and_the_same_size():
