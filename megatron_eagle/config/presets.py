@@ -120,7 +120,7 @@ SMALLEST = EagleConfig(
         initializer_range=0.1,
     ),
 )
-"""The model of ``verify``'s tables: all parts of an Eagle, tied embeddings, fewer key/value heads than the largest tp."""
+"""The model of ``verify``'s tables: all parts, tied embeddings, fewer key/value heads than the largest tp."""
 
 PRESETS: dict[str, EagleConfig] = {
     "eagle2-1b": EagleConfig(tile_size=448, encoders=(_SIGLIP,), language=_qwen_0_5b(EAGLE2_VOCABULARY)),
