@@ -119,7 +119,7 @@ def _prefixes(source: TensorSource, kind: str) -> list[str]:
 
 
 def _vision_names(source: TensorSource) -> dict[str, TensorInfo]:
-    """Names outside a text tower (SigLIP's and CLIP's have an encoder of their own)."""
+    """Names outside a text tower, which contrastive models have beside the vision tower."""
     return {name: info for name, info in source.infos.items() if "text" not in name.split(".")[0]}
 
 
