@@ -22,7 +22,7 @@ from megatron_eagle.config.model import EagleConfig, QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.eagle import count_parameters
-from megatron_eagle.model.encoders import encoder_hf_names
+from megatron_eagle.model.encoders import encoder_hf_names, encoder_reference
 from megatron_eagle.model.encoders.dinov2 import module as dinov2
 from megatron_eagle.model.encoders.siglip.module import normalise
 from megatron_eagle.model.weights import weight_slices
@@ -207,6 +207,10 @@ def test_qwen_on_a_pack(worlds, layout, tied):
         assert compared == 4 * 7 + (2 if tied else 3)
 
 
+def names_of(sources):
+    return {name for source in sources.values() for name in source.names}
+
+
 def test_dinov2_has_the_weights_of_the_published_one():
     """facebook/dinov2-large at 448 pixels, without the token that stands for masked patches."""
     with torch.device("meta"):
@@ -215,7 +219,9 @@ def test_dinov2_has_the_weights_of_the_published_one():
         )
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert shapes.pop("embeddings.mask_token") == (1, 1024)
-    sources = encoder_hf_names("dinov2").reference_sources(encoder_config({"kind": "dinov2"}), "", "dinov2")
-    assert {name for source in sources.values() for name in source.names} == set(shapes)
+    config, names = encoder_config({"kind": "dinov2"}), encoder_hf_names("dinov2")
+    assert names_of(names.reference_sources(config, "", "dinov2")) == set(shapes)
+    published = names_of(names.released_sources(config, "", "dinov2", layer_scale="gamma"))
+    assert {encoder_reference({"kind": "dinov2"}).reference_name(name) for name in published} == set(shapes)
     ours = count_parameters(EagleConfig(448, ({"kind": "dinov2"},), cases.QWEN))["vision"]
     assert ours == sum(shape.numel() for shape in shapes.values())

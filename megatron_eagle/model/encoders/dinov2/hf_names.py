@@ -1,11 +1,11 @@
-"""DINOv2's names: transformers' Dinov2Model.
+"""DINOv2's names: those of the published checkpoints, and those that transformers' Dinov2Model has in memory.
 
 No released Eagle holds one. Ours are written as a tower of a mixture, and ``dinov2_vision_config`` beside
 ``siglip_vision_config`` says what shapes do not.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,11 +32,13 @@ UNUSED = ((r"^embeddings\.mask_token$", "stands for masked patches, in DINOv2's 
 _PATCHES, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _LAYER = {
     "input_layernorm": "norm1",
-    "self_attention.linear_proj": "attention.output.dense",
     "pre_mlp_layernorm": "norm2",
     "mlp.linear_fc1": "mlp.fc1",
     "mlp.linear_fc2": "mlp.fc2",
 }
+# Query, key, value and output projection, in files and in memory.
+_IN_FILES = ("attention.query", "attention.key", "attention.value", "output.dense")
+_IN_MEMORY = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Keys of its config.json that change what it computes, with the one value that is understood.
 _FIXED = {"hidden_act": "gelu", "qkv_bias": True, "use_swiglu_ffn": False, "num_channels": 3}
 
@@ -70,12 +72,16 @@ def describe(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, 
 
 
 def released_sources(config: Config, prefix: str, name: str, *, layer_scale: str) -> HfNames:
-    """transformers' names, which call the scales ``lambda1``."""
-    return reference_sources(config, prefix, name)
+    """A published checkpoint -> ``vision.<name>``; it calls the scales ``lambda1``."""
+    return _sources(config, prefix, name, _IN_FILES)
 
 
 def reference_sources(config: Config, prefix: str, name: str) -> HfNames:
     """Dinov2Model -> ``vision.<name>``."""
+    return _sources(config, prefix, name, _IN_MEMORY)
+
+
+def _sources(config: Config, prefix: str, name: str, projections: Sequence[str]) -> HfNames:
     start, width = f"vision.{name}.", config.hidden_size
     sources = weight_and_bias(f"{start}patch_embedding", f"{prefix}embeddings.patch_embeddings.projection")
     sources[f"{start}class_token"] = reshaped(f"{prefix}embeddings.cls_token", (1, width), (1, 1, width))
@@ -83,8 +89,9 @@ def reference_sources(config: Config, prefix: str, name: str) -> HfNames:
     sources[f"{start}position_embedding"] = reshaped(f"{prefix}{_POSITIONS}", positions, (1, *positions))
     for number in range(config.num_hidden_layers):
         ours, theirs = f"{start}transformer.layers.{number}.", f"{prefix}encoder.layer.{number}."
-        parts = tuple(f"{theirs}attention.attention.{part}" for part in ("query", "key", "value"))
+        *parts, out = (f"{theirs}attention.{projection}" for projection in projections)
         sources |= qkv(ours, parts, config.num_attention_heads, config.num_attention_heads)
+        sources |= weight_and_bias(f"{ours}self_attention.linear_proj", out)
         for our_name, their_name in _LAYER.items():
             sources |= weight_and_bias(ours + our_name, theirs + their_name)
         sources[f"{ours}self_attn_bda.scale"] = HfTensors((f"{theirs}layer_scale1.lambda1",))

@@ -1,5 +1,6 @@
 """transformers' Dinov2Model, and the pixels and the shuffle around it."""
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,11 @@ from megatron_eagle.model.encoders.dinov2.config import Config
 from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_LOADED = (
+    (r"\.attention\.attention\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+)
 
 
 def build(config: Config) -> nn.Module:
@@ -34,7 +40,9 @@ def features(config: Config, module: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def reference_name(name: str) -> str:
-    """Checkpoints have transformers' names."""
+    """The name that transformers gives a tensor of a checkpoint when it loads it."""
+    for pattern, replacement in _LOADED:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
