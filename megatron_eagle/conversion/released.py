@@ -147,7 +147,7 @@ def _in_order(towers: list[tuple[str, str]], own: EagleConfig | None, where: str
     found, said = [kind for kind, _ in towers], ", ".join(f"{kind} at {prefix}" for kind, prefix in towers) or "none"
     if own is None:
         if not towers or len(set(found)) < len(found):
-            known = ", ".join(encoder_kinds())
+            known = ", ".join(convertible_kinds())
             raise UserError(
                 f"{where}: its tensors should be those of encoders of different kinds ({known}), are: {said}"
             )

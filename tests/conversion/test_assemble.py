@@ -134,6 +134,14 @@ def test_siglip_and_dinov2_as_transformers_saves_it(tmp_path):
     assert torch.equal(made[f"{towers}0.vision_tower.vision_model.{norm}"], vision[norm])
 
 
+def test_a_source_that_holds_no_encoder_known_here_is_named(tmp_path):
+    write_parts(tmp_path, "eagle2-1b", rows=480)
+    save_file({"vision_model.embeddings.class_embedding": torch.ones(4)}, tmp_path / "clip.safetensors")
+    parts = [tmp_path / "qwen", tmp_path / "paligemma", tmp_path / "clip.safetensors"]
+    with pytest.raises(UserError, match=r"clip\.safetensors holds none of: a SigLIP, a ConvNeXt, a DINOv2"):
+        hf_to_megatron(parts, tmp_path / "in", NO_LOGITS, tile_size=32)
+
+
 def test_dinov2_with_registers_is_refused(tmp_path):
     write_parts(tmp_path, "eagle2-1b", rows=480)
     numbers = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 8}
