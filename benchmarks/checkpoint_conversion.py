@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.conversion.export import write_configs
 from megatron_eagle.conversion.released import Dialect
@@ -28,7 +29,6 @@ from megatron_eagle.conversion.safetensors_folder import write_safetensors
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
 from megatron_eagle.model.eagle import parameter_shapes
-from megatron_eagle.model.mixture import tokens_per_tile
 
 BLOCK = 1 << 22  # random numbers that tensors are filled from, each from another place
 

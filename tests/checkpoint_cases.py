@@ -31,6 +31,7 @@ SIGLIP = {
     "image_size": 32,
     "patch_size": 8,
 }
+DINOV2 = {**SIGLIP, "kind": "dinov2"}
 CONVNEXT = {"kind": "convnext", "depths": (1, 2, 1, 1), "hidden_sizes": (8, 8, 16, 24), "image_size": 64}
 SHAPES = ("eagle2-1b", "eagle2-2b", "eagle2-9b", "eagle2-34b", "eagle2.5-8b")
 LAYERS = 4
@@ -55,22 +56,28 @@ def reduced(shape: str) -> EagleConfig:
     return EagleConfig(tile_size=32, encoders=encoders, language=language)
 
 
-def write_released(folder: Path, config: EagleConfig, dialect: Dialect, seed: int = 1, dtype=torch.float32) -> dict:
-    """A released checkpoint of random numbers, written by the safetensors library; returns its tensors."""
+def write_released(
+    folder: Path, config: EagleConfig, dialect: Dialect, seed: int = 1, dtype=torch.float32, ours: bool = False
+) -> dict:
+    """A released checkpoint of random numbers, written by the safetensors library; returns its tensors.
+
+    ours: config.json describes the model as we do when we export one; NVIDIA's have no such key.
+    """
     from megatron_eagle.model.eagle import parameter_shapes
 
     generator = torch.Generator().manual_seed(seed)
     shapes, state = parameter_shapes(config), {}
-    for ours, source in dialect.sources(config).items():
-        for name, part in zip(source.names, source.split(torch.empty(shapes[ours], device="meta")), strict=True):
+    for parameter, source in dialect.sources(config).items():
+        for name, part in zip(source.names, source.split(torch.empty(shapes[parameter], device="meta")), strict=True):
             std = part[0].numel() ** -0.5 if part.ndim > 1 else 0.2
             state[name] = (torch.randn(part.shape, generator=generator) * std).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     write_configs(folder, config, dialect.format, dtype=dtype, ids={"<IMG_CONTEXT>": 5}, tokens_per_tile=4)
-    config_file = json.loads((folder / "config.json").read_text())
-    del config_file["megatron_eagle"]  # NVIDIA's have no such key
-    (folder / "config.json").write_text(json.dumps(config_file))
+    if not ours:
+        config_file = json.loads((folder / "config.json").read_text())
+        del config_file["megatron_eagle"]
+        (folder / "config.json").write_text(json.dumps(config_file))
     return state
 
 

@@ -36,6 +36,16 @@ CONVNEXT = {
     "image_size": 128,
     "layer_scale_init_value": 0.5,
 }
+DINOV2 = {
+    "kind": "dinov2",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+    "layerscale_value": 0.5,
+}
 QWEN = QwenConfig(
     hidden_size=48,
     intermediate_size=96,

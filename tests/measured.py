@@ -39,7 +39,7 @@ def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
     for key, value in changes.items():
         if key in ("trainable", "batch", "pack_length"):
             settings["stages"][0][key] = value
-        elif key in ("recompute", "language"):
+        elif key in ("recompute", "language", "encoders"):
             settings["model"][key] = value
         elif key in ("distributed", "overlap"):
             settings.setdefault("optimizer", {})[key] = value
@@ -50,8 +50,8 @@ def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
 
 def packs_of(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> list[Any]:
     """One pack for each entry: segments of ``lengths``, the rest padding; the tiles stand one behind another."""
+    from megatron_eagle.config.model import tokens_per_tile
     from megatron_eagle.data.sample.assemble import Segment, assemble_pack
-    from megatron_eagle.model.mixture import tokens_per_tile
 
     config = recipe.model.eagle()
     cost, side = tokens_per_tile(config), config.tile_size

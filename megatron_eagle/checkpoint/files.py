@@ -34,9 +34,9 @@ from megatron_eagle.checkpoint.sharded_state import (
     sharded_state,
     sharded_weights,
 )
+from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.encoders import encoder_config
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.engine import Engine
 

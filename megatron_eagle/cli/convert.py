@@ -32,8 +32,8 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "hf-to-megatron",
         "a released Eagle, or the parts of a new one, to a checkpoint to train from",
         "One SOURCE is a released Eagle 2 or 2.5. Several are the parts of a new one, in any order: a Qwen2.5\n"
-        "folder, a SigLIP, SigLIP2 or PaliGemma, and optionally a ConvNeXt of timm or open_clip; each is a folder or\n"
-        "a .safetensors file.\n"
+        "folder and its vision encoders as they are published (docs/encoders.md); each is a folder or a .safetensors\n"
+        "file.\n"
         "A recipe names OUT as model.initial_weights and OUT/tokenizer as its tokenizer.",
         "  megatron-eagle convert hf-to-megatron hub/Eagle2-1B checkpoints/eagle2-1b\n"
         "  megatron-eagle convert hf-to-megatron hub/Qwen2.5-7B-Instruct hub/paligemma-3b-pt-448 \\\n"
@@ -61,7 +61,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("A", "B"),
         default=None,
-        help="B: Eagle 2.5, one SigLIP; A: Eagle 2, mixtures too (default: as it came, else B if it fits)",
+        help="B: Eagle 2.5, one encoder; A: Eagle 2, mixtures too (default: as it came, else B if it fits)",
     )
     go.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder (default: the checkpoint's own)")
     _add_common(go)

@@ -1,15 +1,17 @@
 """What an Eagle model is made of, in Hugging Face's config names, and whether a layout can hold it.
 
-Only numbers live here; the modules that read them are beside it (``qwen.py``, ``connector.py``, ``encoders/``).
-An encoder's own numbers live in its file, ``encoders/<kind>.py``, found by the ``kind`` a recipe names.
+Only numbers live here; the modules that read them are those of ``megatron_eagle.model``. An encoder's own numbers live
+in its folder, found by the ``kind`` a recipe names (``encoders.py``).
 """
 
 import math
+from collections import Counter
 from dataclasses import field
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from megatron_eagle.config.encoders import EncoderConfig, encoder_config
 from megatron_eagle.config.layout import STRICT, Layout, Positive
 
 VOCABULARY_MULTIPLE = 128
@@ -61,8 +63,7 @@ class QwenConfig:
 class EagleConfig:
     """Tiles of ``tile_size`` pixels -> encoders, joined by channel -> connector -> language model.
 
-    encoders: one mapping per encoder, ``{"kind": ..., <that encoder's own numbers>}``; order is channel order
-        (Eagle 2: SigLIP first, then ConvNeXt).
+    encoders: one mapping per encoder, ``{"kind": ..., <that encoder's own numbers>}``; order is channel order.
     """
 
     tile_size: Positive
@@ -75,10 +76,45 @@ class EagleConfig:
             raise ValueError("a mixture needs at least one encoder, this model has 0")
 
 
+def encoder_configs(config: EagleConfig) -> list[EncoderConfig]:
+    """The checked numbers of every encoder, in channel order; ValueError if some are wrong."""
+    return [encoder_config(settings) for settings in config.encoders]
+
+
+def encoder_names(config: EagleConfig) -> list[str]:
+    """What each encoder is called among a model's weights: its kind, and a kind used again with a number
+    (``name``, ``name_2``)."""
+    seen: Counter[str] = Counter()
+    names = []
+    for settings in config.encoders:
+        kind = settings["kind"]
+        seen[kind] += 1
+        names.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
+    return names
+
+
+def tokens_per_tile(config: EagleConfig) -> int:
+    """Tokens that one tile becomes in the language model; ValueError if the encoders disagree."""
+    tokens = [encoder.output_tokens for encoder in encoder_configs(config)]
+    if len(set(tokens)) > 1:
+        counts = ", ".join(f"{s['kind']} {count}" for s, count in zip(config.encoders, tokens, strict=True))
+        raise ValueError(f"encoders joined by channel must agree on the tokens per tile, got {counts}")
+    return tokens[0]
+
+
+def mixture_channels(config: EagleConfig) -> int:
+    """Channels of a token after joining."""
+    return sum(encoder.output_channels for encoder in encoder_configs(config))
+
+
+def kernels_take(config: EagleConfig) -> bool:
+    """Whether this project's kernels can prepare the tiles for all encoders and join what they make of them."""
+    roles = [encoder.kernel_role for encoder in encoder_configs(config)]
+    return roles in (["shuffled"], ["shuffled", "appended"])
+
+
 def check_layout(config: EagleConfig, layout: Layout) -> None:
     """Refuse a layout that cannot hold the model; the ValueError names both numbers."""
-    from megatron_eagle.model.encoders import encoder_config  # imports Megatron, which takes seconds
-
     if layout.vpp is not None and config.language.num_hidden_layers < layout.pp * layout.vpp:
         raise ValueError(
             f"pp={layout.pp} x vpp={layout.vpp} needs at least {layout.pp * layout.vpp} layers, "
@@ -87,8 +123,7 @@ def check_layout(config: EagleConfig, layout: Layout) -> None:
     _check_tensor_parallel(config.language, layout.tp)
     _check_ulysses(config.language, layout)
     _check_pipeline(config.language, layout)
-    for settings in config.encoders:
-        encoder = encoder_config(settings)
+    for encoder in encoder_configs(config):
         encoder.check_tile_size(config.tile_size)
         encoder.check_tensor_parallel(layout.tp)
 

@@ -95,6 +95,33 @@ _TINY = EagleConfig(
     ),
 )
 
+SMALLEST = EagleConfig(
+    tile_size=32,
+    encoders=(
+        {
+            "kind": "siglip",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        {"kind": "convnext", "depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "image_size": 64},
+    ),
+    language=QwenConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    ),
+)
+"""The model of ``verify``'s tables: all parts, tied embeddings, fewer key/value heads than the largest tp."""
+
 PRESETS: dict[str, EagleConfig] = {
     "eagle2-1b": EagleConfig(tile_size=448, encoders=(_SIGLIP,), language=_qwen_0_5b(EAGLE2_VOCABULARY)),
     "eagle2-2b": EagleConfig(tile_size=448, encoders=(_SIGLIP,), language=_qwen_1_5b(EAGLE2_VOCABULARY)),

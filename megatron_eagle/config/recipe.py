@@ -17,13 +17,12 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.layout import STRICT, Layout, Positive
-from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout
+from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
 from megatron_eagle.config.overrides import apply_override
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.data.media.frames import VideoSettings
 from megatron_eagle.data.sample.conversation import DEFAULT_SYSTEM
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.mixture import tokens_per_tile
 
 Part = Literal["vision", "connector", "language"]
 Rate = Annotated[float, Gt(0)]

@@ -1,9 +1,9 @@
-"""A new Eagle from its parts: a Qwen2.5, a SigLIP (or PaliGemma's), perhaps a ConvNeXt, and a fresh connector.
+"""A new Eagle from its parts: a Qwen2.5, one or several vision encoders, and a fresh connector.
 
 The parts keep their own tensor names and are joined into one ``TensorSource``, so that a new model goes through the
 same conversion and the same proof as a released one. What is computed here:
 
-- position embeddings are interpolated (bicubic, as vision transformers are) when the tile size asks for another grid;
+- what an encoder needs otherwise at the new tile size, e.g. position embeddings of another grid (its ``hf_names.fit``);
 - the embedding gets exactly as many rows as the tokenizer has tokens. Rows of added tokens in the *output* matrix are
   the mean of all others (NVlabs/Eagle does so); in an untied input embedding they keep what Qwen2.5 has there, and are
   the mean as well where it has no such row;
@@ -11,33 +11,32 @@ same conversion and the same proof as a released one. What is computed here:
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.config.encoders import encoder_spec
+from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_configs, mixture_channels
 from megatron_eagle.conversion.released import (
     Dialect,
-    convnext_settings,
-    prefix_of,
+    convertible_kinds,
+    describe_encoder,
+    find_encoders,
     qwen_config,
     read_config,
-    siglip_settings,
+    tower_prefix,
 )
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
 from megatron_eagle.conversion.tokenizer_files import Vocabulary
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.encoders import encoder_config
+from megatron_eagle.model.encoders import encoder_hf_names
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 
 
 class Assembled:
@@ -86,26 +85,30 @@ def assemble(
     language = _add_language(made, qwen, sources[qwen], vocabulary)
     encoders: list[dict[str, Any]] = []
     prefixes: list[str] = []
-    for ending, describe, kind, tower in (
-        (_PATCHES, siglip_settings, "a SigLIP", "vision_model."),
-        ("stem.0.weight", convnext_settings, "a ConvNeXt", ""),
-    ):
-        having = [path for path in parts if path != qwen and _has(sources[path], ending)]
+    left = [path for path in parts if path != qwen]
+    for kind in convertible_kinds():
+        having = [path for path in left if _prefixes(sources[path], kind)]
+        title = encoder_spec(kind).title
         if len(having) > 1:
-            raise UserError(f"{len(having)} of the sources have {kind}: {', '.join(map(str, having))}")
+            raise UserError(f"{len(having)} of the sources have {title}: {', '.join(map(str, having))}")
         if not having:
             continue
+        left.remove(having[0])
         source = sources[having[0]]
-        old = prefix_of(_vision_names(source), ending, str(having[0]))
-        prefixes.append(f"vision_model.vision_model.vision_towers.{len(prefixes)}.vision_tower.{tower}")
-        made.take(source, old, prefixes[-1])
-        encoders.append(describe(made.infos, prefixes[-1], _vision_config(having[0])))
+        old = _prefixes(source, kind)
+        if len(old) > 1:
+            raise UserError(f"{having[0]} has {title} {len(old)} times: at {', '.join(old)}")
+        prefixes.append(tower_prefix(len(prefixes), kind))
+        made.take(source, old[0], prefixes[-1])
+        settings = describe_encoder(kind, made.infos, prefixes[-1], _vision_config(having[0]))
+        encoders.append(_fit(made, prefixes[-1], settings, tile_size))
+    titles = [encoder_spec(kind).title for kind in convertible_kinds()]
     if not encoders:
-        raise UserError("none of the sources holds a SigLIP or a ConvNeXt")
-    if encoders[0]["kind"] == "siglip":
-        encoders[0] = _fit_positions(made, prefixes[0], encoders[0], tile_size)
+        raise UserError(f"none of the sources holds {', '.join(titles[:-1])} or {titles[-1]}")
+    if left:
+        raise UserError(f"{', '.join(map(str, left))} holds none of: {', '.join(titles)}")
     config = EagleConfig(tile_size=tile_size, encoders=tuple(encoders), language=language)
-    tokens = {encoder_config(settings).output_tokens for settings in encoders}
+    tokens = {encoder.output_tokens for encoder in encoder_configs(config)}
     if len(tokens) > 1:
         raise UserError(
             f"the encoders give {sorted(tokens)} tokens per tile; they are joined by channel, so as many each"
@@ -115,17 +118,17 @@ def assemble(
     return made, config, Dialect("A", tuple(prefixes), layer_scale=scale)
 
 
-def _has(source: TensorSource, ending: str) -> bool:
-    return any(name.endswith(ending) for name in _vision_names(source))
+def _prefixes(source: TensorSource, kind: str) -> list[str]:
+    return encoder_hf_names(kind).find(_vision_names(source))
 
 
 def _vision_names(source: TensorSource) -> dict[str, TensorInfo]:
-    """Names outside a text tower (SigLIP's and CLIP's have an encoder of their own)."""
+    """Names outside a text tower, which contrastive models have beside the vision tower."""
     return {name: info for name, info in source.infos.items() if "text" not in name.split(".")[0]}
 
 
 def _is_qwen(source: TensorSource) -> bool:
-    return _EMBEDDING in source.infos and not _has(source, _PATCHES)
+    return _EMBEDDING in source.infos and not find_encoders(_vision_names(source))
 
 
 def _one(sources: Mapping[Path, TensorSource], fits: Callable[[TensorSource], bool], what: str) -> Path:
@@ -174,32 +177,16 @@ def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor
     return new
 
 
-def _fit_positions(made: Assembled, prefix: str, settings: dict[str, Any], tile_size: int) -> dict[str, Any]:
-    """SigLIP's settings at ``tile_size``, its position embeddings interpolated if the grid of patches changes."""
-    patch = made.infos[f"{prefix}{_PATCHES}"].shape[-1]
-    if tile_size % patch:
-        raise UserError(f"tiles of {tile_size} pixels cannot be cut into this SigLIP's patches of {patch} pixels")
-    name = f"{prefix}{_POSITIONS}"
-    info, side = made.infos[name], tile_size // patch
-    if info.shape[0] != side**2:
-        made.replace(name, TensorInfo((side**2, info.shape[1]), info.dtype), partial(interpolate, side=side))
-    numbers = {**settings, "image_size": tile_size}
-    if tile_size == 448:  # the default: leave it out as presets do
-        del numbers["image_size"]
+def _fit(made: Assembled, prefix: str, settings: dict[str, Any], tile_size: int) -> dict[str, Any]:
+    """An encoder's settings at ``tile_size``, and those of its tensors changed that this changes."""
+    numbers, changes = encoder_hf_names(settings["kind"]).fit(made.infos, prefix, settings, tile_size)
+    for name, (shape, change) in changes.items():
+        made.replace(name, TensorInfo(shape, made.infos[name].dtype), change)
     return numbers
 
 
-def interpolate(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings [n*n, channels] on a grid of ``side`` x ``side``, bicubic."""
-    old = math.isqrt(len(positions))
-    grid = positions.float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    new = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    return new.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
-
-
 def _add_connector(made: Assembled, config: EagleConfig, dtype: torch.dtype, seed: int) -> None:
-    width = sum(encoder_config(settings).output_channels for settings in config.encoders)
-    hidden = config.language.hidden_size
+    width, hidden = mixture_channels(config), config.language.hidden_size
     for name, shape in {
         "0.weight": (width,),
         "0.bias": (width,),

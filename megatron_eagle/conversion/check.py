@@ -9,7 +9,7 @@ from megatron_eagle.checkpoint.files import find_latest, read_description
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.conversion.proof import Comparison, compare
-from megatron_eagle.conversion.released import Dialect, read_config, recognise
+from megatron_eagle.conversion.released import Dialect, prefix_alone, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.conversion.torch_dist import TorchDist
@@ -54,5 +54,4 @@ def dialect_of(checkpoint: Path, config: EagleConfig, kind: Literal["A", "B"] | 
         origin = TypeAdapter(Dialect).validate_json(file.read_bytes())
         if kind in (None, origin.format):
             return origin
-    alone = len(config.encoders) == 1 and config.encoders[0]["kind"] == "siglip"
-    return Dialect.published(config, kind or ("B" if alone else "A"))
+    return Dialect.published(config, kind or ("B" if prefix_alone(config) else "A"))

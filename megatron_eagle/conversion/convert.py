@@ -22,13 +22,13 @@ from megatron_eagle.checkpoint.files import (
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.checkpoint.sharded_state import CONTENT
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.conversion import logits
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import write_configs
 from megatron_eagle.conversion.proof import Proof, compare, digests
-from megatron_eagle.conversion.released import Dialect, read_config, recognise, unused_reason
+from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
 from megatron_eagle.conversion.resumable_output import JOURNAL, finish, start
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, write_safetensors
@@ -37,7 +37,6 @@ from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_t
 from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.mixture import tokens_per_tile
 
 TOKENIZER = "tokenizer"
 
@@ -97,7 +96,7 @@ def hf_to_megatron(
         source_sha256=digests(files),
         target_sha256=digests(_weight_files(partial)),
         round_trip=trip,
-        unused=_unused(released, theirs.used),
+        unused=_unused(released, theirs.used, config, dialect),
         dtype_changes=_dtype_changes(released, rounded),
         seconds=clock.finish("digests"),
         **shared,
@@ -213,8 +212,8 @@ def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocab
     return vocabulary
 
 
-def _unused(released: TensorSource, used: set[str]) -> dict[str, str | None]:
-    found = {name: unused_reason(name) for name in released.infos if name not in used}
+def _unused(released: TensorSource, used: set[str], config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
+    found = {name: dialect.unused_reason(config, name) for name in released.infos if name not in used}
     return {**found, **released.left_out} if isinstance(released, Assembled) else found
 
 

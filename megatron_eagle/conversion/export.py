@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_eagle.config.model import EagleConfig
-from megatron_eagle.conversion.released import OURS
-from megatron_eagle.model.encoders import convnext, encoder_config, siglip
+from megatron_eagle.config.model import EagleConfig, encoder_configs
+from megatron_eagle.conversion.released import OURS, prefix_alone
+from megatron_eagle.model.encoders import encoder_hf_names
 
+# Mean, and standard deviation, of the pixels that a released model is given; encoders that need others derive them.
+PIXEL_STATISTICS = (0.5, 0.5, 0.5)
 REPOSITORY = {"A": "nvidia/Eagle2-9B", "B": "nvidia/Eagle2.5-8B"}
 
 
@@ -65,8 +67,8 @@ def write_configs(
     processor = {"processor_class": "Eagle2_5_VLProcessor", **_auto(kind, "AutoProcessor", "processing", "Processor")}
     images = {
         "image_processor_type": "Eagle2_5_VLImageProcessorFast",
-        "image_mean": list(siglip_statistics()),
-        "image_std": list(siglip_statistics()),
+        "image_mean": list(PIXEL_STATISTICS),
+        "image_std": list(PIXEL_STATISTICS),
         "do_resize": False,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -83,11 +85,6 @@ def write_configs(
     marks = {"image_token": "<IMG_CONTEXT>", "video_token": "<IMG_CONTEXT>"}
     marks |= {"image_start_token": "<img>", "image_end_token": "</img>"}
     _write(folder / "processor_config.json", {**processor, **marks, "tokens_per_tile": tokens_per_tile})
-
-
-def siglip_statistics() -> tuple[float, float, float]:
-    """Mean, and standard deviation, of SigLIP's pixels; what ConvNeXt needs is derived from it inside the model."""
-    return (0.5, 0.5, 0.5)
 
 
 def _classes(kind: Literal["A", "B"]) -> dict[str, Any]:
@@ -134,25 +131,26 @@ def _language(config: EagleConfig, dtype: str, ids: Mapping[str, int]) -> dict[s
 
 
 def _vision(config: EagleConfig, dtype: str) -> dict[str, Any]:
-    encoders = [encoder_config(settings) for settings in config.encoders]
-    parts: dict[str, dict[str, Any]] = {}
-    for encoder in encoders:
-        if isinstance(encoder, siglip.Config):
-            numbers = {**asdict(encoder), "hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "torch_dtype": dtype}
-            parts["siglip"] = {"model_type": "siglip_vision_model", **numbers}
-        elif isinstance(encoder, convnext.Config):
-            parts["convnext"] = {"convnext_img_size": encoder.image_size}
-    if "convnext" not in parts:
-        return parts["siglip"]
-    size = parts["siglip"]["image_size"] if "siglip" in parts else config.tile_size
+    """``vision_config``: the only encoder's own config, or that of a mixture (``MOB``).
+
+    Towers get their pixels in SigLIP's normalisation, and the mixture's form is named after the sizes of its towers.
+    """
+    names = [encoder_hf_names(settings["kind"]) for settings in config.encoders]
+    numbers = encoder_configs(config)
+    kinds = [settings["kind"] for settings in config.encoders]
+    if prefix_alone(config):
+        return names[0].exported(numbers[0], dtype)[f"{kinds[0]}_vision_config"]
+    sizes = {"siglip": config.tile_size}
+    sizes |= {kind: own.image_size(encoder) for kind, own, encoder in zip(kinds, names, numbers, strict=True)}
+    said: dict[str, Any] = {"siglip_vision_config": None}
+    for own, encoder in sorted(zip(names, numbers, strict=True), key=lambda pair: pair[0].ORDER):
+        said |= own.exported(encoder, dtype)
     return {
         "model_type": "MOB",
-        "moe_version_type": f"convnext_{parts['convnext']['convnext_img_size']}_siglip_{size}",
+        "moe_version_type": "_".join(f"{kind}_{size}" for kind, size in sorted(sizes.items())),
         "normalize_type": "siglip",
         "hidden_size": "lazy_calculation",
-        "siglip_vision_config": parts.get("siglip"),
-        **({"grid_size": size // parts["siglip"]["patch_size"]} if "siglip" in parts else {}),
-        **parts["convnext"],
+        **said,
     }
 
 

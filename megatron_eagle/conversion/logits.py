@@ -5,7 +5,6 @@ Megatron; its names are mapped here by rules of their own, not by the tables tha
 in those shows. The other side is the Megatron model as training would load it, in float32, in real processes.
 """
 
-import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,24 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.mixture import tokens_per_tile
+from megatron_eagle.model.encoders import encoder_reference
 from megatron_eagle.parallel.process_pool import World
 
-# timm's names -> transformers' ConvNextModel.
-_TIMM = (
-    (r"^stem\.0\.", "embeddings.patch_embeddings."),
-    (r"^stem\.1\.", "embeddings.layernorm."),
-    (r"^stages\.(\d+)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"encoder.stages.\1.layers.\2.dwconv."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.norm\.", r"encoder.stages.\1.layers.\2.layernorm."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"encoder.stages.\1.layers.\2.pwconv\3."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.(gamma|weight)$", r"encoder.stages.\1.layers.\2.layer_scale_parameter"),
-)
 # Bytes a parameter takes: the reference in float64 (made, then filled) and the Megatron model in float32.
 _BYTES = 8 + 8 + 4
 
@@ -80,7 +69,7 @@ def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect,
     from megatron_eagle.verification.reference import ReferenceEagle, samples_of
 
     model = ReferenceEagle(config, seed=0)
-    state = {new: source.read(name) for name in source.infos if (new := _reference_name(name, dialect))}
+    state = {new: source.read(name) for name in source.infos if (new := _reference_name(name, config, dialect))}
     if config.language.tie_word_embeddings:
         state["language.lm_head.weight"] = state["language.model.embed_tokens.weight"]
     wanted = model.state_dict()
@@ -89,14 +78,15 @@ def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect,
     return torch.cat([model(tokens, tiles, slots) for tokens, _, tiles, slots in samples])
 
 
-def _reference_name(name: str, dialect: Dialect) -> str | None:
+def _reference_name(name: str, config: EagleConfig, dialect: Dialect) -> str | None:
     prefixes = {dialect.language: "language.", f"{dialect.connector}": "mlp1."}
     prefixes |= {prefix: f"encoders.{number}." for number, prefix in enumerate(dialect.encoders)}
     for theirs, ours in sorted(prefixes.items(), key=lambda pair: -len(pair[0])):
         if name.startswith(theirs):
             rest = name.removeprefix(theirs)
-            for pattern, replacement in _TIMM if ours.startswith("encoders.") else ():
-                rest = re.sub(pattern, replacement, rest)
+            if theirs in dialect.encoders:
+                settings = config.encoders[dialect.encoders.index(theirs)]
+                rest = encoder_reference(settings).reference_name(rest)
             return ours + rest
     return None
 

@@ -2,50 +2,40 @@
 
 Format A: ``Eagle2ChatModel``, the first release of Eagle 2 (config with ``llm_config``; mixtures keep each encoder
 below ``vision_towers.N``). Format B: ``Eagle2_5_VLForConditionalGeneration``, Eagle 2.5 and the later upload of Eagle 2
-(``text_config``; one SigLIP). Which tower is which, and every width and depth, is read from names and shapes; the
-config.json only says what shapes cannot: numbers of heads, constants, the size of ConvNeXt's input.
+(``text_config``; one encoder). Which tower is which, and every width and depth, is read from names and shapes; the
+config.json only says what shapes cannot: numbers of heads, constants, the size that tiles are resized to.
 """
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.config.encoders import encoder_config, encoder_kinds, encoder_spec
+from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_names
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.encoders import convnext, encoder_config, siglip
+from megatron_eagle.model.encoders import encoder_hf_names
 
 Infos = Mapping[str, TensorInfo]
 OURS = "megatron_eagle"  # key of config.json that holds our own description of the model
-_SIGLIP = "embeddings.patch_embedding.weight"
-_CONVNEXT = "stem.0.weight"
 _QWEN = "model.embed_tokens.weight"
 _CONNECTOR = "mlp1.1.weight"
 _TOWER = "vision_model.vision_model.vision_towers.{}.vision_tower."
-# Tensors that a released checkpoint may hold and Eagle does not use, with the reason that the proof gives.
-UNUSED = (
-    (re.compile(r"(^|\.)head\."), "pooling or classifier head of an encoder: Eagle takes the features before it"),
-    (
-        re.compile(r"(^|\.)(norm|norm_pre)\.(weight|bias)$"),
-        "the encoder's norm behind its last stage, part of its head",
-    ),
-    (re.compile(r"\.(position_ids|inv_freq)$"), "a buffer that is computed, not learned"),
-)
+_BUFFER = re.compile(r"\.(position_ids|inv_freq)$")
 
 
 @dataclass(frozen=True)
 class Dialect:
     """Names of one checkpoint: the prefix of every part, and its habits.
 
-    encoders: prefix of each encoder, in our (channel) order. layer_scale: name of ConvNeXt's scales. stored_output: the
-    output matrix is stored although it is the embedding.
+    encoders: prefix of each encoder, in our (channel) order. layer_scale: what the scales of LayerScale are called
+    where timm has ``gamma``. stored_output: the output matrix is stored although it is the embedding.
     """
 
     format: Literal["A", "B"]
@@ -58,28 +48,31 @@ class Dialect:
     @classmethod
     def published(cls, config: EagleConfig, kind: Literal["A", "B"]) -> "Dialect":
         """How NVIDIA's release of such a model names its tensors; UserError if format B cannot hold it."""
-        if len(config.encoders) == 1 and config.encoders[0]["kind"] == "siglip":
-            return cls(kind, ("vision_model.vision_model.",))
+        if prefix := prefix_alone(config):
+            return cls(kind, (prefix,))
+        kinds = [settings["kind"] for settings in config.encoders]
         if kind == "B":
-            kinds = ", ".join(settings["kind"] for settings in config.encoders)
-            raise UserError(f"format B holds one siglip encoder, this model has {kinds}: choose --format A")
-        towers = [_TOWER.format(number) for number in range(len(config.encoders))]
-        inner = {"siglip": "vision_model.", "convnext": ""}
-        return cls(kind, tuple(t + inner[s["kind"]] for t, s in zip(towers, config.encoders, strict=True)))
+            one = " or ".join(other for other in convertible_kinds() if encoder_hf_names(other).ALONE)
+            raise UserError(f"format B holds one {one} encoder, this model has {', '.join(kinds)}: choose --format A")
+        return cls(kind, tuple(tower_prefix(number, own) for number, own in enumerate(kinds)))
 
     def sources(self, config: EagleConfig) -> hf_names.HfNames:
         """Which of this checkpoint's tensors make up which parameter of the undivided model."""
         found: hf_names.HfNames = {}
-        for settings, prefix in zip(config.encoders, self.encoders, strict=True):
-            encoder = encoder_config(settings)
-            if isinstance(encoder, siglip.Config):
-                found |= hf_names.siglip_sources(encoder, prefix)
-            elif isinstance(encoder, convnext.Config):
-                found |= hf_names.timm_convnext_sources(encoder, prefix, layer_scale=self.layer_scale)
-            else:
-                raise UserError(f"encoder kind '{settings['kind']}' has no names in Hugging Face checkpoints")
+        for settings, prefix, name in zip(config.encoders, self.encoders, encoder_names(config), strict=True):
+            names = encoder_hf_names(settings["kind"])
+            found |= names.released_sources(encoder_config(settings), prefix, name, layer_scale=self.layer_scale)
         found |= hf_names.connector_sources(self.connector)
         return found | hf_names.qwen_sources(config.language, self.language)
+
+    def unused_reason(self, config: EagleConfig, name: str) -> str | None:
+        """Why a tensor of such a checkpoint is not used, None if there is no reason."""
+        for settings, prefix in zip(config.encoders, self.encoders, strict=True):
+            if name.startswith(prefix):
+                for pattern, reason in encoder_hf_names(settings["kind"]).UNUSED:
+                    if re.search(pattern, name.removeprefix(prefix)):
+                        return reason
+        return "a buffer that is computed, not learned" if _BUFFER.search(name) else None
 
     @property
     def output(self) -> str:
@@ -94,13 +87,8 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
     """What model a released checkpoint holds and how it names its tensors; UserError if it is no Eagle."""
     language = prefix_of(infos, _QWEN, where)
     connector = prefix_of(infos, _CONNECTOR, where)
-    vision, towers = [], []
-    for find, describe in ((_SIGLIP, siglip_settings), (_CONVNEXT, convnext_settings)):
-        if any(name.endswith(find) for name in infos):  # SigLIP comes first in Eagle's channels, whatever its number
-            towers.append(prefix_of(infos, find, where))
-            vision.append(describe(infos, towers[-1], config.get("vision_config", {})))
-    if not vision:
-        raise UserError(f"{where}: no tensor ends with {_SIGLIP} or {_CONVNEXT}, so it has no encoder known here")
+    own = _own_description(config, where)
+    towers = _in_order(find_encoders(infos), own, where)
     text = config.get("text_config") or config.get("llm_config")
     if not isinstance(text, dict):
         raise UserError(f"{where}/config.json has neither text_config (Eagle 2.5) nor llm_config (Eagle 2)")
@@ -108,18 +96,72 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     dialect = Dialect(
         format="A" if "llm_config" in config else "B",
-        encoders=tuple(towers),
+        encoders=tuple(prefix for _, prefix in towers),
         language=language,
         connector=f"{connector}mlp1.",
         layer_scale=scale,
         stored_output=tied and f"{language}lm_head.weight" in infos,
     )
-    eagle = _own_description(config, where) or EagleConfig(
+    vision = config.get("vision_config", {})
+    eagle = own or EagleConfig(
         tile_size=int(config.get("force_image_size") or 448),
-        encoders=tuple(vision),
+        encoders=tuple(describe_encoder(kind, infos, prefix, vision) for kind, prefix in towers),
         language=qwen_config(infos, language, {**text, "tie_word_embeddings": tied}, where),
     )
     return eagle, dialect
+
+
+def convertible_kinds() -> list[str]:
+    """The kinds of encoder that can be told by their tensors' names, first those that are joined first."""
+    kinds = [kind for kind in encoder_kinds() if encoder_spec(kind).has("hf_names")]
+    return sorted(kinds, key=lambda kind: encoder_hf_names(kind).ORDER)
+
+
+def find_encoders(names: Collection[str]) -> list[tuple[str, str]]:
+    """(kind, prefix) of every encoder, in the order of published mixtures' channels, then of their towers."""
+    found = [
+        (encoder_hf_names(kind).ORDER, _by_number(prefix), kind, prefix)
+        for kind in convertible_kinds()
+        for prefix in encoder_hf_names(kind).find(names)
+    ]
+    return [(kind, prefix) for _, _, kind, prefix in sorted(found)]
+
+
+def describe_encoder(kind: str, infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's entry for the encoder at ``prefix``; config: what the checkpoint's config.json says of its vision."""
+    return {"kind": kind, **encoder_hf_names(kind).describe(infos, prefix, config)}
+
+
+def prefix_alone(config: EagleConfig) -> str | None:
+    """Prefix of the only encoder of a model as such models are released; None for all others."""
+    return encoder_hf_names(config.encoders[0]["kind"]).ALONE if len(config.encoders) == 1 else None
+
+
+def tower_prefix(number: int, kind: str) -> str:
+    """Prefix of an encoder that is the ``number``-th tower of a mixture."""
+    return _TOWER.format(number) + encoder_hf_names(kind).TOWER
+
+
+def _in_order(towers: list[tuple[str, str]], own: EagleConfig | None, where: str) -> list[tuple[str, str]]:
+    """``towers`` in the order of their channels: as our own description says, otherwise as published."""
+    found, said = [kind for kind, _ in towers], ", ".join(f"{kind} at {prefix}" for kind, prefix in towers) or "none"
+    if own is None:
+        if not towers or len(set(found)) < len(found):
+            known = ", ".join(convertible_kinds())
+            raise UserError(
+                f"{where}: its tensors should be those of encoders of different kinds ({known}), are: {said}"
+            )
+        return towers
+    kinds = [settings["kind"] for settings in own.encoders]
+    if sorted(kinds) != sorted(found):
+        raise UserError(f"{where}/config.json: {OURS} has the encoders {', '.join(kinds)}, its tensors are: {said}")
+    rest = list(towers)
+    return [rest.pop([kind for kind, _ in rest].index(wanted)) for wanted in kinds]
+
+
+def _by_number(prefix: str) -> list[tuple[int, str]]:
+    """Sorts ``towers.10`` behind ``towers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in prefix.split(".")]
 
 
 def prefix_of(infos: Infos, ending: str, where: str) -> str:
@@ -149,46 +191,6 @@ def qwen_config(infos: Infos, prefix: str, config: Mapping[str, Any], where: str
         raise UserError(f"{where}: the language model's config is not a Qwen2.5's: {wrong}") from None
 
 
-def siglip_settings(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's entry for the SigLIP at ``prefix``: shapes say all but the number of heads."""
-    config = config.get("siglip_vision_config") or config
-    patch = infos[f"{prefix}{_SIGLIP}"]
-    if len(patch.shape) != 4:
-        raise UserError(f"{prefix}{_SIGLIP} is {patch}; SigLIP of a fixed size has four dimensions (not NaFlex)")
-    positions = infos[f"{prefix}embeddings.position_embedding.weight"].shape[0]
-    numbers: dict[str, Any] = {
-        "hidden_size": patch.shape[0],
-        "intermediate_size": infos[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": _count(infos, f"{prefix}encoder.layers."),
-        "num_attention_heads": int(config.get("num_attention_heads", 16)),
-        "image_size": math.isqrt(positions) * patch.shape[-1],
-        "patch_size": patch.shape[-1],
-        "layer_norm_eps": float(config.get("layer_norm_eps", 1e-6)),
-    }
-    return _minimal("siglip", siglip.Config(**numbers), siglip.Config())
-
-
-def convnext_settings(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's entry for the timm ConvNeXt at ``prefix``."""
-    stages = range(4)
-    numbers: dict[str, Any] = {
-        "depths": tuple(_count(infos, f"{prefix}stages.{stage}.blocks.") for stage in stages),
-        "hidden_sizes": tuple(infos[f"{prefix}stages.{stage}.blocks.0.conv_dw.weight"].shape[0] for stage in stages),
-        "image_size": int(config.get("convnext_img_size", 512)),
-    }
-    return _minimal("convnext", convnext.Config(**numbers), convnext.Config())
-
-
-def _count(infos: Infos, prefix: str) -> int:
-    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in infos if n.startswith(prefix)), default=-1)
-
-
-def _minimal(kind: str, config: Any, default: Any) -> dict[str, Any]:
-    """Only what differs from the published numbers, as recipes and presets write it."""
-    standard = asdict(default)
-    return {"kind": kind, **{name: value for name, value in asdict(config).items() if value != standard[name]}}
-
-
 def _own_description(config: Mapping[str, Any], where: str) -> EagleConfig | None:
     """The model as we wrote it at export, which also has what no released config has (standard deviations at start)."""
     if OURS not in config:
@@ -197,11 +199,6 @@ def _own_description(config: Mapping[str, Any], where: str) -> EagleConfig | Non
         return TypeAdapter(EagleConfig).validate_python(config[OURS])
     except ValidationError as error:
         raise UserError(f"{where}/config.json: {OURS} does not describe a model: {error.errors()[0]['msg']}") from None
-
-
-def unused_reason(name: str) -> str | None:
-    """Why a tensor of a released checkpoint is not used, None if there is no reason."""
-    return next((reason for pattern, reason in UNUSED if pattern.search(name)), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from megatron_eagle.compat.fake_processes import join_alone
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.compat.process_groups import stand_in_for_gloo
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.dry_run.deadlock_check import Program, as_seen_by, meet
 from megatron_eagle.dry_run.symbolic_rank import Call, SymbolicRank
 from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.accounting import held_bytes
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, RankCoordinates, destroy, split
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.memory import ProcessRanks, persistent

@@ -17,12 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.measuring.accounting import TensorAccounting, held_bytes, storage_bytes
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.hardware import Hardware

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware

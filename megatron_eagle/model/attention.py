@@ -1,4 +1,4 @@
-"""The attention cores: one for packs, causal and context-parallel, one for SigLIP's batches of tiles.
+"""The attention cores: one for packs, causal and context-parallel, one for an encoder's batches of tiles.
 
 Megatron's own DotProductAttention knows neither packs nor context parallelism outside Transformer Engine, and
 Transformer Engine's context parallelism wants every segment padded to a multiple of the cut. Here a process takes
@@ -63,7 +63,7 @@ class PackedAttention(MegatronModule):
 
 
 class BatchedAttention(MegatronModule):
-    """Attention of every token to every other of its sequence, all of one length: SigLIP's, one sequence a tile.
+    """Attention of every token to every other of its sequence, all of one length: an encoder's, one sequence a tile.
 
     query [s, b, heads, d] and key, value [s, b, heads, d] -> [s, b, heads * d].
     """

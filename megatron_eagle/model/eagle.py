@@ -20,11 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig, check_layout
+from megatron_eagle.config.model import EagleConfig, check_layout, tokens_per_tile
 from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
 from megatron_eagle.model.build_context import BuildContext, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.mixture import Mixture, tokens_per_tile
+from megatron_eagle.model.mixture import Mixture
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
 from megatron_eagle.model.weights import initialise, weight_slices

@@ -11,50 +11,16 @@ A multiplication and an addition are two operations. Norms, activations and soft
 are below 1 % of the whole. ``tests/planning/test_flops.py`` holds the rest against PyTorch's operator-level counter.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from megatron_eagle.config.model import EagleConfig, QwenConfig
+from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.model import EagleConfig, QwenConfig, mixture_channels, tokens_per_tile
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.errors import UserError
-from megatron_eagle.model.encoders import encoder_config
-from megatron_eagle.model.encoders.convnext import EXPANSION
-from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
-from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
-from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
-
-CONVNEXT_KERNEL = 7  # side of the depthwise convolution
-CONVNEXT_STEM = 4
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Operations of one part: forward, gradient of its inputs, gradient of its weights."""
-
-    forward: float = 0.0
-    input_gradient: float = 0.0
-    weight_gradient: float = 0.0
-
-    @property
-    def backward(self) -> float:
-        return self.input_gradient + self.weight_gradient
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            self.forward + other.forward,
-            self.input_gradient + other.input_gradient,
-            self.weight_gradient + other.weight_gradient,
-        )
-
-    def __mul__(self, times: float) -> "Flops":
-        return Flops(self.forward * times, self.input_gradient * times, self.weight_gradient * times)
+from megatron_eagle.model.cost import Flops, Parts
+from megatron_eagle.model.encoders import encoder_cost
 
 
 @dataclass(frozen=True)
@@ -98,27 +64,6 @@ class StepFlops:
     @property
     def total(self) -> float:
         return self.language.total + self.encoder.total
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Which parts of a model train, hence which gradients a step needs."""
-
-    vision: bool
-    connector: bool
-    language: bool
-
-    @staticmethod
-    def of(trainable: Collection[str]) -> "Parts":
-        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable)
-
-    @property
-    def features_need_gradient(self) -> bool:
-        return self.vision or self.connector
-
-    @property
-    def any(self) -> bool:
-        return self.vision or self.connector or self.language
 
 
 def step_flops(config: EagleConfig, parts: Parts, work: Work) -> StepFlops:
@@ -167,55 +112,12 @@ def connector_flops(config: EagleConfig, parts: Parts) -> Flops:
 
 def vision_flops(config: EagleConfig, parts: Parts) -> Flops:
     """All encoders on one tile."""
-    total = Flops()
-    for name in encoder_names(config):
-        total += encoder_flops(config, name, parts)
-    return total
+    return sum((encoder_flops(settings, parts) for settings in config.encoders), Flops())
 
 
-def encoder_names(config: EagleConfig) -> list[int]:
-    """The encoders of a mixture, by their place in it."""
-    return list(range(len(config.encoders)))
-
-
-def encoder_flops(config: EagleConfig, place: int, parts: Parts) -> Flops:
-    """The encoder at ``place`` of the mixture on one tile; pixels need no gradient, so its first product makes none."""
-    numbers: Any = encoder_config(config.encoders[place])
-    first, rest = _encoder_forward(numbers)
+def encoder_flops(settings: dict[str, Any], parts: Parts) -> Flops:
+    """One encoder on one tile; pixels need no gradient, so its first product makes none."""
+    first, rest = encoder_cost(settings).operations(encoder_config(settings))
     if not parts.vision:
         return Flops(first.forward + rest.forward)
     return Flops(first.forward + rest.forward, rest.input_gradient, first.weight_gradient + rest.weight_gradient)
-
-
-@lru_cache
-def _encoder_forward(numbers: object) -> tuple[Flops, Flops]:
-    """(first product, all others) of one encoder on one tile, trained."""
-    if isinstance(numbers, SiglipConfig):
-        return _siglip(numbers)
-    if isinstance(numbers, ConvNextConfig):
-        return _convnext(numbers)
-    raise UserError(
-        f"the planner has no operation counts for the encoder {type(numbers).__module__}; "
-        "add them in megatron_eagle/model/flops.py"
-    )
-
-
-def _siglip(siglip: SiglipConfig) -> tuple[Flops, Flops]:
-    tokens, hidden = siglip.patches_per_side**2, siglip.hidden_size
-    patches = 2.0 * tokens * hidden * 3 * siglip.patch_size**2
-    products = 2.0 * tokens * (4 * hidden * hidden + 2 * hidden * siglip.intermediate_size)
-    attention = 4.0 * tokens**2 * hidden
-    layer = Flops(products + attention, products + 2 * attention, products)
-    return Flops(patches, 0.0, patches), layer * siglip.num_hidden_layers
-
-
-def _convnext(convnext: ConvNextConfig) -> tuple[Flops, Flops]:
-    side, sizes = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes
-    stem = 2.0 * side**2 * sizes[0] * 3 * CONVNEXT_STEM**2
-    rest = 0.0
-    for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
-        if number:
-            side //= 2
-            rest += 2.0 * side**2 * size * sizes[number - 1] * 2**2
-        rest += depth * 2.0 * side**2 * size * (CONVNEXT_KERNEL**2 + 2 * EXPANSION * size)
-    return Flops(stem, 0.0, stem), Flops(rest, rest, rest)

@@ -1,18 +1,19 @@
-"""Which Hugging Face tensors make up which of our parameters: the only place that knows both names.
+"""Which Hugging Face tensors make up which of our parameters: the language model and the connector, and the means.
 
 ``HfTensors`` says, for one parameter of the undivided model, the names in a Hugging Face state dict, how their tensors
 become one, and how that one is taken apart again. ``load`` fills a model from such a state dict, in any layout. Names
-are those of transformers' Qwen2ForCausalLM, SiglipVisionModel and ConvNextModel, of timm's ConvNeXt, and ``mlp1`` of
-the released Eagle 2 models; ``prefix`` is put before them for checkpoints that hold several models.
+are those of transformers' Qwen2ForCausalLM and of ``mlp1`` of the released Eagle 2 models; ``prefix`` is put before
+them for checkpoints that hold several models. Encoders' names are in their own folders.
 
 Megatron's own arrangements: Q, K and V are one matrix, grouped by key/value head (the group's query heads, its key
 head, its value head); gate and up projection are one matrix, gate first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.encoders import convnext, siglip
 from megatron_eagle.model.weights import EMBEDDING, weight_slices
 
 
@@ -44,6 +44,18 @@ class HfTensors:
 
 
 HfNames = dict[str, HfTensors]
+Changes = dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]
+"""Tensors of a checkpoint that a new model needs otherwise: name -> (their shape then, how to make them)."""
+
+
+class Shaped(Protocol):
+    """What is known of a tensor that has not been read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Infos = Mapping[str, Shaped]
 
 
 def load(model: nn.Module, sources: HfNames, state: Mapping[str, Tensor], tp_group: Any) -> None:
@@ -76,7 +88,8 @@ def qwen_sources(config: QwenConfig, prefix: str = "") -> HfNames:
         sources["language.output_layer.weight"] = HfTensors((f"{prefix}lm_head.weight",), pad, trim)
     for number in range(config.num_hidden_layers):
         ours, theirs = f"language.decoder.layers.{number}.", f"{prefix}model.layers.{number}."
-        sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_key_value_heads)
+        letters = tuple(f"{theirs}self_attn.{letter}_proj" for letter in "qkv")
+        sources |= qkv(ours, letters, config.num_attention_heads, config.num_key_value_heads)
         sources |= {
             f"{ours}input_layernorm.weight": HfTensors((f"{theirs}input_layernorm.weight",)),
             f"{ours}self_attention.linear_proj.weight": HfTensors((f"{theirs}self_attn.o_proj.weight",)),
@@ -89,125 +102,59 @@ def qwen_sources(config: QwenConfig, prefix: str = "") -> HfNames:
     return sources
 
 
-def siglip_sources(config: siglip.Config, prefix: str = "", encoder: str = "siglip") -> HfNames:
-    """SiglipVisionModel without its pooling head -> ``vision.<encoder>``."""
-    start = f"vision.{encoder}."
-    sources = _weight_and_bias(f"{start}patch_embedding", f"{prefix}embeddings.patch_embedding")
-    sources[f"{start}position_embedding"] = HfTensors((f"{prefix}embeddings.position_embedding.weight",))
-    for number in range(config.num_hidden_layers):
-        ours, theirs = f"{start}transformer.layers.{number}.", f"{prefix}encoder.layers.{number}."
-        sources |= _qkv(ours, theirs, config.num_attention_heads, config.num_attention_heads)
-        for our_name, their_name in {
-            "input_layernorm": "layer_norm1",
-            "self_attention.linear_proj": "self_attn.out_proj",
-            "pre_mlp_layernorm": "layer_norm2",
-            "mlp.linear_fc1": "mlp.fc1",
-            "mlp.linear_fc2": "mlp.fc2",
-        }.items():
-            sources |= _weight_and_bias(ours + our_name, theirs + their_name)
-    return sources | _weight_and_bias(f"{start}transformer.final_layernorm", f"{prefix}post_layernorm")
-
-
-@dataclass(frozen=True)
-class _ConvNextNames:
-    """How somebody else's ConvNeXt calls its parts; {stage} and {block} count from 0."""
-
-    stem: str
-    stem_norm: str
-    shrink_norm: str
-    shrink: str
-    block: str
-    depthwise: str
-    norm: str
-    fc1: str
-    fc2: str
-    scale: str
-
-
-_TRANSFORMERS = _ConvNextNames(
-    stem="embeddings.patch_embeddings",
-    stem_norm="embeddings.layernorm",
-    shrink_norm="encoder.stages.{stage}.downsampling_layer.0",
-    shrink="encoder.stages.{stage}.downsampling_layer.1",
-    block="encoder.stages.{stage}.layers.{block}.",
-    depthwise="dwconv",
-    norm="layernorm",
-    fc1="pwconv1",
-    fc2="pwconv2",
-    scale="layer_scale_parameter",
-)
-_TIMM = _ConvNextNames(
-    stem="stem.0",
-    stem_norm="stem.1",
-    shrink_norm="stages.{stage}.downsample.0",
-    shrink="stages.{stage}.downsample.1",
-    block="stages.{stage}.blocks.{block}.",
-    depthwise="conv_dw",
-    norm="norm",
-    fc1="mlp.fc1",
-    fc2="mlp.fc2",
-    scale="gamma",
-)
-
-
-def convnext_sources(config: convnext.Config, prefix: str = "", encoder: str = "convnext") -> HfNames:
-    """transformers' ConvNextModel without its last norm -> ``vision.<encoder>``."""
-    return _convnext_sources(config, prefix, encoder, _TRANSFORMERS)
-
-
-def timm_convnext_sources(
-    config: convnext.Config, prefix: str = "", encoder: str = "convnext", layer_scale: str = "gamma"
-) -> HfNames:
-    """timm's ConvNeXt without its head -> ``vision.<encoder>``.
-
-    layer_scale: name of a block's scale; timm and open_clip have ``gamma``, the released Eagle 2 models ``weight``,
-    because transformers renames tensors called gamma when it loads them.
-    """
-    return _convnext_sources(config, prefix, encoder, replace(_TIMM, scale=layer_scale))
-
-
-def _convnext_sources(config: convnext.Config, prefix: str, encoder: str, names: _ConvNextNames) -> HfNames:
-    start = f"vision.{encoder}."
-    sources = _weight_and_bias(f"{start}stem", prefix + names.stem)
-    sources |= _weight_and_bias(f"{start}stem_norm", prefix + names.stem_norm)
-    for stage, depth in enumerate(config.depths):
-        before = 1 if stage else 0  # our stages count the shrinking layer in front of their blocks
-        ours = f"{start}stages.{stage}."
-        if before:
-            sources |= _weight_and_bias(f"{ours}0.norm", prefix + names.shrink_norm.format(stage=stage))
-            sources |= _weight_and_bias(f"{ours}0.conv", prefix + names.shrink.format(stage=stage))
-        for block in range(depth):
-            our_block, theirs = f"{ours}{before + block}.", prefix + names.block.format(stage=stage, block=block)
-            sources |= _weight_and_bias(f"{our_block}depthwise", theirs + names.depthwise)
-            sources |= _weight_and_bias(f"{our_block}norm", theirs + names.norm)
-            sources |= _weight_and_bias(f"{our_block}linear_fc1", theirs + names.fc1)
-            sources |= _weight_and_bias(f"{our_block}linear_fc2", theirs + names.fc2)
-            sources[f"{our_block}layer_scale"] = HfTensors((theirs + names.scale,))
-    return sources
-
-
 def connector_sources(prefix: str = "mlp1.") -> HfNames:
     """The Sequential(LayerNorm, Linear, GELU, Linear) of Eagle2ChatModel -> ``connector``."""
     return {
-        **_weight_and_bias("connector.norm", f"{prefix}0"),
-        **_weight_and_bias("connector.linear_fc1", f"{prefix}1"),
-        **_weight_and_bias("connector.linear_fc2", f"{prefix}3"),
+        **weight_and_bias("connector.norm", f"{prefix}0"),
+        **weight_and_bias("connector.linear_fc1", f"{prefix}1"),
+        **weight_and_bias("connector.linear_fc2", f"{prefix}3"),
     }
 
 
-def _weight_and_bias(ours: str, theirs: str) -> HfNames:
+def weight_and_bias(ours: str, theirs: str) -> HfNames:
+    """Both of a linear layer, a convolution or a norm."""
     return {f"{ours}.{kind}": HfTensors((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
 
 
-def _qkv(ours: str, theirs: str, heads: int, groups: int) -> HfNames:
+def qkv(ours: str, theirs: Sequence[str], heads: int, groups: int) -> HfNames:
+    """The joint projection of layer ``ours`` from three, named ``theirs``."""
     return {
         f"{ours}self_attention.linear_qkv.{kind}": HfTensors(
-            tuple(f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv"),
+            tuple(f"{name}.{kind}" for name in theirs),
             partial(_interleave, groups=groups),
             partial(_separate, heads=heads, groups=groups),
         )
         for kind in ("weight", "bias")
     }
+
+
+def reshaped(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> HfTensors:
+    """One tensor that has the same numbers in another shape here."""
+    return HfTensors((name,), partial(_take_shape, shape=ours), partial(_give_shape, shape=theirs))
+
+
+def prefixes(names: Iterable[str], ending: str) -> list[str]:
+    """What stands before ``ending`` in every name that ends so."""
+    return [name.removesuffix(ending) for name in names if name == ending or name.endswith(f".{ending}")]
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """Things that are numbered from 0 behind ``prefix``, e.g. layers."""
+    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in names if n.startswith(prefix)), default=-1)
+
+
+def unlike(config: Any, default: Any) -> dict[str, Any]:
+    """Those numbers of a config that are not the default's, as recipes and presets write it."""
+    standard = asdict(default)
+    return {name: value for name, value in asdict(config).items() if value != standard[name]}
+
+
+def interpolate(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings [n*n, channels] on a grid of ``side`` x ``side``, bicubic."""
+    old = math.isqrt(len(positions))
+    grid = positions.float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    new = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return new.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
 
 
 def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
@@ -228,6 +175,15 @@ def _separate(tensor: Tensor, heads: int, groups: int) -> Sequence[Tensor]:
 
 def _halves(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.chunk(2)
+
+
+def _take_shape(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    (tensor,) = tensors
+    return tensor.reshape(shape)
+
+
+def _give_shape(tensor: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
+    return (tensor.reshape(shape),)
 
 
 def _trim_rows(table: Tensor, rows: int) -> Sequence[Tensor]:

@@ -5,6 +5,8 @@ one, so this branch holds nothing but names, taken from megatron-core's own prov
 the same names.
 """
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -27,15 +29,23 @@ NORMS_IN_CHECKPOINTS = {
 
 
 def block_spec(
-    impl: TransformerImpl, *, layers: int, rms_norm: bool, mask: AttnMaskType, kernels: Kernels = "torch"
+    impl: TransformerImpl,
+    *,
+    layers: int,
+    rms_norm: bool,
+    mask: AttnMaskType,
+    kernels: Kernels = "torch",
+    residual: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
     """A pre-norm transformer of ``layers`` layers with a norm behind the last one.
 
-    rms_norm: RMSNorm (Qwen) or LayerNorm (SigLIP); mask: causal for the packed language model, no_mask for an encoder.
+    rms_norm: RMSNorm (Qwen) or LayerNorm (encoders); mask: causal for the packed language model, no_mask for an
+    encoder. residual: what adds a sublayer's output to its input; None for Megatron's bias-dropout-add.
     """
+    add = residual or get_bias_dropout_add
     over_packs = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
     if impl == "transformer_engine":
-        return _transformer_engine(layers, mask, over_packs)
+        return _transformer_engine(layers, mask, over_packs, add)
     norm = RMSNorm if rms_norm else LayerNorm
     layer = TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -48,19 +58,21 @@ def block_spec(
                 linear_proj=RowParallelLinear,
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=add,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         ),
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=add,
         sharded_state_dict_keys_map=NORMS_IN_CHECKPOINTS,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
-def _transformer_engine(layers: int, mask: AttnMaskType, over_packs: ModuleSpec) -> TransformerBlockSubmodules:
+def _transformer_engine(
+    layers: int, mask: AttnMaskType, over_packs: ModuleSpec, add: Any
+) -> TransformerBlockSubmodules:
     """The same layer in Transformer Engine's modules. Written against megatron-core 0.16.1, not run without a GPU."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -75,7 +87,7 @@ def _transformer_engine(layers: int, mask: AttnMaskType, over_packs: ModuleSpec)
                 linear_proj=modules.row_parallel_linear(),
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=add,
         pre_mlp_layernorm=IdentityOp,
         mlp=ModuleSpec(
             module=MLP,
@@ -83,7 +95,7 @@ def _transformer_engine(layers: int, mask: AttnMaskType, over_packs: ModuleSpec)
                 linear_fc1=modules.column_parallel_layer_norm_linear(), linear_fc2=modules.row_parallel_linear()
             ),
         ),
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=add,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=modules.layer_norm())

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, mixture_channels, tokens_per_tile
 from megatron_eagle.model.build_context import (
     BuildContext,
     Kernels,
@@ -24,7 +24,7 @@ from megatron_eagle.model.build_context import (
     parallel_config,
 )
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.mixture import Mixture, mixture_channels, tokens_per_tile
+from megatron_eagle.model.mixture import Mixture
 from megatron_eagle.model.weights import initialise
 
 
@@ -46,9 +46,9 @@ def encode_tiles(vision: Mixture, connector: Connector, tiles: Tensor) -> Tensor
     from eagle_kernels.pixel_shuffle_concat import pixel_shuffle_concat  # needs Triton, which a CPU may lack
 
     with graph:
-        siglip, convnext, grid = vision.before_joining(tiles)
+        shuffled, appended, grid = vision.before_joining(tiles)
     norm = connector.norm
-    joined = pixel_shuffle_concat(siglip, convnext, grid=grid, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    joined = pixel_shuffle_concat(shuffled, appended, grid=grid, weight=norm.weight, bias=norm.bias, eps=norm.eps)
     return connector.project(joined.unflatten(0, (len(tiles), -1)))
 
 

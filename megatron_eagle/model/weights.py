@@ -89,7 +89,7 @@ def weight_slices(model: nn.Module, tp_group: Any) -> Iterator[WeightSlice]:
 def initialise(model: nn.Module, tp_group: Any, *, seed: int, language_std: float) -> None:
     """Draw all weights of an EagleModel, the same in every layout.
 
-    Norms, biases and ConvNeXt's layer scales keep the values that their modules were built with (1 and 0). Language
+    Norms, biases and layer scales keep the values that their modules were built with (1, 0, the recipe's). Language
     matrices: normal with ``language_std`` (Qwen2's ``initializer_range``). Encoder and connector matrices: normal with
     standard deviation fan_in^-1/2, which keeps the size of activations through an untrained encoder.
     """

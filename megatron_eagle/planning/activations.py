@@ -11,42 +11,18 @@ All sizes are bytes on one process.
 
 from dataclasses import dataclass
 
+from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, kernels_take, mixture_channels, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.build_context import Kernels, Precision, Recompute, TransformerImpl
-from megatron_eagle.model.encoders import encoder_config
-from megatron_eagle.model.encoders.convnext import EXPANSION
-from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
-from megatron_eagle.model.encoders.siglip import Config as SiglipConfig
-from megatron_eagle.model.flops import CONVNEXT_STEM, Parts, Work
-from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
+from megatron_eagle.model.cost import EncoderRun, Held, Parts
+from megatron_eagle.model.encoders import encoder_cost
+from megatron_eagle.model.flops import Work
 from megatron_eagle.parallel.context import MASKED_QUERIES, ContextShard, pieces
 
-# Float32 copies of all pixels that live at once while tiles are normalised, before anything is encoded.
-PIXEL_COPIES = {"siglip": 2, "convnext": 3}
 # Rows whose logits exist at a time in eagle_kernels.linear_cross_entropy (its rows_per_chunk).
 ROWS_OF_LOGITS = 4096
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of one piece of model: ``saved`` from forward to backward, and what each pass needs beyond that."""
-
-    saved: float = 0.0
-    forward: float = 0.0
-    backward: float = 0.0
-
-    def then(self, after: "Held") -> "Held":
-        """This piece and the one behind it. While this one runs, forward or backward, the other holds nothing."""
-        return Held(
-            self.saved + after.saved,
-            max(self.forward - after.saved, after.forward),
-            max(self.backward - after.saved, after.backward),
-        )
-
-    def times(self, count: float) -> "Held":
-        return Held(self.saved * count, self.forward * count, self.backward * count)
 
 
 @dataclass(frozen=True)
@@ -253,58 +229,19 @@ class Activations:
 
     def vision_tile(self) -> Held:
         """All encoders on one tile, one after another."""
+        run = EncoderRun(
+            number=self.number,
+            tp=self.encoder_tp,
+            trains=self.parts.vision,
+            repeats_layers=self._repeats_layers,
+            in_kernel=self.kernels == "triton" and kernels_take(self.config),
+        )
         total = Held()
         for settings in self.config.encoders:
-            numbers = encoder_config(settings)
-            if isinstance(numbers, SiglipConfig):
-                one = self._siglip(numbers)
-            else:
-                assert isinstance(numbers, ConvNextConfig)  # flops.py has refused any other
-                one = self._convnext(numbers)
-            total = total.then(one)
+            total = total.then(encoder_cost(settings).activations(encoder_config(settings), run))
         return total
 
     @property
     def encoder_tp(self) -> int:
         """Processes that share one encoder's weights."""
         return 1 if self.layout.encoder == "spread" else self.layout.tp
-
-    def _siglip(self, siglip: SiglipConfig) -> Held:
-        tokens, hidden, tp = siglip.patches_per_side**2, siglip.hidden_size, self.encoder_tp
-        inner, heads = siglip.intermediate_size / tp, hidden / tp
-        pixels = 3 * siglip.image_size**2 * self.number
-        prepared = pixels if self.kernels == "triton" else PIXEL_COPIES["siglip"] * 3 * siglip.image_size**2 * 4.0
-        core = (3 * heads + heads) * self.number + 4 * siglip.num_attention_heads / tp
-        norm = 2 * hidden * self.number + 8
-        layer = tokens * (2 * norm + core + (heads + 2 * inner) * self.number)
-        moment = tokens * (2 * inner + hidden) * self.number
-        kept = tokens * hidden * self.number if self._repeats_layers else layer
-        if not self.parts.vision:
-            return Held(0.0, max(prepared, tokens * (3 * hidden + 3 * inner) * self.number))
-        again = layer - kept
-        layers = Held(kept * siglip.num_hidden_layers + tokens * hidden * self.number, again, again + moment)
-        return Held(pixels, prepared - pixels).then(layers)
-
-    def _convnext(self, convnext: ConvNextConfig) -> Held:
-        side, sizes, tp = convnext.image_size // CONVNEXT_STEM, convnext.hidden_sizes, self.encoder_tp
-        again = self._repeats_layers
-        pixels = 3.0 * convnext.image_size**2
-        prepared = pixels * self.number if self.kernels == "triton" else PIXEL_COPIES["convnext"] * pixels * 4.0
-        total = Held(pixels * self.number, prepared - pixels * self.number)
-        total = total.then(Held(side**2 * sizes[0] * self.number))
-        largest = prepared
-        for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
-            if number:  # the norm's input and output
-                total = total.then(Held(side**2 * sizes[number - 1] * self.number * (1 if again else 2)))
-                side //= 2
-            inner = side**2 * EXPANSION * size / tp * self.number
-            block = side**2 * (4 * size * self.number + 8) + 2 * inner
-            largest = max(largest, block + inner)
-            # The gradient of the block's output, of its second product's output and of its GELU's output.
-            moment = 2 * side**2 * size * self.number + inner
-            if again:
-                kept = side**2 * size * self.number
-                total = total.then(Held(depth * kept, block - kept, block - kept + moment))
-            else:
-                total = total.then(Held(depth * block, inner, moment))
-        return total if self.parts.vision else Held(0.0, largest)

@@ -27,7 +27,7 @@ class Hardware:
     """One kind of GPU (or CPU process) and the cluster around it.
 
     peak_flops: dense bf16, per second. products, attention, convolutions: the shares of it that matrix products of a
-        training run, attention cores and ConvNeXt's blocks reach.
+        training run, attention cores and encoders of convolutions reach.
     memory_bytes: as the vendor counts them; reserved_bytes: what is no tensor (CUDA context, NCCL, fragmentation).
     memory_bytes_per_second: of HBM. memory_share: what element-wise passes reach of it.
     gpus_per_node: processes that meet over ``inside_bytes_per_second``; all others over ``outside_bytes_per_second``

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.model.flops import Parts
+from megatron_eagle.model.cost import Held, Parts
 from megatron_eagle.parallel.shard_tiles import TileShards
-from megatron_eagle.planning.activations import Activations, Held, PackShape
+from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.parameters import (
     Buffer,
     bucket_size,

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, check_layout
-from megatron_eagle.model.flops import Parts
+from megatron_eagle.model.cost import Parts
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128

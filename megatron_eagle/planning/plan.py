@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import StepFlops, Work, step_flops
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.parallel.shard_tiles import TileShards
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import check_layout
+from megatron_eagle.config.model import check_layout, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.mixture import tokens_per_tile
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import ProcessRanks, memory_of

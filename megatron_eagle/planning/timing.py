@@ -7,19 +7,11 @@ backward pass costs time here and counts nowhere else. Reading data is taken to 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from megatron_eagle.model.encoders import encoder_config
-from megatron_eagle.model.encoders.convnext import Config as ConvNextConfig
-from megatron_eagle.model.flops import (
-    Flops,
-    attention_flops,
-    connector_flops,
-    encoder_flops,
-    encoder_names,
-    head_flops,
-    layer_flops,
-)
+from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.model.cost import Flops
+from megatron_eagle.model.encoders import encoder_cost
+from megatron_eagle.model.flops import attention_flops, connector_flops, encoder_flops, head_flops, layer_flops
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.parameters import layers_of_chunks
@@ -82,15 +74,13 @@ class Timing:
         config, parts, tp = self.sizes.config, self.sizes.parts, self.sizes.encoder_tp
         total = self._compute(connector_flops(config, parts) * (count / tp), self.hardware.products)
         layers = 0
-        for place in encoder_names(config):
-            numbers: Any = encoder_config(config.encoders[place])
-            convolves = isinstance(numbers, ConvNextConfig)
-            rate = self.hardware.convolutions if convolves else self.hardware.products
-            flops = encoder_flops(config, place, parts) * (count / tp)
-            one = self._compute(flops, rate)
+        for settings in config.encoders:
+            cost = encoder_cost(settings)
+            flops = encoder_flops(settings, parts) * (count / tp)
+            one = self._compute(flops, getattr(self.hardware, cost.RATE))
             repeats = self.sizes.recompute in ("full", "offload") and parts.vision
             total += PassTime(one.forward, one.backward + one.forward * repeats)
-            layers += sum(numbers.depths) if convolves else numbers.num_hidden_layers
+            layers += cost.layers(encoder_config(settings))
         if self.sizes.layout.encoder_chunk is not None and parts.vision:
             total = PassTime(total.forward, total.backward + total.forward)
         if not parts.vision:  # the connector's backward pass is short

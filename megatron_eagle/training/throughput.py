@@ -11,7 +11,8 @@ import torch
 
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.model.flops import Parts, Work, step_flops
+from megatron_eagle.model.cost import Parts
+from megatron_eagle.model.flops import Work, step_flops
 
 # NVIDIA's data sheets, dense bf16; the first name that is part of the device's counts.
 STATED_PEAKS = {

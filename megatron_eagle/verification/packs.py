@@ -11,10 +11,9 @@ from typing import Literal
 
 import torch
 
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.model.mixture import tokens_per_tile
 
 Packing = Literal["packed", "single"]
 PACK_LENGTH = 128

@@ -10,25 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    ConvNextConfig,
-    ConvNextModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.model import EagleConfig, encoder_configs, encoder_names, mixture_channels
 from megatron_eagle.config.recipe import OptimizerSettings
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.encoders import EncoderConfig, convnext, encoder_config, siglip
-
-# Written here a second time on purpose: a wrong constant in the model must not be wrong in its oracle, too.
-SIGLIP_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+from megatron_eagle.model.encoders import encoder_hf_names, encoder_reference
 
 
 class ReferenceEagle(nn.Module):
@@ -40,9 +28,11 @@ class ReferenceEagle(nn.Module):
     def __init__(self, config: EagleConfig, seed: int) -> None:
         super().__init__()
         self.config = config
-        self.encoder_configs = [_known(encoder_config(numbers)) for numbers in config.encoders]
-        self.encoders = nn.ModuleList([_build_encoder(numbers) for numbers in self.encoder_configs])
-        width, hidden = sum(numbers.output_channels for numbers in self.encoder_configs), config.language.hidden_size
+        numbers = encoder_configs(config)
+        parts = [encoder_reference(settings) for settings in config.encoders]
+        self._parts = list(zip(parts, numbers, strict=True))
+        self.encoders = nn.ModuleList([part.build(own) for part, own in self._parts])
+        width, hidden = mixture_channels(config), config.language.hidden_size
         norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
         self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.language = _build_language(config)
@@ -61,27 +51,16 @@ class ReferenceEagle(nn.Module):
     def _encode(self, tiles: Tensor) -> Tensor:
         """Features [n, tokens, channels] of all encoders, joined by channel."""
         pixels = tiles.double() / 255
-        parts = []
-        for numbers, encoder in zip(self.encoder_configs, self.encoders, strict=True):
-            size = (numbers.image_size, numbers.image_size)
-            mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in _statistics(numbers))
-            if pixels.shape[-2:] != size:
-                resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
-            else:
-                resized = pixels
-            output = encoder((resized - mean) / std).last_hidden_state
-            parts.append(_shuffle(output) if isinstance(numbers, siglip.Config) else output.flatten(2).transpose(1, 2))
-        return torch.cat(parts, dim=-1)
+        pairs = zip(self._parts, self.encoders, strict=True)
+        return torch.cat([part.features(numbers, module, pixels) for (part, numbers), module in pairs], dim=-1)
 
     def sources(self) -> hf_names.HfNames:
         """Where each of Megatron's parameters comes from in this module's state dict."""
         sources = hf_names.qwen_sources(self.config.language, "language.") | hf_names.connector_sources("mlp1.")
-        for number, numbers in enumerate(self.encoder_configs):
-            prefix = f"encoders.{number}."
-            if isinstance(numbers, siglip.Config):
-                sources |= hf_names.siglip_sources(numbers, prefix)
-            else:
-                sources |= hf_names.convnext_sources(numbers, prefix)
+        encoders = zip(self.config.encoders, self._parts, encoder_names(self.config), strict=True)
+        for number, (settings, (_, numbers), name) in enumerate(encoders):
+            names = encoder_hf_names(settings["kind"])
+            sources |= names.reference_sources(numbers, f"encoders.{number}.", name)
         return sources
 
 
@@ -168,45 +147,6 @@ def with_tied_names(config: EagleConfig, tensors: Mapping[str, Tensor]) -> dict[
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-
-
-def _known(numbers: EncoderConfig) -> siglip.Config | convnext.Config:
-    if not isinstance(numbers, siglip.Config | convnext.Config):
-        raise UserError(f"the reference has no transformers module for encoder {type(numbers).__module__}")
-    return numbers
-
-
-def _statistics(numbers: siglip.Config | convnext.Config) -> tuple[Sequence[float], Sequence[float]]:
-    return SIGLIP_MEAN_STD if isinstance(numbers, siglip.Config) else CLIP_MEAN_STD
-
-
-def _shuffle(x: Tensor) -> Tensor:
-    """[n, h*w, c] -> [n, h*w/4, 4c]: each 2 x 2 square of tokens becomes one, row by row."""
-    side = round(x.shape[1] ** 0.5)
-    squares = x.unflatten(1, (side // 2, 2, side // 2, 2))
-    return squares.permute(0, 1, 3, 2, 4, 5).flatten(3, 5).flatten(1, 2)
-
-
-def _build_encoder(numbers: siglip.Config | convnext.Config) -> nn.Module:
-    if isinstance(numbers, siglip.Config):
-        return SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=numbers.hidden_size,
-                intermediate_size=numbers.intermediate_size,
-                num_hidden_layers=numbers.num_hidden_layers,
-                num_attention_heads=numbers.num_attention_heads,
-                image_size=numbers.image_size,
-                patch_size=numbers.patch_size,
-                layer_norm_eps=numbers.layer_norm_eps,
-                vision_use_head=False,
-            )
-        )
-    model = ConvNextModel(ConvNextConfig(depths=list(numbers.depths), hidden_sizes=list(numbers.hidden_sizes)))
-    model.layernorm = nn.Identity()  # the norm after the last stage belongs to CLIP's head and is not used
-    for module in model.modules():
-        if "LayerNorm" in type(module).__name__:
-            module.eps = numbers.layer_norm_eps  # transformers has 1e-6 fixed, timm's CLIP models 1e-5
-    return model
 
 
 def _build_language(config: EagleConfig) -> nn.Module:

@@ -11,35 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout
+from megatron_eagle.config.model import EagleConfig, check_layout
+from megatron_eagle.config.presets import SMALLEST as CONFIG
 from megatron_eagle.verification.packs import Packing
-
-CONFIG = EagleConfig(
-    tile_size=32,
-    encoders=(
-        {
-            "kind": "siglip",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        {"kind": "convnext", "depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "image_size": 64},
-    ),
-    language=QwenConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    ),
-)
-"""The model of the tables: all parts of an Eagle, tied embeddings, fewer key/value heads than the largest tp."""
 
 PACKS_OF_A_STEP = {"packed": 4, "single": 8}
 _UNEVEN = {2: (3, 5), 4: (1, 2, 2, 3)}

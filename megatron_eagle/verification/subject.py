@@ -16,6 +16,7 @@ from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.model.encoders import encoder_reference
 from megatron_eagle.verification.packs import PACK_LENGTH, Packing, make_step
 from megatron_eagle.verification.rows import CONFIG, Row
 
@@ -100,15 +101,5 @@ def reduced(config: EagleConfig) -> EagleConfig:
         num_hidden_layers=RECIPE_LAYERS,
         initializer_range=0.1,
     )
-    return replace(
-        config, encoders=tuple(_reduced_encoder(dict(numbers)) for numbers in config.encoders), language=narrow
-    )
-
-
-def _reduced_encoder(numbers: dict[str, Any]) -> dict[str, Any]:
-    if numbers["kind"] == "siglip":
-        heads = numbers.get("num_attention_heads", 16)
-        return numbers | {"hidden_size": 8 * heads, "intermediate_size": 16 * heads, "num_hidden_layers": 2}
-    if numbers["kind"] == "convnext":
-        return numbers | {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 16, 16, 16), "layer_scale_init_value": 0.5}
-    return numbers
+    encoders = tuple(encoder_reference(settings).reduced(dict(settings)) for settings in config.encoders)
+    return replace(config, encoders=encoders, language=narrow)

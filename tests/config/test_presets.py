@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_eagle.config.model import mixture_channels, tokens_per_tile
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.model.eagle import count_parameters
-from megatron_eagle.model.mixture import mixture_channels, tokens_per_tile
 
 
 def siglip(width=1152, ffn=4304, layers=27, patch=14, side=32):

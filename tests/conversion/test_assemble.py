@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizer_folder import write_qwen_like
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from megatron_eagle.conversion.assemble import interpolate
 from megatron_eagle.conversion.check import check
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.hf_names import interpolate
 
 NO_LOGITS = Options(logits=False)
 
@@ -109,6 +110,46 @@ def test_untied_mixture_from_three_parts(tmp_path):
     assert check(tmp_path / "in", tmp_path / "out").equal
 
 
+def test_siglip_and_dinov2_as_transformers_saves_it(tmp_path):
+    """At twice the tile size that they were trained at; the proof compares logits with transformers' own modules."""
+    _, _, vision, _ = write_parts(tmp_path, "eagle2-1b", rows=480)
+    numbers = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+    theirs = Dinov2Model(Dinov2Config(**numbers, image_size=32))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    theirs.save_pretrained(tmp_path / "dino")
+    parts = [tmp_path / "dino", tmp_path / "qwen", tmp_path / "paligemma"]
+    proof = hf_to_megatron(parts, tmp_path / "in", Options(), tile_size=64)
+    assert proof.logits is not None and proof.logits < 1e-4
+    assert "own training only" in proof.unused[next(name for name in proof.unused if name.endswith("mask_token"))]
+    megatron_to_hf(tmp_path / "in", tmp_path / "out", NO_LOGITS)
+    made, towers = load_file(tmp_path / "out" / "model.safetensors"), "vision_model.vision_model.vision_towers."
+    for name, tensor in load_file(tmp_path / "dino" / "model.safetensors").items():
+        if name.endswith("position_embeddings"):
+            tensor = theirs.embeddings.interpolate_pos_encoding(torch.zeros(1, 65, 32), 64, 64)
+        if not name.endswith("mask_token"):
+            assert torch.equal(made[f"{towers}1.vision_tower.{name}"], tensor), name
+    norm = "post_layernorm.weight"
+    assert torch.equal(made[f"{towers}0.vision_tower.vision_model.{norm}"], vision[norm])
+
+
+def test_a_source_that_holds_no_encoder_known_here_is_named(tmp_path):
+    write_parts(tmp_path, "eagle2-1b", rows=480)
+    save_file({"vision_model.embeddings.class_embedding": torch.ones(4)}, tmp_path / "clip.safetensors")
+    parts = [tmp_path / "qwen", tmp_path / "paligemma", tmp_path / "clip.safetensors"]
+    with pytest.raises(UserError, match=r"clip\.safetensors holds none of: a SigLIP, a ConvNeXt, a DINOv2"):
+        hf_to_megatron(parts, tmp_path / "in", NO_LOGITS, tile_size=32)
+
+
+def test_dinov2_with_registers_is_refused(tmp_path):
+    write_parts(tmp_path, "eagle2-1b", rows=480)
+    numbers = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 8}
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**numbers, image_size=32)).save_pretrained(tmp_path / "dino")
+    with pytest.raises(UserError, match="register_tokens: a DINOv2 with registers is not supported"):
+        hf_to_megatron([tmp_path / "dino", tmp_path / "qwen"], tmp_path / "in", NO_LOGITS, tile_size=32)
+
+
 def test_interpolation_keeps_a_plane_and_the_same_size():
     side = torch.arange(8.0)
     plane = (side[:, None] * 2 + side[None]).reshape(64, 1)
@@ -122,5 +163,5 @@ def test_interpolation_keeps_a_plane_and_the_same_size():
 
 def test_sources_that_cannot_be_an_eagle(tmp_path):
     write_parts(tmp_path, "eagle2-1b", rows=480)
-    with pytest.raises(UserError, match="none of the sources holds a SigLIP or a ConvNeXt"):
+    with pytest.raises(UserError, match="none of the sources holds a SigLIP, a ConvNeXt or a DINOv2"):
         hf_to_megatron([tmp_path / "qwen", tmp_path / "qwen"], tmp_path / "in", NO_LOGITS)

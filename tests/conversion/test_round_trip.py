@@ -1,7 +1,9 @@
 """Hugging Face -> Megatron in any layout -> Hugging Face gives the same names and the same bits."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +19,8 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.conversion.check import check
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_eagle.conversion.released import Dialect
+from megatron_eagle.conversion.released import Dialect, read_config, recognise
+from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
 from megatron_eagle.errors import UserError
 
@@ -116,6 +119,58 @@ def test_a_mixture_of_reversed_towers_keeps_its_names(tokenizer, tmp_path):
     assert check(tmp_path / "hf", tmp_path / "back").equal
 
 
+MIXTURES = {
+    "siglip and dinov2": (cases.SIGLIP, cases.DINOV2),
+    "dinov2": (cases.DINOV2,),
+    "all, dinov2 first": (cases.DINOV2, cases.CONVNEXT, cases.SIGLIP),
+    "two siglips": (cases.SIGLIP, {**cases.SIGLIP, "num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_that_nobody_publishes_comes_back(worlds, tokenizer, tmp_path, mixture):
+    """Our description in config.json says the order of channels; names and the rest are as in published mixtures."""
+    config = replace(cases.reduced("eagle2-9b"), encoders=MIXTURES[mixture])
+    state = cases.write_released(tmp_path / "hf", config, Dialect.published(config, "A"), ours=True)
+    hf_to_megatron([tmp_path / "hf"], tmp_path / "in", NO_LOGITS)
+    worlds(2).run(cases.resave, str(tmp_path / "in"), config, Layout(tp=2), str(tmp_path / "other"))
+    proof = megatron_to_hf(tmp_path / "other", tmp_path / "back", NO_LOGITS, kind="A", tokenizer=tokenizer)
+    assert proof.round_trip.equal and check(tmp_path / "hf", tmp_path / "back").equal
+    for name in state:
+        number = re.search(r"vision_towers\.(\d)\.", name)
+        assert number is None or int(number[1]) < len(config.encoders)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["megatron_eagle"]["encoders"] == [
+        json.loads(json.dumps(settings)) for settings in config.encoders
+    ]
+
+
+def test_a_mixture_with_dinov2_is_known_by_its_tensors(tmp_path):
+    config = replace(cases.reduced("eagle2-9b"), encoders=MIXTURES["siglip and dinov2"])
+    dialect = Dialect.published(config, "A")
+    state = cases.write_released(tmp_path / "hf", config, dialect)
+    tower = "vision_model.vision_model.vision_towers.{}.vision_tower."
+    assert dialect.encoders == (tower.format(0) + "vision_model.", tower.format(1))
+    assert f"{tower.format(1)}encoder.layer.1.layer_scale2.lambda1" in state
+    folder = SafetensorsFolder(tmp_path / "hf")
+    said = read_config(tmp_path / "hf")
+    assert said["vision_config"]["moe_version_type"] == "dinov2_32_siglip_32"
+    found, found_dialect = recognise(folder.infos, said, "hf")
+    assert (found.encoders, found_dialect) == (config.encoders, dialect)
+    said["vision_config"]["dinov2_vision_config"]["use_swiglu_ffn"] = True
+    with pytest.raises(UserError, match="use_swiglu_ffn=True, only False is supported"):
+        recognise(folder.infos, said, "hf")
+
+
+@pytest.mark.parametrize("encoders", [(), (cases.SIGLIP,), (cases.CONVNEXT, cases.DINOV2)])
+def test_a_description_that_is_not_that_of_the_tensors_is_refused(tmp_path, encoders):
+    config = cases.reduced("eagle2-9b")
+    cases.write_released(tmp_path / "hf", config, Dialect.published(config, "A"), ours=True)
+    said = read_config(tmp_path / "hf")
+    said["megatron_eagle"]["encoders"] = encoders
+    with pytest.raises(UserError, match="its tensors are: siglip at vision_model.*, convnext at|at least one encoder"):
+        recognise(SafetensorsFolder(tmp_path / "hf").infos, said, "hf")
+
+
 def test_check_finds_one_flipped_bit(tmp_path):
     from safetensors.torch import save_file
 
@@ -172,7 +227,7 @@ def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
 
     small = {"shard_bytes": 100_000}
     write = torch_dist_writer.write_torch_dist
-    monkeypatch.setattr("megatron_eagle.checkpoint.convert.write_torch_dist", lambda *a, **k: write(*a, **k, **small))
+    monkeypatch.setattr("megatron_eagle.conversion.convert.write_torch_dist", lambda *a, **k: write(*a, **k, **small))
     monkeypatch.setattr(torch, "save", stop_after(60))
     with pytest.raises(KeyboardInterrupt):
         hf_to_megatron([tmp_path / "hf"], tmp_path / "in", NO_LOGITS)

@@ -53,7 +53,7 @@ def real_calls(recipe, shapes):
     from datetime import timedelta
 
     from megatron_eagle.compat.platform import install
-    from megatron_eagle.model.mixture import tokens_per_tile
+    from megatron_eagle.config.model import tokens_per_tile
     from megatron_eagle.parallel.groups import initialise
     from megatron_eagle.planning.samples import synthetic
     from megatron_eagle.training.engine import build_engine

@@ -18,7 +18,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.bench import run_bench
 from megatron_eagle.measuring.bench_report import read_measurement, table, write_report
 from megatron_eagle.measuring.calibrate import FITTED, Timed, calibrate, fit, predicted, variants, worst_error
-from megatron_eagle.model.flops import Parts
+from megatron_eagle.model.cost import Parts
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware, hardware_as_yaml, load_hardware
 from megatron_eagle.planning.samples import DataOf, Given, Mix, samples_of

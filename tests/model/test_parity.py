@@ -8,18 +8,23 @@ from torch import Tensor, nn
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
+from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.encoders import encoder_config
-from megatron_eagle.model.encoders.siglip import normalise
+from megatron_eagle.model.eagle import count_parameters
+from megatron_eagle.model.encoders import encoder_hf_names, encoder_reference
+from megatron_eagle.model.encoders.dinov2 import module as dinov2
+from megatron_eagle.model.encoders.siglip.module import normalise
 from megatron_eagle.model.weights import weight_slices
 
 TOLERANCE = 1e-5
@@ -63,12 +68,27 @@ def run_siglip(layout):
     numbers = {name: value for name, value in cases.SIGLIP.items() if name != "kind"}
     theirs = randomise(SiglipVisionModel(SiglipVisionConfig(**numbers, vision_use_head=False)), 1)
     (model,) = cases.build(EagleConfig(64, (cases.SIGLIP,), cases.QWEN), layout)
-    sources = hf_names.siglip_sources(config)
+    sources = encoder_hf_names("siglip").reference_sources(config, "", "siglip")
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(3)
     pixels = (tiles.float() / 255 - 0.5) / 0.5
-    ours = model.vision.siglip.hidden_states(normalise(tiles))
+    ours = model.vision.siglip.from_pixels(normalise(tiles))
     return compare(model, sources, theirs, ours, theirs(pixels).last_hidden_state)
+
+
+def run_dinov2(layout):
+    cases.start(layout)
+    config = encoder_config(cases.DINOV2)
+    numbers = {name: cases.DINOV2[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    numbers |= {"mlp_ratio": 2, "image_size": 64, "patch_size": 8, "use_mask_token": False}
+    theirs = randomise(Dinov2Model(Dinov2Config(**numbers)), 5)
+    (model,) = cases.build(EagleConfig(64, (cases.DINOV2,), cases.QWEN), layout)
+    sources = encoder_hf_names("dinov2").reference_sources(config, "", "dinov2")
+    hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
+    tiles = cases.tiles(3)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    ours = model.vision.dinov2.from_pixels(dinov2.normalise(tiles))
+    return compare(model, sources, theirs, ours, theirs((tiles / 255 - mean) / std).last_hidden_state[:, 1:])
 
 
 def run_convnext(layout):
@@ -80,7 +100,7 @@ def run_convnext(layout):
         if "LayerNorm" in type(module).__name__:
             module.eps = 1e-5
     (model,) = cases.build(EagleConfig(64, (cases.CONVNEXT,), cases.QWEN), layout)
-    sources = hf_names.convnext_sources(config)
+    sources = encoder_hf_names("convnext").reference_sources(config, "", "convnext")
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(2)
     features = theirs(as_released(tiles, config.image_size)).last_hidden_state
@@ -107,7 +127,7 @@ def run_mixture_and_connector(layout):
     hf_names.load(model, sources, theirs.state_dict(), model.tp_group)
     tiles = cases.tiles(3)
     with torch.no_grad():
-        shuffled = released_pixel_shuffle(model.vision.siglip.hidden_states(normalise(tiles)).unflatten(1, (8, 8)))
+        shuffled = released_pixel_shuffle(model.vision.siglip.from_pixels(normalise(tiles)).unflatten(1, (8, 8)))
         joined = torch.cat([shuffled.reshape(3, 16, -1), model.vision.convnext(tiles)], dim=-1)
     return compare(model, sources, theirs, model.encode(tiles), theirs(joined))
 
@@ -161,8 +181,13 @@ def run_qwen(layout, tied):
 @each_layout
 @pytest.mark.parametrize(
     ("function", "parameters"),
-    [(run_siglip, 29), (run_convnext, 4 + 12 + 5 * 9), (run_mixture_and_connector, 6)],
-    ids=["siglip", "convnext", "mixture-connector"],
+    [
+        (run_siglip, 29),
+        (run_convnext, 4 + 12 + 5 * 9),
+        (run_dinov2, 2 + 2 + 2 * 14 + 2),
+        (run_mixture_and_connector, 6),
+    ],
+    ids=["siglip", "convnext", "dinov2", "mixture-connector"],
 )
 def test_vision(worlds, layout, function, parameters):
     for values, gradients, compared in worlds(layout.tp).run(function, layout):
@@ -180,3 +205,23 @@ def test_qwen_on_a_pack(worlds, layout, tied):
         assert losses <= TOLERANCE
         assert gradients <= TOLERANCE
         assert compared == 4 * 7 + (2 if tied else 3)
+
+
+def names_of(sources):
+    return {name for source in sources.values() for name in source.names}
+
+
+def test_dinov2_has_the_weights_of_the_published_one():
+    """facebook/dinov2-large at 448 pixels, without the token that stands for masked patches."""
+    with torch.device("meta"):
+        theirs = Dinov2Model(
+            Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=448)
+        )
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert shapes.pop("embeddings.mask_token") == (1, 1024)
+    config, names = encoder_config({"kind": "dinov2"}), encoder_hf_names("dinov2")
+    assert names_of(names.reference_sources(config, "", "dinov2")) == set(shapes)
+    published = names_of(names.released_sources(config, "", "dinov2", layer_scale="gamma"))
+    assert {encoder_reference({"kind": "dinov2"}).reference_name(name) for name in published} == set(shapes)
+    ours = count_parameters(EagleConfig(448, ({"kind": "dinov2"},), cases.QWEN))["vision"]
+    assert ours == sum(shape.numel() for shape in shapes.values())

@@ -4,14 +4,15 @@ from datetime import timedelta
 
 import pytest
 import torch
-from eagle_cases import EAGLE, pack
+from eagle_cases import DINOV2, EAGLE, SIGLIP, EagleConfig, pack
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.model.cost import Parts
 from megatron_eagle.model.eagle import EagleModel, build_eagle
-from megatron_eagle.model.flops import Parts, Work, encoder_flops, head_flops, layer_flops, step_flops
+from megatron_eagle.model.flops import Work, encoder_flops, head_flops, layer_flops, step_flops
 from megatron_eagle.parallel.groups import initialise
 
 EVERYTHING = ("vision", "connector", "language")
@@ -49,10 +50,10 @@ COUNTERS = {
 }
 
 
-def count_operations(trainable):
+def count_operations(trainable, config=EAGLE):
     """Forward and backward of one pack, counted by what PyTorch really runs; in a world of one process."""
     initialise(Layout(), install(), timeout=timedelta(seconds=60))
-    model: EagleModel = build_eagle(EAGLE, Layout(), precision="fp32", pre_process=True, post_process=True)
+    model: EagleModel = build_eagle(config, Layout(), precision="fp32", pre_process=True, post_process=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.split(".")[0] in trainable
     batch = pack()
@@ -74,12 +75,21 @@ def test_equal_to_the_operators_that_run(worlds, trainable):
     assert step_flops(EAGLE, Parts.of(trainable), work).total == pytest.approx(total, rel=0.01)
 
 
+@pytest.mark.parametrize("trainable", [EVERYTHING, ("connector",)])
+def test_equal_to_the_operators_that_run_in_a_mixture_with_dinov2(worlds, trainable):
+    config = EagleConfig(64, (SIGLIP, DINOV2), EAGLE.language)
+    forward, total = worlds(1).run(count_operations, trainable, config)[0]
+    work = Work.computed(pack())
+    assert step_flops(config, FORWARD_ONLY, work).total == pytest.approx(forward, rel=0.01)
+    assert step_flops(config, Parts.of(trainable), work).total == pytest.approx(total, rel=0.01)
+
+
 def test_published_sizes():
     """SigLIP so400m: 411 M weights on 1024 tokens and their attention. ConvNeXt-XXL: timm lists 198 GMAC at 256 pixels,
     and 512 pixels are four times as many. Qwen2.5-7B: 7.07 billion weights in matrix products."""
     eagle = PRESETS["eagle2-9b"]
-    assert encoder_flops(eagle, 0, FORWARD_ONLY).forward == pytest.approx(0.974e12, rel=0.005)
-    assert encoder_flops(eagle, 1, FORWARD_ONLY).forward == pytest.approx(4 * 2 * 198e9, rel=0.005)
+    assert encoder_flops(eagle.encoders[0], FORWARD_ONLY).forward == pytest.approx(0.974e12, rel=0.005)
+    assert encoder_flops(eagle.encoders[1], FORWARD_ONLY).forward == pytest.approx(4 * 2 * 198e9, rel=0.005)
     layer = layer_flops(eagle.language, FORWARD_ONLY, 1).forward
     weights = (28 * layer + head_flops(eagle.language, FORWARD_ONLY, 1).forward) / 2
     assert weights == pytest.approx(7.07e9, rel=0.002)

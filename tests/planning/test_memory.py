@@ -7,12 +7,17 @@ that a step adds, within 5 % (measured: 1.7 % and less).
 import pytest
 from measured import measure, recipe_of
 
+from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
 
 RAGGED = ([[300, 200], [512], [100] * 5, [400]], [5, 8, 6, 0])
 EVEN = ([[512]] * 4, [8] * 4)
 UNEVEN = {"pp": 2, "layers_per_stage": [1, 2]}
+
+SIGLIP = PRESETS["tiny"].encoders[0]
+DINOV2 = {**SIGLIP, "kind": "dinov2", "intermediate_size": 256}
+BOTH = {"encoders": [SIGLIP, DINOV2]}
 
 CASES = {
     1: [
@@ -24,6 +29,10 @@ CASES = {
         ({}, {"trainable": ["language"]}, ([[512]] * 4, [0] * 4)),
         ({}, {"distributed": False}, RAGGED),
         ({}, {"recompute": "full", "precision": "bf16"}, EVEN),
+        ({}, {"encoders": [DINOV2]}, EVEN),
+        ({}, {**BOTH, "recompute": "full"}, EVEN),
+        ({}, {**BOTH, "trainable": ["connector"]}, EVEN),
+        ({}, {**BOTH, "precision": "bf16"}, RAGGED),
     ],
     2: [
         (UNEVEN, {}, RAGGED),
@@ -36,6 +45,8 @@ CASES = {
         ({"cp": 2, "ulysses": 2}, {}, RAGGED),
         (UNEVEN, {"recompute": "full"}, RAGGED),
         ({**UNEVEN, "encoder": "spread"}, {"recompute": "full"}, RAGGED),
+        ({"tp": 2}, BOTH, RAGGED),
+        ({**UNEVEN, "encoder": "spread"}, BOTH, RAGGED),
     ],
     4: [
         ({"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}, RAGGED),
@@ -67,7 +78,7 @@ def compare(worlds, size, layout, changes, packs):
         assert expected.peak == pytest.approx(total, rel=0.05), f"rank {rank} of {layout} {changes}"
 
 
-QUICK = {1: (0, 2, 4), 2: (1, 5)}
+QUICK = {1: (0, 2, 4, 8), 2: (1, 5, 10)}
 
 
 @pytest.mark.parametrize("size", QUICK)

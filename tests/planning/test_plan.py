@@ -10,7 +10,7 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.flops import Parts
+from megatron_eagle.model.cost import Parts
 from megatron_eagle.planning.activations import ROWS_OF_LOGITS, Activations, PackShape
 from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware, profile_names
 from megatron_eagle.planning.plan import plan_stage

@@ -4,7 +4,8 @@ import pytest
 import torch
 from eagle_cases import EAGLE, pack
 
-from megatron_eagle.model.flops import Parts, Work, step_flops
+from megatron_eagle.model.cost import Parts
+from megatron_eagle.model.flops import Work, step_flops
 from megatron_eagle.training import throughput
 from megatron_eagle.training.throughput import useful_flops, utilisation
 

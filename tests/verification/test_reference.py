@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from megatron_eagle.model.vit.reference import shuffled
 from megatron_eagle.verification.packs import PACK_LENGTH, make_step
-from megatron_eagle.verification.reference import ReferenceEagle, _shuffle, samples_of, square_root_average
+from megatron_eagle.verification.reference import ReferenceEagle, samples_of, square_root_average
 from megatron_eagle.verification.rows import CONFIG
 
 
@@ -14,7 +15,7 @@ def test_shuffle_is_the_sequence_of_views_of_the_released_models() -> None:
     x = torch.arange(2 * 16 * 3.0).view(2, 16, 3)
     n, w, h, c = 2, 4, 4, 3
     y = x.view(n, w, h // 2, c * 2).permute(0, 2, 1, 3).contiguous().view(n, h // 2, w // 2, c * 4)
-    assert torch.equal(_shuffle(x), y.permute(0, 2, 1, 3).reshape(n, 4, 12))
+    assert torch.equal(shuffled(x), y.permute(0, 2, 1, 3).reshape(n, 4, 12))
 
 
 def test_both_packings_hold_the_same_samples() -> None:

@@ -1,66 +1,122 @@
-"""The encoders a mixture can be made of: ``kind: name`` in a recipe is the module ``name`` of this package.
+"""The encoders a mixture can be made of: a folder each, found by its kind (``config/encoders.py``).
 
-A further encoder is one new file here and one line of recipe. The file holds
-
-- ``Config``: a frozen pydantic dataclass (names of Hugging Face where there are any, unknown keys refused) with the
-  properties ``output_tokens`` and ``output_channels`` (per tile) and two checks that raise ValueError with the numbers,
-  ``check_tile_size(tile_size)`` and ``check_tensor_parallel(tp)``;
-- ``Encoder(config, build)``: a MegatronModule from uint8 tiles [n, 3, s, s] to features [n, output_tokens,
-  output_channels]. It owns its resize, its pixel normalisation and its downsampling, so that encoders can differ in all
-  of them.
+What stands in each module of such a folder, apart from its numbers, is said here by one Protocol per module. Nothing
+outside the folder asks what kind an encoder is. docs/encoders.md is the walk-through.
 """
 
-import importlib
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron.core.transformer.module import MegatronModule
-from pydantic import TypeAdapter, ValidationError
+from megatron_eagle.config.encoders import encoder_config, encoder_spec
+from megatron_eagle.model.cost import EncoderRun, Flops, Held, Rate
 
-from megatron_eagle.model.build_context import BuildContext
+if TYPE_CHECKING:  # torch and Megatron take seconds, and planning and checking recipes need neither
+    from megatron.core.transformer.module import MegatronModule
+    from torch import Tensor, nn
 
-
-class EncoderConfig(Protocol):
-    """What the mixture and the checks need to know of any encoder's numbers."""
-
-    @property
-    def output_tokens(self) -> int: ...
-
-    @property
-    def output_channels(self) -> int: ...
-
-    def check_tile_size(self, tile_size: int) -> None: ...
-
-    def check_tensor_parallel(self, tp: int) -> None: ...
+    from megatron_eagle.model.build_context import BuildContext
+    from megatron_eagle.model.hf_names import Changes, HfNames, Infos
 
 
-def encoder_config(settings: dict[str, Any]) -> EncoderConfig:
-    """The checked numbers of one encoder, ``settings`` being its entry in the recipe; ValueError if they are wrong."""
-    kind, numbers = _split(settings)
-    try:
-        return TypeAdapter(_module(kind).Config).validate_python(numbers)
-    except ValidationError as error:
-        found = (f"{'.'.join(map(str, item['loc'])) or kind}: {item['msg']}" for item in error.errors())
-        raise ValueError(f"encoder '{kind}': {'; '.join(found)}") from None
+class EncoderCost(Protocol):
+    """``cost.py``: what one tile costs; without torch.
+
+    RATE: the share of the peak that the operations reach, as the hardware profiles name it.
+    """
+
+    RATE: Rate
+
+    def operations(self, config: Any) -> tuple[Flops, Flops]:
+        """(the first product, whose inputs are pixels, all others) of a tile, everything trained."""
+
+    def activations(self, config: Any, run: EncoderRun) -> Held:
+        """Bytes of a tile on one process, from its pixels to the features."""
+
+    def layers(self, config: Any) -> int:
+        """Layers that are launched one after another."""
 
 
-def build_encoder(settings: dict[str, Any], build: BuildContext) -> MegatronModule:
-    """The encoder of one recipe entry, with memory for its weights."""
-    return _module(_split(settings)[0]).Encoder(encoder_config(settings), build)
+class EncoderNames(Protocol):
+    """``hf_names.py``: the encoder in released checkpoints, and in those it is published in by itself.
+
+    TOWER: what stands between a mixture's prefix of a tower and the encoder's own names. ALONE: its prefix in a
+    released model that has no other encoder; None where no such model is known. ORDER: its place among the channels
+    where a checkpoint does not say it. UNUSED: (pattern, reason) of tensors of the encoder that are not taken.
+    """
+
+    TOWER: str
+    ALONE: str | None
+    ORDER: int
+    UNUSED: Sequence[tuple[str, str]]
+
+    def find(self, names: Collection[str]) -> list[str]:
+        """Prefixes under which ``names`` hold such an encoder."""
+
+    def describe(self, infos: "Infos", prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's entry, without its kind, for the encoder at ``prefix``: numbers that are not the defaults.
+
+        config: ``vision_config`` of the checkpoint's config.json, or all of it where the encoder stands alone.
+        UserError says what of it is not understood.
+        """
+
+    def released_sources(self, config: Any, prefix: str, name: str, *, layer_scale: str) -> "HfNames":
+        """Names in released checkpoints -> ``vision.<name>``. layer_scale: what ends the names of LayerScale's scales
+        in this checkpoint, if timm calls them ``gamma``."""
+
+    def reference_sources(self, config: Any, prefix: str, name: str) -> "HfNames":
+        """Names in the module that ``reference.py`` builds -> ``vision.<name>``."""
+
+    def exported(self, config: Any, dtype: str) -> dict[str, Any]:
+        """What ``vision_config`` of a released mixture's config.json says of the encoder. ``<kind>_vision_config`` in
+        it is all of ``vision_config`` where the encoder stands alone."""
+
+    def image_size(self, config: Any) -> int:
+        """Side of the pixels that the encoder sees, for the name of a released mixture's form."""
+
+    def fit(
+        self, infos: "Infos", prefix: str, settings: dict[str, Any], tile_size: int
+    ) -> "tuple[dict[str, Any], Changes]":
+        """``settings`` for tiles of ``tile_size``, and the tensors that change for it."""
 
 
-def _split(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    numbers = dict(settings)
-    kind = numbers.pop("kind", None)
-    if not isinstance(kind, str):
-        raise ValueError(f"an encoder needs its kind, got the keys {', '.join(settings) or 'none'}")
-    return kind, numbers
+class EncoderReference(Protocol):
+    """``reference.py``: the encoder without Megatron, as others wrote it; what layouts and conversions are held
+    against. Its constants are written down a second time."""
+
+    def build(self, config: Any) -> "nn.Module":
+        """The module, with names as ``hf_names.reference_sources`` says."""
+
+    def features(self, config: Any, module: "nn.Module", pixels: "Tensor") -> "Tensor":
+        """Pixels [n, 3, s, s] in [0, 1] -> [n, output_tokens, output_channels], in the module's dtype."""
+
+    def reference_name(self, name: str) -> str:
+        """The module's name of a tensor of a released checkpoint; by rules of its own, not those of hf_names.py."""
+
+    def reduced(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's entry at a width and depth that a CPU verifies in seconds, of the same tokens and tp."""
 
 
-def _module(kind: str) -> Any:
-    name = f"{__name__}.{kind}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:  # the encoder exists and lacks something itself
-            raise
-        raise ValueError(f"encoder kind '{kind}' does not exist: there is no module {name}") from None
+def build_encoder(settings: dict[str, Any], build: "BuildContext") -> "MegatronModule":
+    """The encoder of one recipe entry, ``Encoder(config, build)`` of ``module.py``, with memory for its weights.
+
+    It owns its resize, its pixel normalisation and its downsampling, from uint8 tiles [n, 3, s, s] to features [n,
+    output_tokens, output_channels]. One with a ``kernel_role`` has ``from_pixels`` as well, which starts behind the
+    kernel that prepares tiles; a ``shuffled`` one ``grid``, (rows, columns) of its tokens, an ``appended`` one
+    ``image_size``.
+    """
+    return encoder_spec(settings["kind"]).part("module").Encoder(encoder_config(settings), build)
+
+
+def encoder_cost(settings: dict[str, Any]) -> EncoderCost:
+    """``cost.py`` of the encoder of one recipe entry."""
+    return encoder_spec(settings["kind"]).part("cost")
+
+
+def encoder_hf_names(kind: str) -> EncoderNames:
+    """``hf_names.py`` of a kind."""
+    return encoder_spec(kind).part("hf_names")
+
+
+def encoder_reference(settings: dict[str, Any]) -> EncoderReference:
+    """``reference.py`` of the encoder of one recipe entry."""
+    return encoder_spec(settings["kind"]).part("reference")

@@ -1,4 +1,4 @@
-"""ConvNeXt: the convolutional encoder of Eagle 2 9B and 34B (timm's ``convnext_xxlarge.clip_laion2b_soup``).
+"""ConvNeXt with tensor parallelism in its linear layers.
 
 Stem and four stages only, without the head and its norm; the feature is the last stage's map at stride 32, flattened
 row by row. The tile is resized to ``image_size`` first, so that the map has as many positions as SigLIP has tokens.
@@ -7,60 +7,22 @@ linear layers, nearly all of the parameters, are split over the tensor-parallel 
 """
 
 import itertools
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_eagle.config.layout import STRICT, Positive
-from megatron_eagle.config.model import divides
 from megatron_eagle.model.build_context import BuildContext, no_init, parallel_config
+from megatron_eagle.model.encoders.convnext.config import EXPANSION, KERNEL, STEM, Config
 from megatron_eagle.model.norm import LayerNorm
 from megatron_eagle.model.weights import ShardedList
 
-STRIDE = 32  # the stem shrinks by 4, each of the three later stages by 2
-EXPANSION = 4
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], OpenAI CLIP
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-FourSizes = Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Config:
-    """Names of transformers' ConvNextConfig; eps as in timm's CLIP models (transformers uses 1e-6)."""
-
-    depths: FourSizes = (3, 4, 30, 3)
-    hidden_sizes: FourSizes = (384, 768, 1536, 3072)
-    image_size: Positive = 512
-    layer_norm_eps: float = 1e-5
-    layer_scale_init_value: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.image_size % STRIDE:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of convnext's stride {STRIDE}")
-
-    @property
-    def output_tokens(self) -> int:
-        return (self.image_size // STRIDE) ** 2
-
-    @property
-    def output_channels(self) -> int:
-        return self.hidden_sizes[-1]
-
-    def check_tile_size(self, tile_size: int) -> None:
-        """Any size does, tiles are resized."""
-
-    def check_tensor_parallel(self, tp: int) -> None:
-        for size in self.hidden_sizes:
-            divides(tp, EXPANSION * size, f"channels inside a convnext block of {size}")
 
 
 class Encoder(MegatronModule):
@@ -73,7 +35,7 @@ class Encoder(MegatronModule):
         self.image_size = convnext.image_size
         self.recompute = build.recomputes_layers
         sizes, eps = convnext.hidden_sizes, convnext.layer_norm_eps
-        self.stem = nn.Conv2d(3, sizes[0], 4, stride=4, dtype=build.dtype)
+        self.stem = nn.Conv2d(3, sizes[0], STEM, stride=STEM, dtype=build.dtype)
         self.stem_norm = LayerNorm(config, sizes[0], eps)
         stages = []
         for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
@@ -83,9 +45,9 @@ class Encoder(MegatronModule):
         self.stages = ShardedList(stages)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        return self.features(prepare(tiles, self.image_size).to(self.stem.weight.dtype))
+        return self.from_pixels(prepare(tiles, self.image_size).to(self.stem.weight.dtype))
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def from_pixels(self, pixels: Tensor) -> Tensor:
         """Resized and normalised pixels [n, 3, image_size, image_size], in the dtype of the weights, to features.
 
         Maps stay channels-last [n, rows, columns, channels] between the convolutions.
@@ -118,7 +80,7 @@ class Block(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         parallel = {"config": config, "init_method": no_init, "tp_group": tp_group, "skip_bias_add": False}
-        self.depthwise = nn.Conv2d(size, size, 7, padding=3, groups=size, dtype=config.params_dtype)
+        self.depthwise = nn.Conv2d(size, size, KERNEL, padding=KERNEL // 2, groups=size, dtype=config.params_dtype)
         self.norm = LayerNorm(config, size, convnext.layer_norm_eps)
         self.linear_fc1 = ColumnParallelLinear(size, EXPANSION * size, **parallel)
         self.linear_fc2 = RowParallelLinear(EXPANSION * size, size, bias=True, input_is_parallel=True, **parallel)

@@ -1,0 +1,101 @@
+"""What pieces of a model cost, as numbers: operations (``Flops``) and bytes (``Held``), and what they depend on.
+
+The encoders' ``cost.py`` state their own in these terms, ``flops.py`` and the planner those of everything else. Numbers
+only, importable without torch.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Rate = Literal["products", "convolutions"]
+"""The share of the peak that an operation runs at: a field of ``planning.hardware.Hardware``."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one part: forward, gradient of its inputs, gradient of its weights."""
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.input_gradient + self.weight_gradient
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+        )
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.forward * times, self.input_gradient * times, self.weight_gradient * times)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a model train, hence which gradients a step needs."""
+
+    vision: bool
+    connector: bool
+    language: bool
+
+    @staticmethod
+    def of(trainable: Collection[str]) -> "Parts":
+        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable)
+
+    @property
+    def features_need_gradient(self) -> bool:
+        return self.vision or self.connector
+
+    @property
+    def any(self) -> bool:
+        return self.vision or self.connector or self.language
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one piece of model: ``saved`` from forward to backward, and what each pass needs beyond that."""
+
+    saved: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def then(self, after: "Held") -> "Held":
+        """This piece and the one behind it. While this one runs, forward or backward, the other holds nothing."""
+        return Held(
+            self.saved + after.saved,
+            max(self.forward - after.saved, after.forward),
+            max(self.backward - after.saved, after.backward),
+        )
+
+    def times(self, count: float) -> "Held":
+        return Held(self.saved * count, self.forward * count, self.backward * count)
+
+
+@dataclass(frozen=True)
+class EncoderRun:
+    """How an encoder runs, as far as its bytes depend on it.
+
+    number: bytes of one activation. tp: processes that share its weights. trains: whether it does; if not, nothing is
+    saved. repeats_layers: whole layers are computed again in the backward pass. in_kernel: its pixels are prepared by a
+    kernel, without copies in float32.
+    """
+
+    number: int
+    tp: int
+    trains: bool
+    repeats_layers: bool
+    in_kernel: bool
+
+    def pixels(self, count: float, copies: int) -> Held:
+        """The prepared pixels, ``count`` numbers; preparing them holds ``copies`` copies in float32 at a time."""
+        kept = count * self.number
+        return Held(kept, (kept if self.in_kernel else copies * count * 4.0) - kept)

@@ -1,0 +1,51 @@
+"""transformers' Dinov2Model, and the pixels and the shuffle around it."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+
+from megatron_eagle.model.encoders.dinov2.config import Config
+from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_LOADED = (
+    (r"\.attention\.attention\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+)
+
+
+def build(config: Config) -> nn.Module:
+    """The model without the token that stands for masked patches."""
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=config.hidden_size,
+            mlp_ratio=config.intermediate_size // config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            layerscale_value=config.layerscale_value,
+            use_mask_token=False,
+        )
+    )
+
+
+def features(config: Config, module: nn.Module, pixels: Tensor) -> Tensor:
+    """The patches' last hidden state, shuffled."""
+    return shuffled(module(normalised(pixels, MEAN, STD)).last_hidden_state[:, 1:])
+
+
+def reference_name(name: str) -> str:
+    """The name that transformers gives a tensor of a checkpoint when it loads it."""
+    for pattern, replacement in _LOADED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def reduced(settings: dict[str, Any]) -> dict[str, Any]:
+    """Two layers, eight channels a head."""
+    return reduced_vit(settings, Config.num_attention_heads)

@@ -1,0 +1,42 @@
+"""transformers' SiglipVisionModel, and the pixels and the shuffle around it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from megatron_eagle.model.encoders.siglip.config import Config
+from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def build(config: Config) -> nn.Module:
+    """The model without its pooling head."""
+    return SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            vision_use_head=False,
+        )
+    )
+
+
+def features(config: Config, module: nn.Module, pixels: Tensor) -> Tensor:
+    """The last hidden state, shuffled."""
+    return shuffled(module(normalised(pixels, MEAN, STD)).last_hidden_state)
+
+
+def reference_name(name: str) -> str:
+    """Released models have transformers' names."""
+    return name
+
+
+def reduced(settings: dict[str, Any]) -> dict[str, Any]:
+    """Two layers, eight channels a head."""
+    return reduced_vit(settings, Config.num_attention_heads)
