@@ -3,11 +3,15 @@
 import io
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
@@ -18,6 +22,14 @@ def image_bytes(size: tuple[int, int], colour: str, format: str = "PNG") -> byte
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, format)
     return buffer.getvalue()
+
+
+def make_settings(*sources: BlendSource | Path | str, **values: Any) -> DataSettings:
+    """Settings of a stream of these data sets; ``values`` are those of DataSettings and of its reading block alike."""
+    own = {field.name for field in fields(DataSettings)}
+    reading = ReadingSettings(**{name: value for name, value in values.items() if name not in own})
+    blend = tuple(source if isinstance(source, BlendSource) else BlendSource(str(source)) for source in sources)
+    return DataSettings(sources=blend, reading=reading, **{n: value for n, value in values.items() if n in own})
 
 
 def write_jsonl(folder: Path, records: list[dict | bytes], name: str = "samples.jsonl") -> Path:

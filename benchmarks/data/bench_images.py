@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from megatron_eagle.config.reading import Tiling
 from megatron_eagle.data.media.images import decode_pixels
-from megatron_eagle.data.media.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.data.media.tiling import choose_grid, cut_tiles
 
 RUNS = 15
 TILE = 448

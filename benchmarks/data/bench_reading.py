@@ -20,9 +20,10 @@ from bench_images import jpeg, photograph
 from PIL import Image
 
 from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import ReadingSettings, VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.file_slice import FileSlice
-from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.media.frames import frame_times
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_eagle.data.stream.planned import PlannedStream
@@ -52,7 +53,8 @@ def film(path: Path, group: int) -> None:
 
 def read(name: str, built: Path, tokenizer: Tokenizer) -> None:
     """Reads packs of 16 384 tokens and prints what one second of CPU gives."""
-    stream = PlannedStream(DataSettings(sources=(BlendSource(str(built)),), pack_length=16384, degrade=True), tokenizer)
+    settings = DataSettings((BlendSource(str(built)),), pack_length=16384, reading=ReadingSettings(degrade=True))
+    stream = PlannedStream(settings, tokenizer)
     next(stream)
     started = time.process_time()
     packs = [next(stream) for _ in range(PACKS)]
@@ -82,7 +84,7 @@ def main() -> None:
             build_dataset(folder / f"{group}.jsonl", folder / f"film{group}", progress=False)
             read(f"videos, key frame every {group}", folder / f"film{group}", tokenizer)
             with VideoReader(FileSlice.whole(folder / f"{group}.mp4")) as reader:
-                shown = sum(1 for _ in reader.frames(VideoSettings().times(reader.info, 60)))
+                shown = sum(1 for _ in reader.frames(frame_times(VideoSettings(), reader.info, 60)))
                 print(f"  {shown} frames of 1800 shown, {reader.decoded} decoded")
 
 

@@ -100,5 +100,5 @@ def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", l
         model = replace(model, language={**model.language, "num_hidden_layers": options.layers})
         stage = replace(stage, layout=replace(recipe.stage_layout(stage), layers_per_stage=None))
     # Data are drawn by the seed and the number of the stage, which is the first now.
-    seed = recipe.seed + recipe.stages.index(recipe.stage(options.stage))
+    seed = recipe.data_seed(stage)
     return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage), seed=seed), reduced

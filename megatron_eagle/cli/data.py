@@ -94,7 +94,7 @@ def _add_pack_report(actions: Verbs) -> None:
     )
     parser.add_argument("--pack-length", type=int, help="tokens of a pack (default: the stage's; lognormal: 16384)")
     parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks (default: 64)")
-    parser.add_argument("--attention-parity", type=int, help="see DataSettings (default: the recipe's, or 65000)")
+    parser.add_argument("--attention-parity", type=int, help="see docs/data.md (default: the recipe's, or 65000)")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw it")
     parser.set_defaults(run=_data_pack_report)
 
@@ -142,7 +142,7 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
     recipe, stage = _load(options)
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    seed = recipe.seed + recipe.stages.index(stage)
+    seed = recipe.data_seed(stage)
     views = write_page(recipe.data_settings(stage), tokenizer, seed, options.out, options.shown)
     print(" | ".join(HEADS))
     for view in views:
@@ -160,9 +160,9 @@ def _data_digest(options: argparse.Namespace) -> None:
     from megatron_eagle.errors import UserError
 
     recipe, stage = _load(options)
-    settings = recipe.data_settings(stage)
-    if settings.order != "planned":
-        raise UserError(f"only reading.order=planned has one order for every number of ranks, this is {settings.order}")
+    settings, order = recipe.data_settings(stage), recipe.reading.order
+    if order != "planned":
+        raise UserError(f"only reading.order=planned has one order for every number of ranks, this is {order}")
     if stage.batch % options.dp:
         raise UserError(
             f"batch={stage.batch} packs cannot be shared out evenly to {options.dp} data-parallel ranks; the digest "
@@ -176,7 +176,7 @@ def _data_digest(options: argparse.Namespace) -> None:
             tokenizer,
             rank=rank,
             world_size=options.dp,
-            seed=recipe.seed + recipe.stages.index(stage),
+            seed=recipe.data_seed(stage),
             workers=options.workers,
             batch=stage.batch,
         )
@@ -209,7 +209,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
         recipe, stage = _load(options)
         settings = recipe.data_settings(stage)
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        plan = Plan(settings, tokenizer, recipe.seed + recipe.stages.index(stage))
+        plan = Plan(settings, tokenizer, recipe.data_seed(stage))
         tokens, tiles = epoch_lengths(plan)
         by_source = zip(settings.sources, plan.lengths, strict=True)
         degraded = degrade_report({source.path: lengths.outcomes for source, lengths in by_source})
@@ -220,8 +220,8 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     length = options.pack_length or settings.pack_length
     bounds = Bounds(
         length=length,
-        max_tiles=settings.max_tiles_per_pack,
-        delta=settings.spare_packs(int(tokens.sum()) // length),
+        max_tiles=settings.reading.max_tiles_per_pack,
+        delta=settings.reading.spare_packs(int(tokens.sum()) // length),
         attention_parity=options.attention_parity or settings.attention_parity,
         tile_cost=settings.tile_cost,
     )

@@ -1,21 +1,18 @@
-"""The data part of a recipe: which data sets in which proportion, and how samples become packs.
+"""What a stream of packs is made of: a stage's data sets, how they are read, and what follows from model and layout.
 
-Numbers and checks only, no I/O; ``energon.py`` and ``streams.py`` read them.
+Numbers and checks only, no I/O; ``data/order`` and ``data/stream`` read them. ``Recipe.data_settings`` makes them.
 """
 
-import math
-from dataclasses import field
+from dataclasses import asdict, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT, Positive
-from megatron_eagle.data.media.frames import VideoSettings
-from megatron_eagle.data.media.images import MAX_PIXELS
-from megatron_eagle.data.media.tiling import Tiling
-from megatron_eagle.data.sample.conversation import DEFAULT_SYSTEM
+from megatron_eagle.config.pack_costs import PackCosts
+from megatron_eagle.config.reading import ReadingSettings, Tiling
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,81 +35,50 @@ class BlendSource:
 
 @dataclass(frozen=True, config=STRICT)
 class DataSettings:
-    """How a stream of packs is made.
+    """How the stream of packs of one stage is made.
 
     pack_length: tokens of a pack, padding included.
-    tile_size, min_tiles, max_tiles, tiling_rule: see ``tiling.Tiling``.
-    tokens_per_tile: tokens a tile becomes; follows from the encoders (Eagle: 256).
-    max_tiles_per_pack: optional second bound of a pack, for the encoders' memory.
-    system: system turn of conversations that bring none; empty for no such turn.
-    order: ``planned``: all lengths are known beforehand and the order of packs is a function of seed and step alone
-        (``planned.py``). ``buffer``: Energon reads on and packs what its buffers hold (``streams.py``).
-    packing: ``balanced`` or ``best_fit`` (see ``assemble.py``).
-    packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
-        least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
-    degrade: show a sample that is too long with fewer frames and tiles instead of rejecting it (``budget.py``).
-    decoder: ``pillow``, or ``dali``: plain JPEGs by NVIDIA DALI, on the GPU with workers 0, otherwise by its CPU mode
-        (``dali.py``); ``planned`` only.
-    video: which frames of videos are shown, and in what words (``frames.VideoSettings``).
-    plan_window: ``planned`` only: samples that are packed together; a smaller epoch is packed whole.
-    attention_parity: ``planned`` only: length of a segment, in tokens, at which attention costs the language model as
-        much as all the rest of it; decides which rank gets which packs of a step. hidden, L layers and N parameters
-        without embeddings give N / (L x hidden): 65 000 for Qwen2.5-7B, 17 000 for 0.5B.
-    tile_cost: ``planned`` only: cost of encoding a tile, in tokens of the language model; 0 if encoders are spread.
-    reader_timeout: ``planned`` only: seconds that a pack may take a reader process before the run stops.
-    packing_buffer: ``buffer`` only, as the next two: samples looked at together when packs are chosen, per process.
-    shuffle_buffer: samples a draw is taken from, per reader process.
-    max_samples_per_sequence: samples read one after another before another place of the shards is drawn.
-    max_pixels: images above it are rejected as decompression bombs.
-    max_rejected_in_a_row: samples rejected one after another, without a good one, that stop the run.
+    tile_size: side of a tile, pixels; tokens_per_tile: tokens it becomes. Both follow from the encoders (Eagle: 256).
+    model_costs: those of the stage's model, which hold where ``reading`` sets none.
+    reading: everything else, as the recipe says it.
     """
 
     sources: tuple[BlendSource, ...]
     pack_length: Positive
     tile_size: Positive = 448
     tokens_per_tile: Positive = 256
-    min_tiles: Positive = 1
-    max_tiles: Positive = 12
-    tiling_rule: Literal["eagle2", "area"] = "eagle2"
-    max_tiles_per_pack: Positive | None = None
-    system: str = DEFAULT_SYSTEM
-    order: Literal["planned", "buffer"] = "planned"
-    packing: Literal["balanced", "best_fit"] = "balanced"
-    packing_delta: Annotated[int, Ge(0)] | None = None
-    degrade: bool = False
-    decoder: Literal["pillow", "dali"] = "pillow"
-    video: VideoSettings = field(default_factory=VideoSettings)
-    plan_window: Positive = 1_000_000
-    attention_parity: Positive = 65_000
-    tile_cost: Annotated[float, Ge(0)] = 0.0
-    reader_timeout: Positive = 600
-    packing_buffer: Positive = 512
-    shuffle_buffer: Positive = 1000
-    max_samples_per_sequence: Positive = 100
-    max_pixels: Positive = MAX_PIXELS
-    max_rejected_in_a_row: Positive = 1000
+    model_costs: PackCosts = field(default_factory=PackCosts)
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("a stream needs at least one source, these settings have 0")
         if self.tokens_per_tile > self.pack_length:
-            raise ValueError(f"a tile of {self.tokens_per_tile} tokens does not fit into a pack of {self.pack_length}")
-        if self.packing_delta is not None and self.packing == "best_fit":
-            raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is best_fit")
+            raise ValueError(f"pack_length={self.pack_length} cannot hold one tile of {self.tokens_per_tile} tokens")
         if len({source.repeat is None for source in self.sources}) > 1:
             raise ValueError("some sources have a repeat and others do not; give all of them one, or none")
-        if self.order == "buffer" and self.decoder == "dali":
-            raise ValueError("decoder=dali needs order=planned")
-        if self.order == "buffer" and self.sources[0].repeat is not None:
+        if self.reading.order == "buffer" and self.sources[0].repeat is not None:
             raise ValueError("repeat needs order=planned; order=buffer draws by weight")
-        _ = self.tiling
+
+    @property
+    def attention_parity(self) -> int:
+        given = self.reading.attention_parity
+        return self.model_costs.attention_parity if given is None else given
+
+    @property
+    def tile_cost(self) -> float:
+        given = self.reading.tile_cost
+        return self.model_costs.tile_cost if given is None else given
 
     @cached_property
     def tiling(self) -> Tiling:
-        return Tiling(self.tile_size, self.min_tiles, self.max_tiles, self.tiling_rule)
+        return self.reading.tiling(self.tile_size)
 
-    def spare_packs(self, needed: int) -> int:
-        """Packs to offer beyond the ``needed`` ones."""
-        if self.packing_delta is not None:
-            return self.packing_delta
-        return needed // 500 if self.order == "planned" else math.ceil(needed / 50)
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, those of ``reading`` among them, as plain data; what a stream is recognised by.
+
+        ``workers`` is left out: it says who reads, not what.
+        """
+        flat = {**asdict(self), **asdict(self.reading)}
+        flat |= {"attention_parity": self.attention_parity, "tile_cost": self.tile_cost}
+        return {name: value for name, value in flat.items() if name not in ("reading", "model_costs", "workers")}

@@ -53,6 +53,14 @@ class QwenConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def parameters_without_embeddings(self) -> int:
+        """Weights of all layers and the last norm; the two embeddings, which may be one, are left out."""
+        hidden, key_value = self.hidden_size, self.num_key_value_heads * self.head_dim
+        query_key_value = (hidden + 1) * (hidden + 2 * key_value)  # these have biases
+        layer = query_key_value + hidden * hidden + 3 * hidden * self.intermediate_size + 2 * hidden
+        return self.num_hidden_layers * layer + hidden
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows held in memory. The same in every layout, so that a checkpoint fits all of them; the padding never
         takes part in the softmax."""

@@ -18,10 +18,10 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.layout import STRICT, Layout, Positive
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
-from megatron_eagle.config.overrides import apply_override
+from megatron_eagle.config.overrides import apply_overrides
+from megatron_eagle.config.pack_costs import model_costs
 from megatron_eagle.config.presets import PRESETS
-from megatron_eagle.data.media.frames import VideoSettings
-from megatron_eagle.data.sample.conversation import DEFAULT_SYSTEM
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.errors import UserError
 
 Part = Literal["vision", "connector", "language"]
@@ -77,38 +77,6 @@ class TokenizerSettings:
 
     kind: Literal["huggingface", "sentencepiece"]
     path: str
-
-
-@dataclass(frozen=True, config=STRICT)
-class ReadingSettings:
-    """How samples become packs, for all stages; ``data.settings.DataSettings`` explains each.
-
-    tiling_rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
-    order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
-    packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
-    degrade: show samples that are too long for a pack with fewer frames and tiles instead of rejecting them.
-    decoder: ``pillow``, or ``dali`` for plain JPEGs: on the GPU with workers=0, otherwise by DALI's CPU mode.
-    video: which frames of videos are shown, and in what words (``data.frames.VideoSettings``).
-    workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
-    """
-
-    tiling_rule: Literal["eagle2", "area"] = "eagle2"
-    min_tiles: Positive = 1
-    max_tiles: Positive = 12
-    max_tiles_per_pack: Positive | None = None
-    order: Literal["planned", "buffer"] = "planned"
-    packing: Literal["balanced", "best_fit"] = "balanced"
-    degrade: bool = False
-    decoder: Literal["pillow", "dali"] = "pillow"
-    video: VideoSettings = field(default_factory=VideoSettings)
-    packing_buffer: Positive = 512
-    shuffle_buffer: Positive = 1000
-    system: str = DEFAULT_SYSTEM
-    workers: Annotated[int, Ge(0)] = 0
-
-    def __post_init__(self) -> None:
-        if self.min_tiles > self.max_tiles:
-            raise ValueError(f"min_tiles={self.min_tiles} is more than max_tiles={self.max_tiles}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -202,16 +170,13 @@ class Recipe:
         config = self.model.eagle()
         for stage in self.stages:
             layout = self.stage_layout(stage)
-            check_layout(config, layout)
             try:
+                check_layout(config, layout)
                 layout.check_pack_length(stage.pack_length)
+                self.data_settings(stage)
             except ValueError as error:
-                raise ValueError(f"stage '{stage.name}': {error}") from None
-            cost = tokens_per_tile(config)
-            if cost > stage.pack_length:
-                raise ValueError(
-                    f"stage '{stage.name}': pack_length={stage.pack_length} cannot hold one tile of {cost} tokens"
-                )
+                words = _first_lines(error) if isinstance(error, ValidationError) else str(error)
+                raise ValueError(f"stage '{stage.name}': {words}") from None
 
     def stage(self, name: str) -> Stage:
         """The stage called ``name``; UserError lists the stages there are."""
@@ -226,7 +191,12 @@ class Recipe:
         return self.stages[index - 1] if index else None
 
     def stage_layout(self, stage: Stage) -> Layout:
+        """The stage's own layout, which replaces the recipe's as a whole."""
         return stage.layout or self.layout
+
+    def data_seed(self, stage: Stage) -> int:
+        """What the order of the stage's data is drawn from: stages that share data sets do not share their order."""
+        return self.seed + self.stages.index(self.stage(stage.name))
 
     def with_kernels_on(self, device: str) -> "Recipe":
         """This recipe with the kernels that it runs with on ``device``, ``cuda`` or ``cpu``, written into it."""
@@ -235,14 +205,15 @@ class Recipe:
         return replace(self, model=replace(self.model, kernels=self.model.kernels_on(device)))
 
     def data_settings(self, stage: Stage) -> DataSettings:
-        """What the data room needs to know to stream ``stage``."""
+        """What a stream of ``stage``'s packs is made from."""
         config = self.model.eagle()
         return DataSettings(
             sources=stage.blend,
             pack_length=stage.pack_length,
             tile_size=config.tile_size,
             tokens_per_tile=tokens_per_tile(config),
-            **{name: value for name, value in vars(self.reading).items() if name != "workers"},
+            model_costs=model_costs(config, self.stage_layout(stage), stage.trainable),
+            reading=self.reading,
         )
 
 
@@ -256,8 +227,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of keys, it holds a {type(raw).__name__}")
-    for override in overrides:
-        apply_override(raw, override)
+    apply_overrides(raw, overrides)
     try:
         return TypeAdapter(Recipe).validate_python(raw)
     except ValidationError as error:

@@ -161,8 +161,9 @@ def _packs(recipe: Recipe, stage: Stage, samples: Samples | None) -> tuple[list[
         packs = [synthetic(shape, config.tile_size, cost) for shape in shapes]
         return [packs[number % len(packs)] for number in range(stage.batch)], f"synthetic, {samples.describe()}"
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    settings = replace(recipe.data_settings(stage), order="planned")
-    stream = PlannedStream(settings, tokenizer, seed=recipe.seed + recipe.stages.index(recipe.stage(stage.name)))
+    settings = recipe.data_settings(stage)
+    settings = replace(settings, reading=replace(settings.reading, order="planned"))
+    stream = PlannedStream(settings, tokenizer, seed=recipe.data_seed(stage))
     try:
         return [next(stream) for _ in range(stage.batch)], "the first of the stage's own data"
     finally:

@@ -70,9 +70,9 @@ class DataOf:
 
     @cached_property
     def _plan(self) -> Plan:
-        recipe, stage = self.recipe, self.recipe.stage(self.stage.name)
+        recipe = self.recipe
         tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        return Plan(recipe.data_settings(self.stage), tokenizer, recipe.seed + recipe.stages.index(stage))
+        return Plan(recipe.data_settings(self.stage), tokenizer, recipe.data_seed(self.stage))
 
     def describe(self) -> str:
         return f"those of the stage's own data ({', '.join(source.path for source in self.stage.blend)})"

@@ -135,7 +135,7 @@ class StageRun:
                     load_tokenizer(self.recipe.tokenizer.kind, Path(self.recipe.tokenizer.path)),
                     rank=self.groups.dp_rank,
                     world_size=self.groups.dp_size,
-                    seed=self.recipe.seed + self.recipe.stages.index(self.stage),
+                    seed=self.recipe.data_seed(self.stage),
                     workers=self.recipe.reading.workers,
                     batch=self.stage.batch,
                 )

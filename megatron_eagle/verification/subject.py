@@ -64,7 +64,7 @@ def recipe_subject(recipe: Recipe, stage: Stage) -> Subject:
     length = min(stage.pack_length, RECIPE_PACK_LENGTH)
     settings = replace(recipe.data_settings(stage), pack_length=length)
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    stream = PackStream(settings, tokenizer, seed=recipe.seed)
+    stream = PackStream(settings, tokenizer, seed=recipe.data_seed(stage))
     steps = [[next(stream) for _ in range(RECIPE_PACKS)] for _ in range(STEPS)]
     return Subject(reduced(recipe.model.eagle()), length, {"packed": steps})
 

@@ -1,10 +1,15 @@
 """Recipes: what is accepted, what is refused and in which words, and how overrides reach their key."""
 
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.pack_costs import model_costs
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.config.recipe import Recipe, load_recipe, recipe_as_yaml
 from megatron_eagle.errors import UserError
 
@@ -127,6 +132,7 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path: Path) -> None:
         ("stages.stage9.steps=1", r"no entry 'stage9' among 2 \(stage1, stage1.5\)"),
         ("name.first=x", "single value"),
         ("layout.size=2", r"layout\.size: no such key"),
+        ("layout.tp=[", r"override 'layout.tp=\[': the value is not valid YAML"),
     ],
 )
 def test_overrides_that_reach_nothing_are_refused(tmp_path: Path, override: str, words: str) -> None:
@@ -147,3 +153,113 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_named_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 'stage3' does not exist; the recipe has stage1, stage1.5"):
         load(tmp_path, minimal()).stage("stage3")
+
+
+OTHER_THAN_DEFAULT = {
+    "tiling_rule": "area",
+    "min_tiles": 2,
+    "max_tiles": 6,
+    "max_tiles_per_pack": 40,
+    "order": "buffer",
+    "packing": "best_fit",
+    "packing_delta": 3,
+    "degrade": True,
+    "decoder": "dali",
+    "video": {"max_frames": 9},
+    "plan_window": 5000,
+    "attention_parity": 777,
+    "tile_cost": 1.5,
+    "reader_timeout": 60,
+    "packing_buffer": 7,
+    "shuffle_buffer": 8,
+    "max_samples_per_sequence": 9,
+    "max_pixels": 10_000,
+    "max_rejected_in_a_row": 11,
+    "system": "Answer briefly.",
+    "workers": 2,
+}
+
+
+def test_every_knob_of_reading_is_tried_below() -> None:
+    assert {knob.name for knob in fields(ReadingSettings)} == set(OTHER_THAN_DEFAULT)
+
+
+@pytest.mark.parametrize("name", OTHER_THAN_DEFAULT)
+def test_every_knob_of_reading_can_be_set_and_reaches_the_stream(tmp_path: Path, name: str) -> None:
+    value = OTHER_THAN_DEFAULT[name]
+    by_file = load(tmp_path, {**minimal(), "reading": {name: value}})
+    assert load(tmp_path, minimal(), f"reading.{name}={json.dumps(value)}") == by_file
+    before = load(tmp_path, minimal())
+    settings, usual = (recipe.data_settings(recipe.stages[0]) for recipe in (by_file, before))
+    assert settings.reading == by_file.reading != usual.reading
+    if name != "workers":  # which says who reads, not what
+        assert [key for key, now in settings.flat().items() if now != usual.flat()[key]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        ({"attention_parity": 0}, r"reading\.attention_parity: .*\(got 0\)"),
+        ({"tile_cost": -1}, r"reading\.tile_cost: .*\(got -1\)"),
+        ({"max_pixels": 0}, r"reading\.max_pixels"),
+        ({"packing_delta": 3, "packing": "best_fit"}, "packing_delta=3 belongs to packing=balanced"),
+        ({"decoder": "dali", "order": "buffer"}, "decoder=dali needs order=planned"),
+        ({"video": {"frame": "{what}"}}, "video.frame='{what}' cannot be filled in"),
+        ({"pack_length": 3}, r"reading\.pack_length: no such key"),
+    ],
+)
+def test_impossible_reading_is_refused(tmp_path: Path, reading: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, {**minimal(), "reading": reading})
+
+
+def test_a_blend_that_its_order_cannot_draw_is_refused_with_the_stage(tmp_path: Path) -> None:
+    raw = minimal()
+    raw["stages"][1]["blend"] = [{"path": "data", "repeat": 2.0}]
+    load(tmp_path, raw)
+    with pytest.raises(UserError, match=r"stage 'stage1\.5': repeat needs order=planned"):
+        load(tmp_path, raw, "reading.order=buffer")
+
+
+def test_costs_of_packs_are_the_models_unless_they_are_set(tmp_path: Path) -> None:
+    recipe = load(tmp_path, minimal())
+    settings = recipe.data_settings(recipe.stages[0])
+    costs = model_costs(recipe.model.eagle(), Layout(), ("connector",))
+    assert (settings.attention_parity, settings.tile_cost) == (costs.attention_parity, costs.tile_cost)
+    assert settings.attention_parity < 10_000 and settings.tile_cost > 0
+    spread = load(tmp_path, minimal(), "stages.stage1.layout.encoder=spread")
+    assert [spread.data_settings(stage).tile_cost > 0 for stage in spread.stages] == [False, True]
+    given = load(tmp_path, minimal(), "reading.attention_parity=5", "reading.tile_cost=0")
+    assert [given.data_settings(given.stages[0]).flat()[n] for n in ("attention_parity", "tile_cost")] == [5, 0]
+
+
+def test_each_stage_draws_its_data_from_a_seed_of_its_own(tmp_path: Path) -> None:
+    recipe = load(tmp_path, minimal(), "seed=40")
+    assert [recipe.data_seed(stage) for stage in recipe.stages] == [40, 41]
+    assert recipe.data_seed(replace(recipe.stages[1], batch=7)) == 41  # a stage that a bench made smaller
+
+
+def test_a_stages_own_layout_replaces_the_recipes(tmp_path: Path) -> None:
+    raw = {**minimal(), "layout": {"tp": 2, "sequence_parallel": True}}
+    raw["stages"][1]["layout"] = {"cp": 2}
+    recipe = load(tmp_path, raw)
+    assert recipe.stage_layout(recipe.stages[0]) == Layout(tp=2, sequence_parallel=True)
+    assert recipe.stage_layout(recipe.stages[1]) == Layout(cp=2)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_overrides_of_a_stages_layout_start_from_the_recipes(tmp_path: Path, swapped: bool) -> None:
+    raw = {**minimal(), "layout": {"pp": 3, "encoder": "spread"}}
+    overrides = ["stages.stage1.5.layout.tp=2", "layout.cp=2", "stages.stage1.5.layout.cp=1"]
+    recipe = load(tmp_path, raw, *(reversed(overrides) if swapped else overrides))
+    assert recipe.layout == recipe.stage_layout(recipe.stages[0]) == Layout(pp=3, cp=2, encoder="spread")
+    assert recipe.stage_layout(recipe.stages[1]) == Layout(tp=2, pp=3, encoder="spread")
+    again = load(tmp_path, raw, "stages.stage1.layout.encoder=tensor", "stages.stage1.layout=null")
+    assert again == load(tmp_path, raw)
+
+
+def test_a_stages_layout_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage 'stage1\.5': tp=3 does not divide 4 attention heads"):
+        load(tmp_path, minimal(), "stages.stage1.5.layout.tp=3")
+    with pytest.raises(UserError, match=r"stages\.0\.layout\.size: no such key"):
+        load(tmp_path, minimal(), "stages.stage1.layout.size=2")

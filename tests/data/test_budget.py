@@ -6,7 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_eagle.data.media.tiling import Tiling, count_tiles
+from megatron_eagle.config.reading import Tiling
+from megatron_eagle.data.media.tiling import count_tiles
 from megatron_eagle.data.sample.budget import BudgetRequest, allocate, degrade_report, outcomes, tile_caps, tiles_under
 from megatron_eagle.errors import BrokenSample
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from samples import image_bytes, make_dataset, make_tokenizer
+from samples import image_bytes, make_dataset, make_settings, make_tokenizer
 
-from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import Tiling
 from megatron_eagle.data.media.images import decode_image
-from megatron_eagle.data.media.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.data.media.tiling import choose_grid, cut_tiles
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.errors import UserError
 
@@ -66,15 +66,15 @@ def test_a_damaged_batch_takes_the_usual_way(tmp_path):
 
 def test_packs_hold_the_same_samples(tmp_path):
     tokenizer, built = make_tokenizer(tmp_path), make_dataset(tmp_path / "a", 24)
-    small = {"sources": (BlendSource(str(built)),), "pack_length": 512, "tile_size": 64, "tokens_per_tile": 16}
-    usual = PlannedStream(DataSettings(**small), tokenizer)
-    dali = PlannedStream(DataSettings(**small, decoder="dali"), tokenizer)
+    small = {"pack_length": 512, "tile_size": 64, "tokens_per_tile": 16}
+    usual = PlannedStream(make_settings(built, **small), tokenizer)
+    dali = PlannedStream(make_settings(built, **small, decoder="dali"), tokenizer)
     for _ in range(usual.plan.first_of_epoch(1)):
         a, b = next(usual), next(dali)
         assert a.sample_ids == b.sample_ids and torch.equal(a.tokens, b.tokens)
         assert (a.tiles.int() - b.tiles.int()).abs().max() <= 2
     with pytest.raises(ValueError, match="decoder=dali needs order=planned"):
-        DataSettings(**small, decoder="dali", order="buffer")
+        make_settings(built, **small, decoder="dali", order="buffer")
 
 
 def test_without_dali_the_reason_is_clear(monkeypatch):

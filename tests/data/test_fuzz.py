@@ -5,11 +5,11 @@ import random
 import shutil
 
 import pytest
-from samples import make_dataset, make_records, make_tokenizer, question, write_video
+from samples import make_dataset, make_records, make_settings, make_tokenizer, question, write_video
 
-from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
-from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.data.media.frames import frame_times, frame_words, wanted_frames
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.data.stream.streams import PackStream
@@ -96,9 +96,7 @@ def lines_add_up(folder, tokenizer, count, seed):
 
 def read_epoch(dataset, tokenizer):
     """Samples used and rejected in one epoch, together."""
-    settings = DataSettings(
-        sources=(BlendSource(str(dataset)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000
-    )
+    settings = make_settings(dataset, pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000)
     stream = PlannedStream(settings, tokenizer)
     total = 0
     for _ in range(stream.plan.first_of_epoch(1)):
@@ -138,8 +136,8 @@ def videos_end_well(folder, count, seed):
         read += 1
         try:
             with VideoReader(mutate_bytes(rng, rng.choice(films)), max_pixels=4_000_000) as reader:
-                times = chosen.times(reader.info, chosen.wanted(reader.info))
-                assert len([*reader.frames(times)]) == len(chosen.words(0, reader.info, times))
+                times = frame_times(chosen, reader.info, wanted_frames(chosen, reader.info))
+                assert len([*reader.frames(times)]) == len(frame_words(chosen, 0, reader.info, times))
             used += 1
         except BrokenSample as error:
             assert str(error) and "\n" not in str(error)
@@ -195,8 +193,8 @@ def test_buffered_stream_survives_damaged_bodies(tokenizer, tmp_path):
                     span = slice(member.offset_data, member.offset_data + member.size)
                     data[span] = mutate_bytes(rng, bytes(data[span])).ljust(member.size, b" ")[: member.size]
         shard.write_bytes(data)
-    settings = DataSettings(
-        sources=(BlendSource(str(whole)),), pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000,
+    settings = make_settings(
+        whole, pack_length=512, tile_size=64, tokens_per_tile=16, max_pixels=4_000_000,
         order="buffer", packing_buffer=SAMPLES, shuffle_buffer=1,
     )  # fmt: skip
     stream = PackStream(settings, tokenizer)

@@ -10,10 +10,9 @@ import sys
 import time
 
 import pytest
-from samples import image_bytes, make_records, make_tokenizer, question, write_jsonl
+from samples import image_bytes, make_records, make_settings, make_tokenizer, question, write_jsonl
 
 from megatron_eagle.cli import main
-from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.data.build.dataset import Part, build_dataset, join_parts
 from megatron_eagle.data.build.index import check_dataset
 from megatron_eagle.data.storage.shards import iterate_samples
@@ -62,9 +61,7 @@ def test_three_parts_joined_are_one_build(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
 
     def digest(folder, ranks):
-        settings = DataSettings(
-            sources=(BlendSource(str(folder)),), pack_length=512, tile_size=64, tokens_per_tile=16, packing="best_fit"
-        )
+        settings = make_settings(folder, pack_length=512, tile_size=64, tokens_per_tile=16, packing="best_fit")
         opened = lambda rank: PlannedStream(settings, tokenizer, rank=rank, world_size=ranks, batch=2)  # noqa: E731
         return read_digest(opened, ranks, 10, 2)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import image_bytes, make_dataset, make_tokenizer, question, write_jsonl
+from samples import image_bytes, make_dataset, make_settings, make_tokenizer, question, write_jsonl
 
 from megatron_eagle.cli import main
 from megatron_eagle.config.data import BlendSource, DataSettings
@@ -43,9 +43,8 @@ def world(tmp_path_factory):
 
 
 def data_settings(*paths, **changes):
-    sources = tuple(path if isinstance(path, BlendSource) else BlendSource(str(path)) for path in paths)
     small = {"pack_length": LENGTH, "tile_size": 64, "tokens_per_tile": TOKENS_PER_TILE}
-    return DataSettings(sources=sources, **{**small, **changes})
+    return make_settings(*paths, **{**small, **changes})
 
 
 def take(stream, count):
@@ -391,6 +390,37 @@ def test_positions_of_other_streams_are_refused(world):
         PlannedStream(data_settings(a, pack_length=600), tokenizer, seed=1, batch=4).restore(half)
     with pytest.raises(ValueError, match="batch=3 packs cannot be shared out"):
         PlannedStream(data_settings(a), tokenizer, world_size=2, batch=3)
+
+
+def costs_left_out(state: bytes) -> bytes:
+    """The position as it was saved before costs followed from the model."""
+    saved = json.loads(state)
+    del saved["costs"]
+    return json.dumps(saved).encode()
+
+
+def test_other_costs_deal_a_step_otherwise_but_make_no_other_stream(world):
+    tokenizer, a, _ = world
+
+    def opened(**costs):
+        return PlannedStream(data_settings(a, **costs), tokenizer, rank=0, world_size=2, batch=4)
+
+    stream = opened()
+    take(stream, 2)
+    whole = stream.state()
+    next(stream)
+    half, following = stream.state(), next(stream)
+    for state in (whole, costs_left_out(whole)):
+        opened(attention_parity=100, tile_cost=30.0).restore(state)
+    for state in (half, costs_left_out(half)):
+        again = opened()
+        again.restore(state)
+        assert same(next(again), following)
+        with pytest.raises(UserError, match="1 packs into a step .* attention_parity was 65000, is 100; tile_cost was"):
+            opened(attention_parity=100, tile_cost=30.0).restore(state)
+    alone = PlannedStream(data_settings(a), tokenizer, batch=4)
+    next(alone)
+    PlannedStream(data_settings(a, attention_parity=100), tokenizer, batch=4).restore(alone.state())
 
 
 def test_samples_too_long_are_shown_with_fewer_tiles(world, tmp_path):

@@ -19,15 +19,17 @@ import hashlib, json, sys
 from megatron_eagle.data.stream.digest import read_digest
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.config.data import DataSettings, BlendSource
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.data.stream.streams import PackStream
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
 paths, tokenizer = sys.argv[2:], load_tokenizer("sentencepiece", sys.argv[1])
-small = {"pack_length": 1024, "tile_size": 64, "tokens_per_tile": 16, "degrade": True}
-settings = DataSettings(sources=tuple(map(BlendSource, paths)), **small)
+small = {"pack_length": 1024, "tile_size": 64, "tokens_per_tile": 16}
+settings = DataSettings(sources=tuple(map(BlendSource, paths)), reading=ReadingSettings(degrade=True), **small)
 opened = lambda rank: PlannedStream(settings, tokenizer, rank=rank, world_size=2, batch=2)
 digest = read_digest(opened, 2, 6, 2)
 tiles = hashlib.sha256(b"".join(next(opened(0)).tiles.numpy().tobytes() for _ in range(1))).hexdigest()
-buffered = PackStream(DataSettings(sources=settings.sources, order="buffer", packing_buffer=16, **small), tokenizer)
+reading = ReadingSettings(degrade=True, order="buffer", packing_buffer=16)
+buffered = PackStream(DataSettings(sources=settings.sources, reading=reading, **small), tokenizer)
 print(json.dumps([digest.sha256, digest.samples, digest.rejected, tiles, next(buffered).sample_ids]))
 """
 

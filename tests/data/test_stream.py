@@ -1,6 +1,7 @@
 """The stream: same seed same packs, exact continuation, blend, skipped samples, and bugs that are not swallowed."""
 
 import dataclasses
+import io
 import multiprocessing
 import re
 import tarfile
@@ -8,9 +9,9 @@ from collections import Counter
 
 import pytest
 import torch
-from samples import image_bytes, make_dataset, make_tokenizer, question, write_jsonl
+from samples import image_bytes, make_dataset, make_settings, make_tokenizer, question, write_jsonl
 
-from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.data import BlendSource
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.data.media.tiling import cut_tiles
@@ -32,7 +33,6 @@ def world(tmp_path_factory):
 
 
 def data_settings(*paths, **changes):
-    sources = tuple(path if isinstance(path, BlendSource) else BlendSource(str(path)) for path in paths)
     small = {
         "pack_length": LENGTH,
         "tile_size": 64,
@@ -42,7 +42,7 @@ def data_settings(*paths, **changes):
         "shuffle_buffer": 10,
         "max_samples_per_sequence": 5,
     }
-    return DataSettings(sources=sources, **{**small, **changes})
+    return make_settings(*paths, **{**small, **changes})
 
 
 def take(stream, count):
@@ -173,6 +173,21 @@ def test_a_moved_data_set_continues_a_changed_one_does_not(world, tmp_path):
         PackStream(data_settings(a, pack_length=600), tokenizer, seed=1).restore(state)
 
 
+def test_a_position_with_settings_that_no_pack_depends_on_still_continues(world):
+    tokenizer, a, _ = world
+    stream = PackStream(data_settings(a), tokenizer)
+    next(stream)
+    saved, following = torch.load(io.BytesIO(stream.state()), weights_only=False), next(stream)
+    saved["identity"]["settings"] |= {"attention_parity": 65_000, "reader_timeout": 600, "sources": None}
+    old = io.BytesIO()
+    torch.save(saved, old)
+    again = PackStream(data_settings(a, attention_parity=100, reader_timeout=5, max_rejected_in_a_row=3), tokenizer)
+    again.restore(old.getvalue())
+    assert same(next(again), following)
+    with pytest.raises(UserError, match="another stream: max_pixels was 89478485, is 9"):
+        PackStream(data_settings(a, max_pixels=9), tokenizer).restore(old.getvalue())
+
+
 def break_samples(dataset, broken):
     """Overwrites files inside the shards, sizes kept: {key ending with this: {file ending: function of the bytes}}."""
     for shard in dataset.glob("*.tar"):
@@ -300,7 +315,7 @@ def test_impossible_sources_and_settings(world, tmp_path):
     with pytest.raises(ValueError, match="rank 2 is not among 2"):
         PackStream(data_settings(a), tokenizer, rank=2, world_size=2)
     for changes, message in [
-        ({"pack_length": 8}, "tile of 16 tokens does not fit into a pack of 8"),
+        ({"pack_length": 8}, "pack_length=8 cannot hold one tile of 16 tokens"),
         ({"min_tiles": 13}, "min_tiles=13 is more than max_tiles=12"),
         ({"packing": "best_fit", "packing_delta": 3}, "packing_delta=3"),
         ({"no_such_key": 3}, "no_such_key"),

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_eagle.data.media.tiling import Tiling, candidate_grids, choose_grid, count_tiles, cut_tiles
+from megatron_eagle.config.reading import Tiling
+from megatron_eagle.data.media.tiling import candidate_grids, choose_grid, count_tiles, cut_tiles
 
 # (width, height): grid by eagle2 at 448, area at 448, eagle2 at 512, area at 512. Computed from the released
 # functions (InternVL's find_closest_aspect_ratio, NVlabs/Eagle's find_closest_aspect_ratio_v2), up to 12 tiles.

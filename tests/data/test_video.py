@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import frame_number, make_tokenizer, question, write_jsonl, write_video
+from samples import frame_number, make_settings, make_tokenizer, question, write_jsonl, write_video
 
-from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.file_slice import FileSlice
-from megatron_eagle.data.media.frames import VideoInfo, VideoSettings, spread_frames
+from megatron_eagle.data.media.frames import VideoInfo, frame_times, frame_words, spread_frames, wanted_frames
 from megatron_eagle.data.media.video import VideoReader, read_info
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream.planned import PlannedStream
@@ -75,12 +75,13 @@ from pathlib import Path
 import numpy as np
 from samples import frame_number
 from megatron_eagle.data.media.file_slice import FileSlice
-from megatron_eagle.data.media.frames import VideoSettings
+from megatron_eagle.config.reading import VideoSettings
+from megatron_eagle.data.media.frames import frame_times
 from megatron_eagle.data.media.video import VideoReader
 for name in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     with VideoReader(FileSlice.whole(Path(name))) as reader:
-        times = VideoSettings(max_frames=512).times(reader.info, min(512, reader.info.frames))
+        times = frame_times(VideoSettings(max_frames=512), reader.info, min(512, reader.info.frames))
         numbers = [round(t * reader.info.rate) for t in times]
         right = [frame_number(np.asarray(f)) for f in reader.frames(times)] == [n % 4096 for n in numbers]
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -121,20 +122,22 @@ INFO = VideoInfo(640, 480, 20.0, 10.0)
 
 def test_sampling():
     two = VideoSettings()
-    assert two.wanted(INFO) == 40 and two.times(INFO, 40) == tuple(k / 2 for k in range(40))
-    assert two.times(INFO, 3) == (0.0, 10.0, 19.9) and two.times(INFO, 1) == (0.0,)
+    assert wanted_frames(two, INFO) == 40 and frame_times(two, INFO, 40) == tuple(k / 2 for k in range(40))
+    assert frame_times(two, INFO, 3) == (0.0, 10.0, 19.9) and frame_times(two, INFO, 1) == (0.0,)
     uniform = VideoSettings(sampling="uniform", max_frames=5)
-    assert uniform.wanted(INFO) == 5 and uniform.times(INFO, 5) == (0.0, 5.0, 10.0, 14.9, 19.9)
-    assert VideoSettings(sampling="uniform").wanted(INFO) == 200 and VideoSettings(max_frames=7).wanted(INFO) == 7
-    assert VideoSettings(fps=100.0).wanted(INFO) == 200 and VideoSettings().wanted(VideoInfo(2, 2, 0.1, 10)) == 1
+    assert wanted_frames(uniform, INFO) == 5 and frame_times(uniform, INFO, 5) == (0.0, 5.0, 10.0, 14.9, 19.9)
+    assert wanted_frames(VideoSettings(sampling="uniform"), INFO) == 200
+    assert wanted_frames(VideoSettings(max_frames=7), INFO) == 7
+    assert wanted_frames(VideoSettings(fps=100.0), INFO) == 200
+    assert wanted_frames(VideoSettings(), VideoInfo(2, 2, 0.1, 10)) == 1
 
 
 @given(st.floats(0.04, 20_000), st.floats(1, 120), st.integers(1, 600), st.sampled_from(["fps", "uniform"]))
 @settings(max_examples=200, deadline=None)
 def test_times_are_frames_of_the_video(seconds, rate, most, sampling):
     info, chosen = VideoInfo(64, 64, seconds, rate), VideoSettings(sampling=sampling, max_frames=most)
-    for count in {1, chosen.wanted(info), max(1, chosen.wanted(info) // 3)}:
-        times = chosen.times(info, count)
+    for count in {1, wanted_frames(chosen, info), max(1, wanted_frames(chosen, info) // 3)}:
+        times = frame_times(chosen, info, count)
         assert len(times) == count and list(times) == sorted(times)
         assert times[0] >= 0 and round(times[-1] * rate) <= info.frames - 1
 
@@ -150,12 +153,12 @@ def test_more_frames_take_none_away(videos, data):
 
 def test_words():
     eagle = VideoSettings()
-    assert eagle.words(0, INFO, (0.0, 10.0)) == (
+    assert frame_words(eagle, 0, INFO, (0.0, 10.0)) == (
         "The first video of 20.00 seconds at 0.10 fps: Frame 1: ",
         "\nFrame 2: ",
     )
     other = VideoSettings(header="This is a video:\n", frame="Frame {number} sampled at {time:.2f} seconds: ")
-    assert other.words(1, INFO, (0.0, 10.0)) == (
+    assert frame_words(other, 1, INFO, (0.0, 10.0)) == (
         "This is a video:\nFrame 1 sampled at 0.00 seconds: ",
         "\nFrame 2 sampled at 10.00 seconds: ",
     )
@@ -240,7 +243,7 @@ def built(films, tmp_path_factory):
 
 def data_settings(built, **changes):
     small = {"pack_length": LENGTH, "tile_size": 64, "tokens_per_tile": TOKENS_PER_TILE, "degrade": True}
-    return DataSettings(sources=(BlendSource(str(built)),), **{**small, **changes})
+    return make_settings(built, **{**small, **changes})
 
 
 def read_epoch(stream, samples=10):

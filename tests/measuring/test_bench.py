@@ -87,7 +87,7 @@ def test_the_stages_own_packs_can_be_measured_and_planned_with(small_run, worlds
     assert isinstance(own, DataOf) and "train" in own.describe()
     shapes, samples = own.packs(4, stage.pack_length, 16)
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    stream = open_stream(recipe.data_settings(stage), tokenizer, seed=recipe.seed + 1)
+    stream = open_stream(recipe.data_settings(stage), tokenizer, seed=recipe.data_seed(stage))
     real = [next(stream) for _ in range(4)]
     assert [shape.tiles for shape in shapes] == [len(batch.tile_slots) for batch in real]
     assert [sum(shape.segments[:-1] if shape.padding else shape.segments) for shape in shapes] == [

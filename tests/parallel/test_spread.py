@@ -14,7 +14,8 @@ from spread_cases import ALL, STEPS, Outcome, make_step, with_spread
 from test_train import metrics, train, weights
 
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.data.media.tiling import Tiling, count_tiles
+from megatron_eagle.config.reading import Tiling
+from megatron_eagle.data.media.tiling import count_tiles
 from megatron_eagle.demo.dataset import generate
 from megatron_eagle.parallel.shard_tiles import TileShards, shard_tiles, tile_balance
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.data.build.index import check_dataset, write_index
 from megatron_eagle.data.build.shard_writer import (
     STATE_FOLDER,
@@ -36,7 +37,6 @@ from megatron_eagle.data.build.shard_writer import (
     write_atomically,
 )
 from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource
-from megatron_eagle.data.media.images import MAX_PIXELS
 from megatron_eagle.data.order.sample_index import open_sample_index
 from megatron_eagle.errors import UserError
 

@@ -1,7 +1,7 @@
 """Which frames of a video are shown, and in what words: arithmetic on what its container says, no decoding.
 
 Eagle shows a video as images of one tile, each with a few words before it. Its three places word it differently; the
-templates here are those of the released training code, and ``docs/data.md`` has the others:
+default templates are those of the released training code, and ``docs/data.md`` has the others:
 
     The first video of 12.00 seconds at 2.00 fps: Frame 1: <image>
     Frame 2: <image>
@@ -9,14 +9,9 @@ templates here are those of the released training code, and ``docs/data.md`` has
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
 
-from annotated_types import Gt
-from pydantic.dataclasses import dataclass as checked_dataclass
-
-from megatron_eagle.config.layout import STRICT, Positive
-
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+from megatron_eagle.config.reading import VideoSettings, fill_template
 
 
 @dataclass(frozen=True)
@@ -34,62 +29,30 @@ class VideoInfo:
         return max(1, round(self.seconds * self.rate))
 
 
-@checked_dataclass(frozen=True, config=STRICT)
-class VideoSettings:
-    """How videos become frames.
+def wanted_frames(settings: VideoSettings, info: VideoInfo) -> int:
+    """Frames to show if there is room for all of them."""
+    of_time = int(settings.fps * info.seconds) if settings.sampling == "fps" else settings.max_frames
+    return max(1, min(of_time, settings.max_frames, info.frames))
 
-    sampling: ``fps``: ``fps`` frames a second from the first on, at most ``max_frames``. ``uniform``: ``max_frames``
-        frames, or all if there are fewer. Frames that must be fewer are spread evenly from the first to the last.
-    fps: 2 is N_max of Automatic Degrade Sampling (Eagle 2.5, section 3.2.1); the released script trains with 4.
-    least_frames: a video that cannot keep so many (or all it would like to show, if that is less) is dropped (N_min).
-    frame_tiles: most tiles of a frame's grid; Eagle shows frames as one tile.
-    header, frame: words before a video and before each of its frames. They may hold {ordinal}, {seconds}, {fps} of the
-        video; and {number}, {time} of a frame, in seconds. Formats are Python's, such as {time:.2f}.
+
+def frame_times(settings: VideoSettings, info: VideoInfo, count: int) -> tuple[float, ...]:
+    """Seconds, ascending, at which ``count`` frames are taken; each is the beginning of a frame."""
+    last = info.frames - 1
+    if settings.sampling == "fps" and count == int(settings.fps * info.seconds):
+        numbers = [min(last, round(k * info.rate / settings.fps)) for k in range(count)]
+    else:
+        numbers = [round(k * last / max(1, count - 1)) for k in range(count)]
+    return tuple(number / info.rate for number in numbers)
+
+
+def frame_words(settings: VideoSettings, video: int, info: VideoInfo, times: tuple[float, ...]) -> tuple[str, ...]:
+    """What stands before each frame; the first one's begin with the header, the others with a new line.
+
+    video: number of the video in its conversation, from 0.
     """
-
-    sampling: Literal["fps", "uniform"] = "fps"
-    fps: Annotated[float, Gt(0)] = 2.0
-    max_frames: Positive = 512
-    least_frames: Positive = 8
-    frame_tiles: Positive = 1
-    header: str = "The {ordinal} video of {seconds:.2f} seconds at {fps:.2f} fps: "
-    frame: str = "Frame {number}: "
-
-    def __post_init__(self) -> None:
-        for name, template in (("header", self.header), ("frame", self.frame)):
-            try:
-                self._fill(template, 0, 1.0, 1.0, 1, 0.0)
-            except (KeyError, IndexError, ValueError, AttributeError) as error:
-                raise ValueError(f"video.{name}={template!r} cannot be filled in: {error!r}") from None
-
-    @staticmethod
-    def _fill(template: str, video: int, seconds: float, fps: float, number: int, time: float) -> str:
-        ordinal = ORDINALS[video] if video < len(ORDINALS) else f"{video + 1}th"
-        return template.format(ordinal=ordinal, seconds=seconds, fps=fps, number=number, time=time)
-
-    def wanted(self, info: VideoInfo) -> int:
-        """Frames to show if there is room for all of them."""
-        of_time = int(self.fps * info.seconds) if self.sampling == "fps" else self.max_frames
-        return max(1, min(of_time, self.max_frames, info.frames))
-
-    def times(self, info: VideoInfo, count: int) -> tuple[float, ...]:
-        """Seconds, ascending, at which ``count`` frames are taken; each is the beginning of a frame."""
-        last = info.frames - 1
-        if self.sampling == "fps" and count == int(self.fps * info.seconds):
-            numbers = [min(last, round(k * info.rate / self.fps)) for k in range(count)]
-        else:
-            numbers = [round(k * last / max(1, count - 1)) for k in range(count)]
-        return tuple(number / info.rate for number in numbers)
-
-    def words(self, video: int, info: VideoInfo, times: tuple[float, ...]) -> tuple[str, ...]:
-        """What stands before each frame; the first one's begin with the header, the others with a new line.
-
-        video: number of the video in its conversation, from 0.
-        """
-        fps = len(times) / info.seconds
-        words = [f"\n{self._fill(self.frame, video, info.seconds, fps, k, t)}" for k, t in enumerate(times, 1)]
-        header = self._fill(self.header, video, info.seconds, fps, 1, times[0])
-        return (header + words[0].removeprefix("\n"), *words[1:])
+    fill = partial(fill_template, video=video, seconds=info.seconds, fps=len(times) / info.seconds)
+    words = [f"\n{fill(settings.frame, number=k, time=t)}" for k, t in enumerate(times, 1)]
+    return (fill(settings.header, number=1, time=times[0]) + words[0].removeprefix("\n"), *words[1:])
 
 
 def spread_frames(frames: int, wanted: list[int], least: list[int]) -> list[int]:

@@ -17,14 +17,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.errors import BrokenSample
 
 # Raster formats only: Pillow would also hand EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
-
-# Pillow's own threshold for a warning, 89 million pixels: 268 MB once decoded.
-MAX_PIXELS = 89_478_485
 
 ORIENTATION_TAG = 0x0112
 TRANSPOSE = {

@@ -13,39 +13,18 @@ Everything here is a pure function of its arguments, so lengths can be known lon
 
 import warnings
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.reading import Tiling
 
 Grid = tuple[int, int]
 ENOUGH_AREA = 0.6
-
-
-@dataclass(frozen=True, config=STRICT)
-class Tiling:
-    """How images become tiles.
-
-    tile_size: side of a tile, pixels.
-    min_tiles, max_tiles: bounds on columns x rows; the thumbnail is not counted.
-    rule: ``eagle2`` or ``area`` (see the module).
-    """
-
-    tile_size: Positive = 448
-    min_tiles: Positive = 1
-    max_tiles: Positive = 12
-    rule: Literal["eagle2", "area"] = "eagle2"
-
-    def __post_init__(self) -> None:
-        if self.min_tiles > self.max_tiles:
-            raise ValueError(f"min_tiles={self.min_tiles} is more than max_tiles={self.max_tiles}")
 
 
 @lru_cache

@@ -17,9 +17,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
+from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.frames import VideoInfo
-from megatron_eagle.data.media.images import MAX_PIXELS
 from megatron_eagle.errors import BrokenSample
 
 # Short containers' names of FFmpeg and the ending a shard's entry gets.

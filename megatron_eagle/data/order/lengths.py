@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def dataset_lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: D
     """
     if not len(sample_index.videos):
         return _lengths(sample_index, tokenizer, settings)
-    deciding = {**asdict(settings), **dict.fromkeys(NOT_DECIDING)}
+    deciding = {**settings.flat(), **dict.fromkeys(NOT_DECIDING)}
     about = [sample_index.identity, tokenizer.fingerprint, deciding]
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     file = sample_index.path / INDEX_FOLDER / f"lengths-{name}.json"
@@ -74,13 +74,13 @@ NOT_DECIDING = (
 
 
 def _lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> Lengths:
-    text = np.asarray(text_tokens(sample_index, tokenizer, settings.system))
+    text = np.asarray(text_tokens(sample_index, tokenizer, settings.reading.system))
     tiles = _tiles(sample_index, settings)
     tokens = text + tiles * settings.tokens_per_tile
     frames = np.zeros(len(sample_index), np.int64)
     unparsed = {sample: "cannot be parsed" for sample in np.flatnonzero(text == BROKEN_TOKENS).tolist()}
     rejected = {**unparsed, **sample_index.broken}
-    most_tiles = settings.max_tiles_per_pack
+    most_tiles = settings.reading.max_tiles_per_pack
     one_by_one = (tokens > settings.pack_length) | (np.diff(np.asarray(sample_index.first_video)) > 0)
     if most_tiles is not None:
         one_by_one |= tiles > most_tiles

@@ -85,7 +85,7 @@ class Plan:
             total = sum(map(len, self._catalogues))
             self._epoch = [total * s.weight / sum(x.weight for x in settings.sources) for s in settings.sources]
         # Windows are equal parts of an epoch.
-        parts = math.ceil(sum(self._epoch) / settings.plan_window)
+        parts = math.ceil(sum(self._epoch) / settings.reading.plan_window)
         self._per_window = [size / parts for size in self._epoch]
         self._first_packs = [0]  # of the windows that were planned so far, and of the one after
         self.window = lru_cache(maxsize=WINDOWS_KEPT)(self._plan_window)
@@ -150,11 +150,11 @@ class Plan:
         return _generator(self._seed, f"{source} {sample_index.identity}", number).permutation(len(sample_index))
 
     def _pack(self, tokens: Ints, tiles: Ints) -> list[list[int]]:
-        s = self._settings
-        if s.packing == "best_fit":
-            return pack_best_fit(tokens, s.pack_length, tiles=tiles, max_tiles=s.max_tiles_per_pack).packs
-        delta = s.spare_packs(math.ceil(int(tokens.sum()) / s.pack_length))
-        return pack_balanced(tokens, s.pack_length, delta=delta, tiles=tiles, max_tiles=s.max_tiles_per_pack).packs
+        length, reading = self._settings.pack_length, self._settings.reading
+        if reading.packing == "best_fit":
+            return pack_best_fit(tokens, length, tiles=tiles, max_tiles=reading.max_tiles_per_pack).packs
+        delta = reading.spare_packs(math.ceil(int(tokens.sum()) / length))
+        return pack_balanced(tokens, length, delta=delta, tiles=tiles, max_tiles=reading.max_tiles_per_pack).packs
 
     def _sample(self, window: Window, place: int) -> PlannedSample:
         source, sample = int(window.sources[place]), int(window.samples[place])

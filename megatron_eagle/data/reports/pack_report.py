@@ -31,7 +31,7 @@ STEPS = 20  # of each size; their average is reported
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is packed into what: tokens and tiles of a pack, and what a pack costs (``settings.DataSettings``)."""
+    """What is packed into what: tokens and tiles of a pack, and what a pack costs (``ReadingSettings``)."""
 
     length: int
     max_tiles: int | None

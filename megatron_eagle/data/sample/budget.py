@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_eagle.data.media.tiling import Tiling, count_tiles
+from megatron_eagle.config.reading import Tiling
+from megatron_eagle.data.media.tiling import count_tiles
 from megatron_eagle.errors import BrokenSample
 
 TILE_CAPS = (12, 8, 6, 4, 2, 1)

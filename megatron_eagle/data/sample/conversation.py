@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_eagle.config.reading import DEFAULT_SYSTEM
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import BrokenSample
@@ -31,7 +32,6 @@ ROLES: dict[str, Role] = {
 }
 MARKER = "<image>"
 VIDEO_MARKER = "<video>"
-DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.data import DataSettings
-from megatron_eagle.data.media.frames import VideoInfo, spread_frames
-from megatron_eagle.data.media.tiling import Grid, Tiling, choose_grid
+from megatron_eagle.config.reading import Tiling
+from megatron_eagle.data.media.frames import VideoInfo, frame_times, frame_words, spread_frames, wanted_frames
+from megatron_eagle.data.media.tiling import Grid, choose_grid
 from megatron_eagle.data.sample.budget import BudgetRequest, allocate, capped, outcomes, tiles_under
 from megatron_eagle.data.sample.conversation import ShownFrame
 from megatron_eagle.data.sample.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class VisualPlan:
 class VisualPlanner:
     """Decides how samples are cut; it remembers how many tokens words before a frame have.
 
-    With ``settings.degrade``, as much is shown as the pack leaves room for (``budget.py``).
+    With ``reading.degrade``, as much is shown as the pack leaves room for (``budget.py``).
     """
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer) -> None:
@@ -86,11 +87,11 @@ class VisualPlanner:
         """The cut for a sample with ``text`` tokens beside its pictures; raises BrokenSample if it fits no pack."""
         s = self.settings
         plan = self._whole(pictures)
-        if s.degrade and self._over(plan, text) > 0:
+        if s.reading.degrade and self._over(plan, text) > 0:
             plan = self._degraded(pictures, text)
-        tokens, tiles = text + plan.tokens, plan.total_tiles
-        if s.max_tiles_per_pack is not None and tiles > s.max_tiles_per_pack:
-            raise BrokenSample(f"sample of {tiles} tiles, a pack holds {s.max_tiles_per_pack}")
+        tokens, tiles, most_tiles = text + plan.tokens, plan.total_tiles, s.reading.max_tiles_per_pack
+        if most_tiles is not None and tiles > most_tiles:
+            raise BrokenSample(f"sample of {tiles} tiles, a pack holds {most_tiles}")
         if tokens > s.pack_length:
             raise BrokenSample(f"sample of {tokens} tokens ({tiles} tiles), a pack holds {s.pack_length}")
         return plan
@@ -98,13 +99,15 @@ class VisualPlanner:
     def _over(self, plan: VisualPlan, text: int) -> int:
         """Tokens by which a cut is too much for a pack, of its tokens or of its tiles; not above 0 if it fits."""
         s = self.settings
-        most_tiles = plan.total_tiles if s.max_tiles_per_pack is None else s.max_tiles_per_pack
-        return max(text + plan.tokens - s.pack_length, (plan.total_tiles - most_tiles) * s.tokens_per_tile)
+        most_tiles = s.reading.max_tiles_per_pack
+        tiles_over = 0 if most_tiles is None else plan.total_tiles - most_tiles
+        return max(text + plan.tokens - s.pack_length, tiles_over * s.tokens_per_tile)
 
     def _whole(self, pictures: Pictures) -> VisualPlan:
         s = self.settings
-        tiles = tiles_under(s.max_tiles, pictures.sizes, s.tiling)
-        return self._assemble(s.tiling, tiles, pictures, [s.video.wanted(info) for info in pictures.videos])
+        tiles = tiles_under(s.tiling.max_tiles, pictures.sizes, s.tiling)
+        frames = [wanted_frames(s.reading.video, info) for info in pictures.videos]
+        return self._assemble(s.tiling, tiles, pictures, frames)
 
     def _assemble(
         self, tiling: Tiling, tiles: tuple[int, ...], pictures: Pictures, frames: Sequence[int]
@@ -115,14 +118,15 @@ class VisualPlanner:
 
     def _clip(self, video: int, info: VideoInfo, frames: int) -> Clip:
         s = self.settings
-        times = s.video.times(info, frames)
-        words = s.video.words(video, info, times)
+        times = frame_times(s.reading.video, info, frames)
+        words = frame_words(s.reading.video, video, info, times)
         clip = Clip(times, words, self._frame_grid(info), 0)
         tokens = len(times) * (clip.tiles * s.tokens_per_tile + FRAME_TAGS) + sum(map(self._count, words))
         return Clip(times, words, clip.grid, tokens)
 
     def _frame_grid(self, info: VideoInfo) -> Grid:
-        return choose_grid(info.width, info.height, capped(self.settings.tiling, self.settings.video.frame_tiles))
+        s = self.settings
+        return choose_grid(info.width, info.height, capped(s.tiling, s.reading.video.frame_tiles))
 
     def _count(self, words: str) -> int:
         known = self._words.get(words)
@@ -139,8 +143,8 @@ class VisualPlanner:
         many, the budget is made smaller until all fits.
         """
         s = self.settings
-        wanted = [s.video.wanted(info) for info in pictures.videos]
-        least = [min(s.video.least_frames, most) for most in wanted]
+        wanted = [wanted_frames(s.reading.video, info) for info in pictures.videos]
+        least = [min(s.reading.video.least_frames, most) for most in wanted]
         room = s.pack_length
         clips = [self._clip(i, info, n) for i, (info, n) in enumerate(zip(pictures.videos, wanted, strict=True))]
         words = [max(map(self._count, clip.words[1:] or clip.words)) for clip in clips]

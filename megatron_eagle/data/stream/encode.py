@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.config.data import DataSettings
+from megatron_eagle.config.reading import Tiling
 from megatron_eagle.data.media.dali import DaliDecoder
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.images import decode_pixels, read_size
-from megatron_eagle.data.media.tiling import Tiling, choose_grid, cut_tiles
+from megatron_eagle.data.media.tiling import choose_grid, cut_tiles
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.order.sample_index import read_pictures
 from megatron_eagle.data.sample.assemble import Segment
@@ -30,7 +31,7 @@ def tokenise(stored: StoredSample, planner: VisualPlanner, *, prompt: bool = Fal
     """
     encode = encode_prompt if prompt else encode_conversation
     s = planner.settings
-    pictures = read_pictures(stored, s.max_pixels)
+    pictures = read_pictures(stored, s.reading.max_pixels)
     # A first look without the text, which turns into millions of tokens before it could be found too long.
     plan = planner.plan(pictures, 0)
     encoded = _encode(encode, stored, planner, plan)
@@ -46,7 +47,7 @@ def _encode(
 ) -> EncodedConversation:
     s = planner.settings
     videos = [clip.frames for clip in plan.clips]
-    return encode(stored.conversation, planner.tokenizer, plan.tiles, s.tokens_per_tile, s.system, videos)
+    return encode(stored.conversation, planner.tokenizer, plan.tiles, s.tokens_per_tile, s.reading.system, videos)
 
 
 def add_tiles(
@@ -58,9 +59,9 @@ def add_tiles(
     """
     cut_already: dict[int, Tensor] = {}
     if dali is not None and stored.images:
-        sizes = (read_size(image, max_pixels=settings.max_pixels) for image in stored.images)
+        sizes = (read_size(image, max_pixels=settings.reading.max_pixels) for image in stored.images)
         grids = [choose_grid(width, height, plan.tiling) for width, height in sizes]
-        cut_already = dali.cut(stored.images, grids, settings.max_pixels)
+        cut_already = dali.cut(stored.images, grids, settings.reading.max_pixels)
     tiles = torch.empty((plan.total_tiles, 3, settings.tile_size, settings.tile_size), dtype=torch.uint8)
     place = 0
     for kind, number in stored.conversation.media:
@@ -78,7 +79,7 @@ def add_tiles(
 
 
 def _cut_image(image: bytes, tiling: Tiling, expected: int, settings: DataSettings) -> Iterator[Tensor]:
-    tiles = cut_tiles(decode_pixels(image, max_pixels=settings.max_pixels), tiling)
+    tiles = cut_tiles(decode_pixels(image, max_pixels=settings.reading.max_pixels), tiling)
     if len(tiles) != expected:
         raise BrokenSample(f"the image's header promises {expected} tiles, its pixels make {len(tiles)}")
     yield tiles
@@ -86,7 +87,7 @@ def _cut_image(image: bytes, tiling: Tiling, expected: int, settings: DataSettin
 
 def _cut_frames(video: bytes | FileSlice, clip: Clip, settings: DataSettings) -> Iterator[Tensor]:
     """Tiles of one frame after another, so that only one is in memory as a picture."""
-    with VideoReader(video, max_pixels=settings.max_pixels) as reader:
+    with VideoReader(video, max_pixels=settings.reading.max_pixels) as reader:
         for frame in reader.frames(clip.times):
             # The container's size may be that of a frame lying on its side.
             upright = (frame.width > frame.height) == (reader.info.width > reader.info.height)

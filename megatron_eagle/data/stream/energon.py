@@ -130,13 +130,13 @@ class EagleTaskEncoder(CookingTaskEncoder):
         return [broken + packs[0], *packs[1:]] if packs else [broken]
 
     def _plan(self, samples: list[EncodedSample]) -> PackPlan:
-        s = self._settings
+        s, reading = self._settings, self._settings.reading
         lengths = [len(sample.segment.tokens) for sample in samples if sample.segment is not None]
         tiles = [sample.plan.total_tiles for sample in samples if sample.plan is not None]
-        if s.packing == "best_fit":
-            return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=s.max_tiles_per_pack)
-        delta = s.spare_packs(math.ceil(sum(lengths) / s.pack_length))
-        return pack_balanced(lengths, s.pack_length, delta=delta, tiles=tiles, max_tiles=s.max_tiles_per_pack)
+        if reading.packing == "best_fit":
+            return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=reading.max_tiles_per_pack)
+        delta = reading.spare_packs(math.ceil(sum(lengths) / s.pack_length))
+        return pack_balanced(lengths, s.pack_length, delta=delta, tiles=tiles, max_tiles=reading.max_tiles_per_pack)
 
     @stateless
     def postencode_sample(self, sample: EncodedSample) -> EncodedSample:
@@ -178,7 +178,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         """Energon's, without batching (a pack is the microbatch) and without its progress bar."""
         return pack_quietly(
             dataset,
-            buffer_size=self._settings.packing_buffer,
+            buffer_size=self._settings.reading.packing_buffer,
             pre_packer=self.select_samples_to_pack,
             sample_encoder=self.postencode_sample,
             sample_encoder_stateless=True,

@@ -30,7 +30,7 @@ class PackReader(Dataset[PackedBatch]):
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, gpu: int | None = None) -> None:
         self._settings, self._tokenizer = settings, tokenizer
         self._planner = VisualPlanner(settings, tokenizer)
-        self._dali = DaliDecoder(settings.tile_size, gpu) if settings.decoder == "dali" else None
+        self._dali = DaliDecoder(settings.tile_size, gpu) if settings.reading.decoder == "dali" else None
         self._shards: dict[Location, ShardFiles] = {}
 
     def __getitem__(self, pack: PlannedPack) -> PackedBatch:

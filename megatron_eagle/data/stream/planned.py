@@ -6,8 +6,7 @@ number changes nothing. A position is a count of packs. A broken sample leaves a
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,13 +39,16 @@ ORDERING = (
     "plan_window",
 )
 
+# Of every stream whose saved position names none: they could not be set then.
+COSTS_BEFORE = {"attention_parity": 65_000, "tile_cost": 0.0}
+
 
 class PlannedStream(Iterator[PackedBatch]):
     """Packs for data-parallel rank ``rank`` of ``world_size``.
 
     batch: packs of a step over all ranks; a step's packs are dealt by cost (``balance_ranks``). One a rank by default.
     seed: decides the order. workers: reader processes; 0 reads in this process.
-    Raises UserError for sources that cannot be used, and later if ``settings.max_rejected_in_a_row`` samples in a row
+    Raises UserError for sources that cannot be used, and later if ``reading.max_rejected_in_a_row`` samples in a row
     are broken or a reader process dies or hangs.
     """
 
@@ -73,12 +75,13 @@ class PlannedStream(Iterator[PackedBatch]):
                 [sample_index.identity, source.weight, source.repeat]
                 for sample_index, source in zip(self._plan.catalogues, settings.sources, strict=True)
             ],
-            "settings": {name: value for name, value in asdict(settings).items() if name in ORDERING},
+            "settings": deciding(settings, ORDERING),
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
         }
         # Reader processes are forked, and CUDA does not survive that: only the trainer itself decodes on its GPU.
-        on_gpu = settings.decoder == "dali" and not workers and torch.cuda.is_available()
+        on_gpu = settings.reading.decoder == "dali" and not workers and torch.cuda.is_available()
+        self._costs = {"attention_parity": settings.attention_parity, "tile_cost": settings.tile_cost}
         self._reader = PackReader(settings, tokenizer, torch.cuda.current_device() if on_gpu else None)
         self._taken = 0  # packs of this rank
         self._in_a_row = 0
@@ -119,7 +122,7 @@ class PlannedStream(Iterator[PackedBatch]):
             num_workers=self._workers,
             prefetch_factor=PACKS_AHEAD,
             collate_fn=_as_it_is,
-            timeout=self._settings.reader_timeout,
+            timeout=self._settings.reading.reader_timeout,
         )
         return iter(loader)
 
@@ -136,7 +139,7 @@ class PlannedStream(Iterator[PackedBatch]):
         self._check(batch)
         self._taken += 1
         self._in_a_row = 0 if batch.sample_ids else self._in_a_row + len(batch.rejected)
-        if self._in_a_row >= self._settings.max_rejected_in_a_row:
+        if self._in_a_row >= self._settings.reading.max_rejected_in_a_row:
             sample_id, reason = batch.rejected[-1]
             raise UserError(f"{self._in_a_row} samples in a row are broken, the last is {sample_id!r}: {reason}")
         return batch
@@ -165,13 +168,13 @@ class PlannedStream(Iterator[PackedBatch]):
         """The position after the pack returned last, as JSON; the same on all ranks between two steps."""
         step, place = divmod(self._taken, self._batch // self._world_size)
         position = {"packs": step * self._batch, "of_next_step": place, "batch": self._batch, "ranks": self._world_size}
-        return json.dumps({"identity": self._identity, **position}).encode()
+        return json.dumps({"identity": self._identity, **position, "costs": self._costs}).encode()
 
     def restore(self, state: bytes) -> None:
         """Continues after ``state``, which any rank of any number of ranks may have saved.
 
         Raises UserError if it belongs to another stream, or was saved in the middle of a step and steps are now shared
-        out otherwise.
+        out otherwise: to other ranks, or by other costs of packs.
         """
         saved = json.loads(state)
         changed = differences(saved["identity"], json.loads(json.dumps(self._identity)))
@@ -183,6 +186,12 @@ class PlannedStream(Iterator[PackedBatch]):
                 f"the data position after {saved['packs']} packs and {saved['of_next_step']} of the next step's was "
                 f"saved with {saved['batch']} packs a step on {saved['ranks']} ranks; with {self._batch} packs a step "
                 f"on {self._world_size} ranks it is in the middle of a step"
+            )
+        dealt_otherwise = differences(saved.get("costs", COSTS_BEFORE), self._costs)
+        if dealt_otherwise and saved["of_next_step"] and self._world_size > 1:
+            raise UserError(
+                f"the data position is {saved['of_next_step']} packs into a step whose packs would now be shared out "
+                f"otherwise: {'; '.join(dealt_otherwise)}; set both in the recipe's reading to continue"
             )
         self._packs = None
         self._taken = saved["packs"] // self._world_size + saved["of_next_step"]
@@ -204,6 +213,11 @@ class _Orders(Sampler[Any]):
 
 def _as_it_is(pack: Any) -> Any:
     return pack
+
+
+def deciding(settings: DataSettings, names: Collection[str]) -> dict[str, Any]:
+    """The settings called ``names``, as they are kept in a saved position."""
+    return {name: value for name, value in settings.flat().items() if name in names}
 
 
 def differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks
 import gc
 import io
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import torch
@@ -20,11 +19,32 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
-from megatron_eagle.data.stream.planned import PlannedStream, differences
+from megatron_eagle.data.stream.planned import PlannedStream, deciding, differences
 from megatron_eagle.errors import UserError
 
 # Energon prints every thread's stack when a reader is silent for a minute; filling the first buffer may take longer.
 FIRST_BUFFER_SECONDS = 600.0
+
+# What a change of these would make another stream of; all others may change between a save and a restore.
+ORDERING = (
+    "pack_length",
+    "tile_size",
+    "tokens_per_tile",
+    "min_tiles",
+    "max_tiles",
+    "tiling_rule",
+    "max_tiles_per_pack",
+    "system",
+    "order",
+    "packing",
+    "packing_delta",
+    "degrade",
+    "video",
+    "packing_buffer",
+    "shuffle_buffer",
+    "max_samples_per_sequence",
+    "max_pixels",
+)
 
 
 def open_stream(
@@ -37,11 +57,11 @@ def open_stream(
     workers: int = 0,
     batch: int | None = None,
 ) -> "Stream":
-    """The stream that ``settings.order`` asks for.
+    """The stream that ``reading.order`` asks for.
 
     batch: packs of a step over all ranks, one a rank by default; only a planned stream deals them by cost.
     """
-    if settings.order == "planned":
+    if settings.reading.order == "planned":
         return PlannedStream(
             settings, tokenizer, rank=rank, world_size=world_size, seed=seed, workers=workers, batch=batch
         )
@@ -53,7 +73,7 @@ class PackStream(Iterator[PackedBatch]):
 
     seed: decides order and blend. workers: reader processes; 0 reads in this process.
     Raises UserError for a source that is no data set or has fewer samples than there are readers, and later if
-    ``settings.max_rejected_in_a_row`` samples in a row are broken.
+    ``reading.max_rejected_in_a_row`` samples in a row are broken.
     """
 
     def __init__(
@@ -72,7 +92,7 @@ class PackStream(Iterator[PackedBatch]):
         self._settings = settings
         self._tokenizer = tokenizer
         self._identity = {
-            "settings": {**asdict(settings), "sources": None},
+            "settings": deciding(settings, ORDERING),
             "sources": [(dataset_identity(source.path), source.weight) for source in settings.sources],
             "vocab_size": tokenizer.vocab_size,
             "rank": rank,
@@ -94,10 +114,10 @@ class PackStream(Iterator[PackedBatch]):
         s = self._settings
         sources = [(source.path, source.weight) for source in s.sources]
         packs = EagleTaskEncoder(s, self._tokenizer).build_train_datasets(
-            **load_blend(sources, self._workers, max_samples_per_sequence=s.max_samples_per_sequence),
+            **load_blend(sources, self._workers, max_samples_per_sequence=s.reading.max_samples_per_sequence),
             worker_config=self._workers,
             batch_size=None,
-            shuffle_buffer_size=s.shuffle_buffer,
+            shuffle_buffer_size=s.reading.shuffle_buffer,
         )
         # Without worker processes Energon would freeze and collect the garbage of the trainer itself.
         garbage = {} if self._workers.num_workers else {"gc_collect_every_n_steps": 0}
@@ -112,7 +132,7 @@ class PackStream(Iterator[PackedBatch]):
         if self._packs is None:
             self._packs = iter(self._loader)
         rejected: list[tuple[str, str]] = []
-        while len(rejected) < self._settings.max_rejected_in_a_row:
+        while len(rejected) < self._settings.reading.max_rejected_in_a_row:
             pack = next(self._packs)
             rejected += pack.rejected
             if pack.batch is not None:
@@ -137,7 +157,10 @@ class PackStream(Iterator[PackedBatch]):
         other settings, ranks, workers or seed, because its continuation would not be the same stream.
         """
         saved = torch.load(io.BytesIO(state), weights_only=False)
-        _check_identity(saved["identity"], self._identity)
+        identity = saved["identity"]
+        # Older positions also hold settings that no pack depends on.
+        settings = {name: value for name, value in identity["settings"].items() if name in ORDERING}
+        _check_identity({**identity, "settings": settings}, self._identity)
         self._packs = None
         self._loader = self._new_loader()
         self._loader.restore_state_rank(saved["position"])
