@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.packing_rules import PackingName
 from megatron_eagle.data.media.frames import VideoSettings
 from megatron_eagle.data.media.images import MAX_PIXELS
 from megatron_eagle.data.media.tiling import Tiling
@@ -47,7 +48,7 @@ class DataSettings:
     system: system turn of conversations that bring none; empty for no such turn.
     order: ``planned``: all lengths are known beforehand and the order of packs is a function of seed and step alone
         (``planned.py``). ``buffer``: Energon reads on and packs what its buffers hold (``streams.py``).
-    packing: ``balanced`` or ``best_fit`` (see ``assemble.py``).
+    packing: name of a rule of ``data/order/rules``: ``balanced``, ``best_fit``, ...
     packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
         least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
     degrade: show a sample that is too long with fewer frames and tiles instead of rejecting it (``budget.py``).
@@ -77,7 +78,7 @@ class DataSettings:
     max_tiles_per_pack: Positive | None = None
     system: str = DEFAULT_SYSTEM
     order: Literal["planned", "buffer"] = "planned"
-    packing: Literal["balanced", "best_fit"] = "balanced"
+    packing: PackingName = "balanced"
     packing_delta: Annotated[int, Ge(0)] | None = None
     degrade: bool = False
     decoder: Literal["pillow", "dali"] = "pillow"
@@ -97,8 +98,8 @@ class DataSettings:
             raise ValueError("a stream needs at least one source, these settings have 0")
         if self.tokens_per_tile > self.pack_length:
             raise ValueError(f"a tile of {self.tokens_per_tile} tokens does not fit into a pack of {self.pack_length}")
-        if self.packing_delta is not None and self.packing == "best_fit":
-            raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is best_fit")
+        if self.packing_delta is not None and self.packing != "balanced":
+            raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is {self.packing}")
         if len({source.repeat is None for source in self.sources}) > 1:
             raise ValueError("some sources have a repeat and others do not; give all of them one, or none")
         if self.order == "buffer" and self.decoder == "dali":

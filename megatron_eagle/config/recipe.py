@@ -19,6 +19,7 @@ from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.layout import STRICT, Layout, Positive
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout
 from megatron_eagle.config.overrides import apply_override
+from megatron_eagle.config.packing_rules import PackingName
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.data.media.frames import VideoSettings
 from megatron_eagle.data.sample.conversation import DEFAULT_SYSTEM
@@ -86,7 +87,7 @@ class ReadingSettings:
 
     tiling_rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
     order: ``planned`` knows all lengths and continues at any size; ``buffer`` is for data whose lengths are not known.
-    packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
+    packing: a rule of ``data/order/rules``: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
     degrade: show samples that are too long for a pack with fewer frames and tiles instead of rejecting them.
     decoder: ``pillow``, or ``dali`` for plain JPEGs: on the GPU with workers=0, otherwise by DALI's CPU mode.
     video: which frames of videos are shown, and in what words (``data.frames.VideoSettings``).
@@ -98,7 +99,7 @@ class ReadingSettings:
     max_tiles: Positive = 12
     max_tiles_per_pack: Positive | None = None
     order: Literal["planned", "buffer"] = "planned"
-    packing: Literal["balanced", "best_fit"] = "balanced"
+    packing: PackingName = "balanced"
     degrade: bool = False
     decoder: Literal["pillow", "dali"] = "pillow"
     video: VideoSettings = field(default_factory=VideoSettings)
@@ -228,6 +229,10 @@ class Recipe:
 
     def stage_layout(self, stage: Stage) -> Layout:
         return stage.layout or self.layout
+
+    def data_seed(self, stage: Stage) -> int:
+        """What the order of ``stage``'s packs is drawn with."""
+        return self.seed + self.stages.index(stage)
 
     def with_kernels_on(self, device: str) -> "Recipe":
         """This recipe with the kernels that it runs with on ``device``, ``cuda`` or ``cpu``, written into it."""

@@ -11,7 +11,6 @@ per-sample seeds change with the number of workers.
 """
 
 import hashlib
-import math
 import random
 from typing import Any
 
@@ -28,7 +27,7 @@ from megatron.energon import (
 )
 
 from megatron_eagle.config.data import DataSettings
-from megatron_eagle.data.order.knapsack import PackPlan, pack_balanced, pack_best_fit
+from megatron_eagle.data.order.packing import PackPlan, pack_by_settings
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
@@ -130,13 +129,9 @@ class EagleTaskEncoder(CookingTaskEncoder):
         return [broken + packs[0], *packs[1:]] if packs else [broken]
 
     def _plan(self, samples: list[EncodedSample]) -> PackPlan:
-        s = self._settings
         lengths = [len(sample.segment.tokens) for sample in samples if sample.segment is not None]
         tiles = [sample.plan.total_tiles for sample in samples if sample.plan is not None]
-        if s.packing == "best_fit":
-            return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=s.max_tiles_per_pack)
-        delta = s.spare_packs(math.ceil(sum(lengths) / s.pack_length))
-        return pack_balanced(lengths, s.pack_length, delta=delta, tiles=tiles, max_tiles=s.max_tiles_per_pack)
+        return pack_by_settings(self._settings, lengths, tiles)
 
     @stateless
     def postencode_sample(self, sample: EncodedSample) -> EncodedSample:
