@@ -13,6 +13,8 @@ from megatron_eagle.training.log import read_metrics, sample_digest
 from megatron_eagle.verification import subject
 from megatron_eagle.verification.subject import STEPS, packs_of_a_step, recipe_rows, recipe_subject
 
+ORDERS = {"planned": (), "buffer": ("reading.order=buffer", "reading.packing_buffer=16", "reading.shuffle_buffer=8")}
+
 
 def train(recipe_path: str, stage: str, folder: str, overrides: tuple[str, ...]) -> None:
     """Runs in every process of a world."""
@@ -30,7 +32,7 @@ def train(recipe_path: str, stage: str, folder: str, overrides: tuple[str, ...])
 
 @pytest.mark.parametrize(("order", "processes"), [("planned", 2), ("planned", 1), ("buffer", 1)])
 def test_the_packs_are_those_that_training_reads(small_run, worlds, tmp_path: Path, order: str, processes: int) -> None:
-    path, overrides = small_run.write_recipe(tmp_path / "r.yaml"), (f"reading.order={order}",)
+    path, overrides = small_run.write_recipe(tmp_path / "r.yaml"), ORDERS[order]
     for name, steps in (("first", 1), ("second", STEPS)):
         worlds(processes).run(train, str(path), name, str(tmp_path), (*overrides, f"stages.{name}.steps={steps}"))
     recipe = load_recipe(path, overrides)

@@ -56,7 +56,7 @@ class PlannedPack:
 class Window:
     """sources, samples: int [n], what the window holds; packs: indices into them, in order; rejected: indices too.
 
-    costs: of each pack (``dealing.pack_costs``).
+    costs: of each pack (``balance_ranks.pack_costs``).
     """
 
     sources: Ints
@@ -101,7 +101,7 @@ class Plan:
         return PlannedPack(number, tuple(samples), tuple(rejected))
 
     def cost(self, number: int) -> float:
-        """Cost of computing this pack (``dealing.pack_costs``)."""
+        """Cost of computing this pack (``balance_ranks.pack_costs``)."""
         window, place = self._find(number)
         return float(self.window(window).costs[place])
 

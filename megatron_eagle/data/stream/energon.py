@@ -103,7 +103,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         try:
             if sample.stored is None:
                 raise BrokenSample(sample.reason)
-            segment, plan = self._tokenise(sample.stored)
+            segment, plan = tokenise(sample.stored, self._planner)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
@@ -114,9 +114,6 @@ class EagleTaskEncoder(CookingTaskEncoder):
             plan=plan,
             reason=None,
         )
-
-    def _tokenise(self, stored: StoredSample) -> tuple[Segment, VisualPlan]:
-        return tokenise(stored, self._planner)
 
     def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
         """Packs from a buffer, in an order that depends on its samples only; broken ones leave with the first pack."""
@@ -138,15 +135,12 @@ class EagleTaskEncoder(CookingTaskEncoder):
         if sample.segment is None or sample.stored is None or sample.plan is None:
             return sample
         try:
-            segment = self._add_tiles(sample.segment, sample.stored, sample.plan)
+            segment = add_tiles(sample.segment, sample.stored, sample.plan, self._settings)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
             sample, sample_id=sample.sample_id, segment=segment, stored=None, plan=sample.plan, reason=None
         )
-
-    def _add_tiles(self, segment: Segment, stored: StoredSample, plan: VisualPlan) -> Segment:
-        return add_tiles(segment, stored, plan, self._settings)
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> PackSample:
