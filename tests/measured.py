@@ -87,8 +87,7 @@ def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[
     with TensorAccounting() as seen:
         engine.forward_backward(batches)
         train_peak = seen.peak
-        seen.restart_peak()
-        start = seen.live
+        start = seen.peak = seen.live
         engine.update()
     return {
         **held_bytes(engine),

@@ -57,7 +57,6 @@ class SmallRun:
             "model": {"preset": "tiny", "encoders": ENCODERS, "language": LANGUAGE},
             "tokenizer": {"kind": "sentencepiece", "path": str(self.folder / "tokenizer.model")},
             "precision": "fp32",
-            "reading": {"packing_buffer": 16, "shuffle_buffer": 8},
             "log": {"tensorboard": False},
             "stages": [
                 {**stage, "name": "first", "trainable": ["connector"]},

@@ -78,7 +78,7 @@ def _bench(options: argparse.Namespace) -> None:
     from megatron_eagle.measuring.bench import run_bench
     from megatron_eagle.measuring.bench_report import report_name, write_report
 
-    samples = Mix(options.tokens_per_sample) if options.packs == "synthetic" else None
+    samples = Mix(options.tokens_per_sample, packing=recipe.reading.packing) if options.packs == "synthetic" else None
     trace = options.out / "trace.json.gz" if options.profile else None
     measured = run_bench(recipe, stage, platform, hardware, samples, options.steps, trace=trace, reduced=reduced)
     if measured is not None:
@@ -100,5 +100,5 @@ def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", l
         model = replace(model, language={**model.language, "num_hidden_layers": options.layers})
         stage = replace(stage, layout=replace(recipe.stage_layout(stage), layers_per_stage=None))
     # Data are drawn by the seed and the number of the stage, which is the first now.
-    seed = recipe.data_seed(stage)
+    seed = recipe.data_seed(recipe.stage(options.stage))
     return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage), seed=seed), reduced

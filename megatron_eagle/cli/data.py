@@ -1,6 +1,8 @@
 """``megatron-eagle data``: build and check data sets, and look at the stream that comes of them."""
 
 import argparse
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,8 +80,8 @@ def _add_pack_report(actions: Verbs) -> None:
     parser = verb(
         actions,
         "pack-report",
-        "padding and balance of every packing algorithm",
-        "Packs the same samples by every algorithm: padding, packs an epoch, CPU seconds, and how much longer the\n"
+        "padding and balance of every packing rule",
+        "Packs the same samples by every rule: padding, packs an epoch, CPU seconds, and how much longer the\n"
         "slowest rank of a step computes than the mean one, for packs in order and packs dealt by cost.",
         "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n"
         "  megatron-eagle data pack-report examples/tiny/recipe.yaml --samples 1000000 --pack-length 16384\n"
@@ -136,14 +138,12 @@ def _data_measure(options: argparse.Namespace) -> None:
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.order.plan import open_stage_plan
     from megatron_eagle.data.reports.inspection import HEADS, write_page
     from megatron_eagle.data.sample.budget import degrade_report
-    from megatron_eagle.data.sample.tokenizer import load_tokenizer
 
     recipe, stage = _load(options)
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    seed = recipe.data_seed(stage)
-    views = write_page(recipe.data_settings(stage), tokenizer, seed, options.out, options.shown)
+    views = write_page(open_stage_plan(recipe, stage), options.out, options.shown)
     print(" | ".join(HEADS))
     for view in views:
         print(" | ".join(view.row()))
@@ -154,34 +154,19 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
 
 def _data_digest(options: argparse.Namespace) -> None:
-    from megatron_eagle.data.sample.tokenizer import load_tokenizer
     from megatron_eagle.data.stream.digest import read_digest
-    from megatron_eagle.data.stream.planned import PlannedStream
+    from megatron_eagle.data.stream.streams import open_stage_stream
     from megatron_eagle.errors import UserError
 
     recipe, stage = _load(options)
-    settings, order = recipe.data_settings(stage), recipe.reading.order
-    if order != "planned":
-        raise UserError(f"only reading.order=planned has one order for every number of ranks, this is {order}")
+    recipe = replace(recipe, reading=replace(recipe.reading, workers=options.workers))
     if stage.batch % options.dp:
         raise UserError(
             f"batch={stage.batch} packs cannot be shared out evenly to {options.dp} data-parallel ranks; the digest "
             f"does not depend on it: add stages.{stage.name}.batch={options.dp}"
         )
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-
-    def open_rank(rank: int) -> PlannedStream:
-        return PlannedStream(
-            settings,
-            tokenizer,
-            rank=rank,
-            world_size=options.dp,
-            seed=recipe.data_seed(stage),
-            workers=options.workers,
-            batch=stage.batch,
-        )
-
-    digest = read_digest(open_rank, options.dp, options.packs, stage.batch)
+    opened = partial(open_stage_stream, recipe, stage, world_size=options.dp)
+    digest = read_digest(opened, options.dp, options.packs, stage.batch)
     print(f"{digest.sha256}  {digest.packs} packs, {digest.samples} samples used, {digest.rejected} rejected")
 
 
@@ -189,10 +174,9 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     import numpy as np
 
     from megatron_eagle.config.data import BlendSource, DataSettings
-    from megatron_eagle.data.order.plan import Plan, epoch_lengths
+    from megatron_eagle.data.order.plan import epoch_lengths, open_stage_plan
     from megatron_eagle.data.reports.pack_report import Bounds, compare_packings, lognormal_lengths, plot, table
     from megatron_eagle.data.sample.budget import degrade_report
-    from megatron_eagle.data.sample.tokenizer import load_tokenizer
     from megatron_eagle.errors import UserError
 
     if (options.recipe is None) == (options.lognormal is None):
@@ -208,8 +192,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     else:
         recipe, stage = _load(options)
         settings = recipe.data_settings(stage)
-        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        plan = Plan(settings, tokenizer, recipe.data_seed(stage))
+        plan = open_stage_plan(recipe, stage)
         tokens, tiles = epoch_lengths(plan)
         by_source = zip(settings.sources, plan.lengths, strict=True)
         degraded = degrade_report({source.path: lengths.outcomes for source, lengths in by_source})
@@ -221,7 +204,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     bounds = Bounds(
         length=length,
         max_tiles=settings.reading.max_tiles_per_pack,
-        delta=settings.reading.spare_packs(int(tokens.sum()) // length),
+        spare=settings.reading.spare_packs(int(tokens.sum()) // length),
         attention_parity=options.attention_parity or settings.attention_parity,
         tile_cost=settings.tile_cost,
     )

@@ -78,7 +78,7 @@ def _plan(options: argparse.Namespace) -> None:
         return
     hardware = load_hardware(options.gpu)
     given = {"tokens_per_sample": options.tokens_per_sample, "visual": options.visual}
-    mix = Mix(**{name: value for name, value in given.items() if value is not None})
+    mix = Mix(packing=recipe.reading.packing, **{name: value for name, value in given.items() if value is not None})
     asked_for_made_up = any(value is not None for value in given.values())
     samples = {stage.name: mix if asked_for_made_up else samples_of(recipe, stage, mix) for stage in stages}
     print(assumptions(hardware))

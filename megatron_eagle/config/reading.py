@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.packing_rules import PackingName
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -85,7 +86,7 @@ class ReadingSettings:
     system: system turn of conversations that bring none; empty for no such turn.
     order: ``planned``: all lengths are known beforehand and the order of packs is a function of seed and step alone
         (``planned.py``). ``buffer``: Energon reads on and packs what its buffers hold (``streams.py``).
-    packing: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter (see ``knapsack.py``).
+    packing: a rule of ``data/order/rules``: ``balanced`` is Eagle 2's greedy knapsack; ``best_fit`` fills tighter.
     packing_delta: packs more than the samples need, ``balanced`` only. None: of a buffer 1 in 50, measured to cost the
         least padding that still spreads long samples; of a plan 1 in 500. Eagle uses 20 on thousands.
     degrade: show a sample that is too long with fewer frames and tiles instead of rejecting it (``budget.py``).
@@ -111,7 +112,7 @@ class ReadingSettings:
     max_tiles: Positive = 12
     max_tiles_per_pack: Positive | None = None
     order: Literal["planned", "buffer"] = "planned"
-    packing: Literal["balanced", "best_fit"] = "balanced"
+    packing: PackingName = "balanced"
     packing_delta: Annotated[int, Ge(0)] | None = None
     degrade: bool = False
     decoder: Literal["pillow", "dali"] = "pillow"
@@ -129,8 +130,8 @@ class ReadingSettings:
     workers: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
-        if self.packing_delta is not None and self.packing == "best_fit":
-            raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is best_fit")
+        if self.packing_delta is not None and self.packing != "balanced":
+            raise ValueError(f"packing_delta={self.packing_delta} belongs to packing=balanced, this is {self.packing}")
         if self.order == "buffer" and self.decoder == "dali":
             raise ValueError("decoder=dali needs order=planned")
         self.tiling(tile_size=1)

@@ -39,10 +39,6 @@ class Call:
     members: tuple[int, ...]
     sizes: tuple[Any, ...]
 
-    @property
-    def is_message(self) -> bool:
-        return self.operation in ("send", "recv")
-
 
 class _Numbers(TorchFunctionMode):
     """``torch.tensor`` reads its elements past any dispatch: let it find a number in each."""

@@ -162,7 +162,9 @@ def walk_replicas(
 
 
 def _shapes(recipe: Recipe, stage: Stage, count: int, with_tiles: bool) -> list[PackShape]:
-    shapes, _ = Mix().packs(count, stage.pack_length, tokens_per_tile(recipe.model.eagle()))
+    shapes, _ = Mix(packing=recipe.reading.packing).packs(
+        count, stage.pack_length, tokens_per_tile(recipe.model.eagle())
+    )
     shapes = [shapes[number % len(shapes)] for number in range(count)]
     empty = {count - 1} if with_tiles and count > 1 else set() if with_tiles else set(range(count))
     return [replace(pack, tiles=0) if number in empty else pack for number, pack in enumerate(shapes)]

@@ -19,11 +19,14 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_eagle.data.order.packing import pack_samples
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups
+
+PACKING = "best_fit"  # fewest passes; which questions share one changes no answer
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,14 @@ class Prompt:
 
 def pack_prompts(prompts: Sequence[Prompt], pack_length: int, room: int) -> list[list[Prompt]]:
     """Share ``prompts`` out to packs of ``pack_length`` tokens, each with ``room`` tokens for its answer."""
-    packs: list[list[Prompt]] = []
-    fill: list[int] = []
-    for prompt in sorted(prompts, key=lambda prompt: -len(prompt.tokens)):
-        need = len(prompt.tokens) + room
-        if need > pack_length:
-            raise UserError(
-                f"question {prompt.identity}: {len(prompt.tokens)} tokens and {room} for the answer are more than "
-                f"a pack of {pack_length}"
-            )
-        slot = next((number for number, used in enumerate(fill) if used + need <= pack_length), None)
-        if slot is None:
-            packs.append([])
-            fill.append(0)
-            slot = len(packs) - 1
-        packs[slot].append(prompt)
-        fill[slot] += need
-    return packs
+    plan = pack_samples(PACKING, [len(prompt.tokens) + room for prompt in prompts], pack_length)
+    if plan.too_long:
+        prompt = prompts[plan.too_long[0]]
+        raise UserError(
+            f"question {prompt.identity}: {len(prompt.tokens)} tokens and {room} for the answer are more than "
+            f"a pack of {pack_length}"
+        )
+    return [[prompts[i] for i in pack] for pack in plan.packs]
 
 
 @torch.no_grad()

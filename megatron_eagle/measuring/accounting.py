@@ -1,4 +1,4 @@
-"""StepStats the bytes of every tensor that lives while a piece of code runs, on any device, meta included.
+"""Counts the bytes of every tensor that lives while a piece of code runs, on any device, meta included.
 
 A CPU has no ``torch.cuda.max_memory_allocated``. This looks at what every operator returns, counts each storage once,
 and takes it off again when the last tensor on it is gone, autograd's saved ones included. What an operator uses inside
@@ -24,14 +24,6 @@ class TensorAccounting(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self._known: dict[int, weakref.finalize] = {}
-        self._ignored: set[int] = set()
-
-    def ignore(self, *tensors: torch.Tensor) -> None:
-        """Do not count these: they were there before."""
-        self._ignored |= {storage_key(tensor.untyped_storage()) for tensor in tensors}
-
-    def restart_peak(self) -> None:
-        self.peak = self.live
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,7 +37,7 @@ class TensorAccounting(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage_key(storage)
-        if key in self._known or key in self._ignored:
+        if key in self._known:
             return
         size = storage.nbytes()
         self.live += size

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import load_tokenizer
-from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.streams import first_steps
 from megatron_eagle.measuring.accounting import TensorAccounting, held_bytes, storage_bytes
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.planning.activations import PackShape
@@ -160,14 +159,8 @@ def _packs(recipe: Recipe, stage: Stage, samples: Samples | None) -> tuple[list[
         shapes, _ = samples.packs(stage.batch, stage.pack_length, cost)
         packs = [synthetic(shape, config.tile_size, cost) for shape in shapes]
         return [packs[number % len(packs)] for number in range(stage.batch)], f"synthetic, {samples.describe()}"
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    settings = recipe.data_settings(stage)
-    settings = replace(settings, reading=replace(settings.reading, order="planned"))
-    stream = PlannedStream(settings, tokenizer, seed=recipe.data_seed(stage))
-    try:
-        return [next(stream) for _ in range(stage.batch)], "the first of the stage's own data"
-    finally:
-        stream.close()
+    (packs,) = first_steps(recipe, stage, 1, stage.batch)
+    return packs, "the first of the stage's own data"
 
 
 def _shape(batch: PackedBatch) -> PackShape:

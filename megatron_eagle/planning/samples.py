@@ -15,11 +15,10 @@ from typing import Protocol
 import torch
 
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.data.order.knapsack import pack_balanced
-from megatron_eagle.data.order.plan import Plan
+from megatron_eagle.data.order.packing import pack_samples
+from megatron_eagle.data.order.plan import Plan, open_stage_plan
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import load_tokenizer
 from megatron_eagle.planning.activations import PackShape
 
 SPREAD = 0.6  # standard deviation of the logarithm: nine samples in ten lie within a factor of 2.7 of the median
@@ -70,9 +69,7 @@ class DataOf:
 
     @cached_property
     def _plan(self) -> Plan:
-        recipe = self.recipe
-        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-        return Plan(recipe.data_settings(self.stage), tokenizer, recipe.data_seed(self.stage))
+        return open_stage_plan(self.recipe, self.stage)
 
     def describe(self) -> str:
         return f"those of the stage's own data ({', '.join(source.path for source in self.stage.blend)})"
@@ -86,11 +83,12 @@ def samples_of(recipe: Recipe, stage: Stage, otherwise: "Mix") -> Samples:
 
 @dataclass(frozen=True)
 class Mix:
-    """What samples look like. visual: share of a sample's tokens that tiles make."""
+    """What samples look like. visual: share of a sample's tokens that tiles make; packing: rule that packs them."""
 
     tokens_per_sample: float = 2000.0
     visual: float = 0.8
     seed: int = 1
+    packing: str = "balanced"
 
     def packs(self, count: int, length: int, tokens_per_tile: int) -> tuple[Sequence[PackShape], int]:
         return _packs(self, count, length, tokens_per_tile)
@@ -106,7 +104,7 @@ class Mix:
         while filled < 0.98 * count * length:
             samples.append(self._sample(draw, length, tokens_per_tile))
             filled += samples[-1][0]
-        plan = pack_balanced([tokens for tokens, _ in samples], length, delta=0)
+        plan = pack_samples(self.packing, [tokens for tokens, _ in samples], length)
         chosen = sorted(plan.packs, key=lambda pack: -sum(samples[i][0] for i in pack))[:count]
         draw.shuffle(chosen)
         packs = [self._pack([samples[i] for i in pack], length) for pack in chosen]

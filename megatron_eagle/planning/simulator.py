@@ -5,7 +5,7 @@ waits for the same microbatch on the virtual stage before, a backward pass for t
 transfer between. Passes may all take different times, as ragged packs do. Sends are taken not to block the sender.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_eagle.planning.schedule import Pass, passes
@@ -81,8 +81,3 @@ def _ready(
 
 def _after(moment: Seconds | None, transfer: Seconds) -> Seconds | None:
     return None if moment is None else moment + transfer
-
-
-def in_order(timeline: Timeline, rank: int) -> Sequence[Pass]:
-    """The passes of one stage in the order in which they ended."""
-    return sorted(timeline.ends[rank], key=lambda event: timeline.ends[rank][event])

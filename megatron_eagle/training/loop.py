@@ -31,8 +31,7 @@ from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import load_tokenizer
-from megatron_eagle.data.stream.streams import Stream, open_stream
+from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
@@ -130,15 +129,7 @@ class StageRun:
         stream, message = None, None
         if self.groups.is_reader:
             try:
-                stream = open_stream(
-                    self.recipe.data_settings(self.stage),
-                    load_tokenizer(self.recipe.tokenizer.kind, Path(self.recipe.tokenizer.path)),
-                    rank=self.groups.dp_rank,
-                    world_size=self.groups.dp_size,
-                    seed=self.recipe.data_seed(self.stage),
-                    workers=self.recipe.reading.workers,
-                    batch=self.stage.batch,
-                )
+                stream = open_stage_stream(self.recipe, self.stage, self.groups.dp_rank, self.groups.dp_size)
                 if position is not None:
                     stream.restore(position)
             except UserError as error:

@@ -1,9 +1,10 @@
 """What is verified: a small model and the packs of a few steps - the tables' own, or a user's recipe cut down to size.
 
-A recipe keeps everything that layouts act on - heads, key/value heads, encoders, vocabulary, its own data and tiling -
-and loses what only makes it slow: width, depth, and packs longer than a few thousand tokens.
+A recipe keeps everything that layouts act on - heads, key/value heads, encoders, vocabulary, and the very packs that
+training reads first - and loses what only makes it slow: width, depth, and all but some packs of a large step.
 """
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from pydantic import TypeAdapter
 from megatron_eagle.config.model import EagleConfig, QwenConfig
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import load_tokenizer
-from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.data.stream.streams import first_steps
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_reference
 from megatron_eagle.verification.packs import PACK_LENGTH, Packing, make_step
 from megatron_eagle.verification.rows import CONFIG, Row
 
 STEPS = 3
-RECIPE_PACKS = 4
-RECIPE_PACK_LENGTH = 2048
+RECIPE_PACKS = 4  # of a step at most, unless an interleaved pipeline needs more
 RECIPE_LAYERS = 8
+BYTES_PER_LOGIT = 3 * 8  # the reference's: the logit, its softmax, its gradient in float64
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,43 @@ def tables_subject() -> Subject:
 
 
 def recipe_subject(recipe: Recipe, stage: Stage) -> Subject:
-    """``recipe``'s model at reduced width and depth, and the first packs of ``stage``'s own data."""
-    length = min(stage.pack_length, RECIPE_PACK_LENGTH)
-    settings = replace(recipe.data_settings(stage), pack_length=length)
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    stream = PackStream(settings, tokenizer, seed=recipe.data_seed(stage))
-    steps = [[next(stream) for _ in range(RECIPE_PACKS)] for _ in range(STEPS)]
-    return Subject(reduced(recipe.model.eagle()), length, {"packed": steps})
+    """``recipe``'s model at reduced width and depth, and the packs that training ``stage`` reads first.
+
+    A step larger than ``packs_of_a_step`` is cut into several. UserError if this machine's memory cannot hold the
+    logits of a pack.
+    """
+    config = recipe.model.eagle()
+    _require_memory(stage, config.language.vocab_size)
+    steps = first_steps(recipe, stage, STEPS, packs_of_a_step(recipe, stage))
+    return Subject(reduced(config), stage.pack_length, {"packed": steps})
 
 
-def recipe_rows(recipe: Recipe) -> list[Row]:
-    """The layouts of the recipe's stages, each alone and with two replicas, as rows of a table."""
+def packs_of_a_step(recipe: Recipe, stage: Stage) -> int:
+    """Packs of each step of ``recipe_subject``: the stage's own batch, or enough for every row of ``recipe_rows``."""
+    layouts = map(recipe.stage_layout, recipe.stages)
+    return min(stage.batch, max(RECIPE_PACKS, *(2 * layout.pp for layout in layouts if layout.vpp), 0))
+
+
+def _require_memory(stage: Stage, vocabulary: int) -> None:
+    needed, there = stage.pack_length * vocabulary * BYTES_PER_LOGIT, memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"stage '{stage.name}': the float64 logits of a pack of {stage.pack_length} tokens over a vocabulary of "
+            f"{vocabulary} need {needed / 1e9:.0f} GB, this machine has {there / 1e9:.0f}; shorter packs are other "
+            f"packs, but can be asked for: stages.{stage.name}.pack_length=N behind the recipe"
+        )
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def recipe_rows(recipe: Recipe, packs: int) -> list[Row]:
+    """The layouts of the recipe's stages, each alone and with two replicas, as rows of a table.
+
+    packs: of a step; an odd number cannot be shared out to two replicas, which then are left out.
+    """
     rows = []
     for stage in recipe.stages:
         layout = recipe.stage_layout(stage)
@@ -87,7 +114,7 @@ def recipe_rows(recipe: Recipe) -> list[Row]:
             distributed_optimizer=recipe.optimizer.distributed,
             overlap=recipe.optimizer.overlap,
         )
-        rows += [row, replace(row, dp=2)]
+        rows += [row, replace(row, dp=2)] if packs % 2 == 0 else [row]
     return list(dict.fromkeys(rows))
 
 

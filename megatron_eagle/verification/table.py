@@ -17,7 +17,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.build_context import Kernels
 from megatron_eagle.verification.check import TOLERANCES, Result, Verifier
 from megatron_eagle.verification.rows import Row, quick_table, whole_table
-from megatron_eagle.verification.subject import Subject, recipe_rows, recipe_subject
+from megatron_eagle.verification.subject import Subject, packs_of_a_step, recipe_rows, recipe_subject
 
 QUICK_PROCESSES = 4
 ALL_PROCESSES = 8
@@ -46,12 +46,13 @@ def verify(
 def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, kernels: Kernels = "torch") -> None:
     """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``)."""
     most = processes or ALL_PROCESSES
-    rows = recipe_rows(recipe)
+    stage = recipe.stages[0]
+    rows = recipe_rows(recipe, packs_of_a_step(recipe, stage))
     fitting = [row for row in rows if row.processes <= most]
     if not fitting:
         smallest = min(row.processes for row in rows)
         raise UserError(f"the recipe's layouts need {smallest} processes, at most {most} are allowed; see --processes")
-    _run(_with_kernels(fitting, kernels), recipe_subject(recipe, recipe.stages[0]), out)
+    _run(_with_kernels(fitting, kernels), recipe_subject(recipe, stage), out)
 
 
 def _with_kernels(rows: Sequence[Row], kernels: Kernels) -> list[Row]:

@@ -69,6 +69,10 @@ def test_published_stages_of_eagle2_9b() -> None:
         ({"model": {"preset": "tiny", "language": {"hidden_size": 130}}}, "130 is not a multiple of 4"),
         ({"stages": []}, "no stages"),
         ({"reading": {"min_tiles": 9, "max_tiles": 4}}, "min_tiles=9 is more than max_tiles=4"),
+        (
+            {"reading": {"packing": "tight"}},
+            r"reading\.packing: packing rule 'tight' does not exist; there are balanced, best_fit, greedy",
+        ),
         ({"precision": "fp8"}, r"precision: .*\(got 'fp8'\)"),
     ],
 )

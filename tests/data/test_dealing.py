@@ -58,7 +58,7 @@ def test_padding_and_balance_on_a_long_tail(tmp_path):
     """A tenth of the size that the million is reported for; benchmarks/data holds that one."""
     tokens = lognormal_lengths(100_000, 700, 1.0, 16384)
     assert tokens.max() <= 16384 and len(tokens) == 100_000
-    bounds = Bounds(16384, None, delta=int(tokens.sum()) // 16384 // 500, attention_parity=65_000, tile_cost=0.0)
+    bounds = Bounds(16384, None, spare=int(tokens.sum()) // 16384 // 500, attention_parity=65_000, tile_cost=0.0)
     results = compare_packings(tokens, np.zeros_like(tokens), bounds)
     assert [r.name for r in results] == ["balanced", "best_fit", "greedy"]
     for r in results:
@@ -74,7 +74,7 @@ def test_a_bound_on_tiles_costs_little_padding():
     rng = np.random.default_rng(0)
     tiles = rng.choice([0, 1, 7, 13], size=20_000, p=[0.2, 0.2, 0.3, 0.3])
     tokens = tiles * 256 + rng.integers(50, 400, size=20_000)
-    bounds = Bounds(16384, 64, delta=10, attention_parity=65_000, tile_cost=30.0)
+    bounds = Bounds(16384, 64, spare=10, attention_parity=65_000, tile_cost=30.0)
     fewest = max(tiles.sum() / 64, tokens.sum() / 16384)
     for r in compare_packings(tokens, tiles, bounds):
         assert r.packs <= 1.03 * fewest

@@ -1,13 +1,21 @@
 """Packing: nothing lost, nothing over-full, and the loss weights are the formula's."""
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eagle.data.order.knapsack import pack_balanced, pack_best_fit, pack_greedy
+from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.packing_rules import packing_rules
+from megatron_eagle.data.order import rules
+from megatron_eagle.data.order.packing import pack_by_settings, pack_samples
+from megatron_eagle.data.reports.pack_report import Bounds, compare_packings
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 
@@ -24,13 +32,10 @@ def rooms(draw):
 @given(rooms())
 @settings(max_examples=300, deadline=None)
 def test_every_sample_is_in_one_pack_that_holds_it(room):
-    lengths, tiles, max_tiles, delta = room
+    lengths, tiles, max_tiles, spare = room
     limit = math.inf if max_tiles is None else max_tiles
-    for plan in (
-        pack_balanced(lengths, 100, delta=delta, tiles=tiles, max_tiles=max_tiles),
-        pack_best_fit(lengths, 100, tiles=tiles, max_tiles=max_tiles),
-        pack_greedy(lengths, 100, tiles=tiles, max_tiles=max_tiles),
-    ):
+    for rule in packing_rules():
+        plan = pack_samples(rule, lengths, 100, tiles=tiles, max_tiles=max_tiles, spare=spare)
         assert sorted([*sum(plan.packs, []), *plan.too_long]) == list(range(len(lengths)))
         assert plan.too_long == [i for i, n in enumerate(lengths) if n > 100 or tiles[i] > limit]
         for pack in plan.packs:
@@ -42,9 +47,9 @@ def test_every_sample_is_in_one_pack_that_holds_it(room):
 @settings(max_examples=200, deadline=None)
 def test_balanced_is_the_naive_algorithm(room):
     """The published steps with a linear search for the emptiest pack."""
-    lengths, _, _, delta = room
+    lengths, _, _, spare = room
     fits = sorted((i for i, n in enumerate(lengths) if n <= 100), key=lambda i: -lengths[i])
-    bins = [[] for _ in range(math.ceil(sum(lengths[i] for i in fits) / 100) + delta)]
+    bins = [[] for _ in range(math.ceil(sum(lengths[i] for i in fits) / 100) + spare)]
 
     def fill(pack):
         return sum(lengths[i] for i in pack)
@@ -55,7 +60,7 @@ def test_balanced_is_the_naive_algorithm(room):
             bins.append(emptiest := [])
         emptiest.append(i)
     expected = sorted(sorted(lengths[i] for i in pack) for pack in bins if pack)
-    packs = pack_balanced(lengths, 100, delta=delta).packs
+    packs = pack_samples("balanced", lengths, 100, spare=spare).packs
     assert sorted(sorted(lengths[i] for i in pack) for pack in packs) == expected
 
 
@@ -84,12 +89,12 @@ def fewest_packs(lengths, length):
 def test_best_fit_is_close_to_the_fewest_packs(lengths):
     """Best-fit decreasing never needs more than 11/9 of the fewest packs, plus 6/9 (Dosa 2007)."""
     fewest = fewest_packs(lengths, 20)
-    assert fewest <= len(pack_best_fit(lengths, 20).packs) <= 11 / 9 * fewest + 6 / 9
+    assert fewest <= len(pack_samples("best_fit", lengths, 20).packs) <= 11 / 9 * fewest + 6 / 9
 
 
 def test_balanced_mixes_long_and_short_where_best_fit_separates_them():
     lengths = [60] * 10 + [5] * 80
-    balanced, tight = pack_balanced(lengths, 120, delta=1).packs, pack_best_fit(lengths, 120).packs
+    balanced, tight = (pack_samples(rule, lengths, 120, spare=1).packs for rule in ("balanced", "best_fit"))
 
     def spread(packs):
         shares = [sum(lengths[i] == 60 for i in pack) / len(pack) for pack in packs]
@@ -100,12 +105,62 @@ def test_balanced_mixes_long_and_short_where_best_fit_separates_them():
 
 def test_sizes_must_make_sense():
     with pytest.raises(ValueError, match="max_tiles=3 needs the tiles"):
-        pack_best_fit([1], 10, max_tiles=3)
+        pack_samples("best_fit", [1], 10, max_tiles=3)
     with pytest.raises(ValueError, match="2 lengths but 1 tile counts"):
-        pack_balanced([1, 2], 10, delta=0, tiles=[1])
+        pack_samples("balanced", [1, 2], 10, spare=0, tiles=[1])
     with pytest.raises(ValueError, match="0 tokens"):
-        pack_best_fit([3, 0], 10)
-    assert pack_balanced([], 10, delta=3).packs == []
+        pack_samples("best_fit", [3, 0], 10)
+    assert pack_samples("balanced", [], 10, spare=3).packs == []
+
+
+def test_a_rule_is_one_file(tmp_path, monkeypatch):
+    """A file beside the others is known by name to recipes and reports, at once; a name without a file is refused."""
+    (tmp_path / "one_each.py").write_text(
+        "def pack(samples, spare):\n    return [[i] for i in samples.longest_first]\n"
+    )
+    with pytest.raises(
+        ValueError, match="packing rule 'one_each' does not exist; there are balanced, best_fit, greedy"
+    ):
+        pack_samples("one_each", [3, 5], 10)
+    monkeypatch.setattr("megatron_eagle.config.packing_rules._FOLDER", tmp_path)
+    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
+    assert pack_samples("one_each", [3, 5], 10).packs == [[1], [0]]
+    one_each = DataSettings(sources=(BlendSource("x"),), pack_length=10, tokens_per_tile=2, packing="one_each")
+    assert pack_by_settings(one_each, [3, 5], [0, 0]).packs == [[1], [0]]
+    found = compare_packings(np.array([3, 5]), np.array([0, 0]), Bounds(10, None, 0, 100, 0.0))
+    assert [(result.name, result.packs) for result in found] == [("one_each", 2)]
+    with pytest.raises(ValueError, match="packing rule 'balanced' does not exist; there are one_each"):
+        replace(one_each, packing="balanced")
+
+
+@pytest.mark.parametrize(
+    ("packs", "message"),
+    [
+        ([[0], [1]], "sample 2 into 0 packs instead of 1, and so for 1 of 4 samples"),
+        ([[0, 1], [2, 0]], "sample 0 into 2 packs instead of 1, and so for 1 of 4"),
+        ([[0, 1], [2, 3]], "sample 3 into 1 packs instead of 0"),
+        ([[0, 1], [], [2]], "made 1 empty packs of 3"),
+        ([[0, 1, 2]], "made a pack of 12 tokens, it can hold 10"),
+        ([[0, 2], [1]], "made a pack of 7 tiles, it can hold 6"),
+    ],
+)
+def test_what_a_rule_gets_wrong_is_found(monkeypatch, packs, message):
+    monkeypatch.setattr("megatron_eagle.data.order.packing.packing_rule", lambda name: lambda samples, spare: packs)
+    with pytest.raises(ValueError, match=f"packing rule 'mine' (put|made).*{message.removeprefix('made ')}"):
+        pack_samples("mine", [4, 4, 4, 11], 10, tiles=[3, 3, 4, 0], max_tiles=6)
+
+
+def test_rules_need_no_torch():
+    """Whoever plans or reports packs on a login node has numpy and nothing else."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from megatron_eagle.config.packing_rules import packing_rules\n"
+        "from megatron_eagle.data.order.rules import packing_rule\n"
+        "from megatron_eagle.data.order.sample_sizes import SampleSizes\n"
+        "print(*(packing_rule(name)(SampleSizes.of([3, 5, 9], 10), 0) for name in packing_rules()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["[[2],", "[1,", "0]]"] * 3, done.stderr
 
 
 @st.composite

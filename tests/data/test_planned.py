@@ -23,6 +23,7 @@ from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.data.media.tiling import cut_tiles
+from megatron_eagle.data.order.plan import Plan
 from megatron_eagle.data.reports.inspection import write_page
 from megatron_eagle.data.sample.conversation import encode_conversation
 from megatron_eagle.data.storage.shards import iterate_samples
@@ -155,7 +156,6 @@ VICTIM = """
 import json, sys
 from pathlib import Path
 from megatron_eagle.data.stream.digest import read_steps
-from megatron_eagle.data.reports.inspection import write_page
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.config.data import DataSettings, BlendSource
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
@@ -439,7 +439,7 @@ def test_samples_too_long_are_shown_with_fewer_tiles(world, tmp_path):
 
 def test_inspection_shows_what_the_model_sees(world, tmp_path):
     tokenizer, a, b = world
-    views = write_page(data_settings(a, b), tokenizer, 0, tmp_path / "page", shown=5)
+    views = write_page(Plan(data_settings(a, b), tokenizer, 0), tmp_path / "page", shown=5)
     assert [len(view.tokens) for view in views] == [40, 24]
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count("<h3>") == 5 and "What is number" in page and "40 = 40 + 0" in page

@@ -18,7 +18,7 @@ from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.sample.conversation import encode_conversation
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.storage.shards import iterate_samples
-from megatron_eagle.data.stream.energon import EagleTaskEncoder
+from megatron_eagle.data.stream import energon
 from megatron_eagle.data.stream.streams import PackStream
 from megatron_eagle.errors import UserError
 
@@ -270,14 +270,14 @@ def test_a_stream_of_broken_samples_ends(world, sick):
         next(stream)
 
 
-@pytest.mark.parametrize("hook", ["_tokenise", "_plan", "_add_tiles"])
+@pytest.mark.parametrize("hook", ["tokenise", "pack_by_settings", "add_tiles"])
 @pytest.mark.parametrize("error", [ValueError, AssertionError, KeyError, NameError])
 def test_our_own_bugs_are_not_taken_for_broken_samples(world, monkeypatch, hook, error):
     def bug(*_):
         raise error("a bug of ours")
 
     tokenizer, a, _ = world
-    monkeypatch.setattr(EagleTaskEncoder, hook, bug)
+    monkeypatch.setattr(energon, hook, bug)
     with pytest.raises(Exception, match="a bug of ours") as caught:
         next(PackStream(data_settings(a), tokenizer))
     assert not isinstance(caught.value, UserError)

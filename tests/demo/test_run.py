@@ -17,7 +17,6 @@ def short_recipe(folder: Path) -> Path:
     recipe = yaml.safe_load(RECIPE.read_text().replace("runs/demo", str(folder / "runs" / "demo")))
     for stage in recipe["stages"]:
         stage["steps"] = 2
-    recipe["reading"] |= {"packing_buffer": 32, "shuffle_buffer": 8}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -113,7 +113,13 @@ def test_two_processes_train_like_one(small_run, worlds, tmp_path: Path, layout:
 
 
 @pytest.mark.parametrize(
-    "options", [{"layout": {"pp": 2}}, {"optimizer": {"overlap": True}}], ids=["pp2", "dp2 overlapped"]
+    "options",
+    [
+        {"layout": {"pp": 2}},
+        {"optimizer": {"overlap": True}},
+        {"reading": {"order": "buffer", "packing_buffer": 16, "shuffle_buffer": 8}},
+    ],
+    ids=["pp2", "dp2 overlapped", "dp2 buffered"],
 )
 def test_a_stopped_stage_continues_with_the_same_losses(small_run, worlds, tmp_path: Path, options) -> None:
     """Six steps at once, and three steps followed by three in a process that starts from the checkpoint.
@@ -164,7 +170,7 @@ def test_a_stage_continues_with_the_same_data_at_another_data_parallel_size(smal
 
 def test_a_buffered_stream_refuses_another_data_parallel_size(small_run, worlds, tmp_path: Path) -> None:
     recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
-    buffered = ("reading.order=buffer",)
+    buffered = ("reading.order=buffer", "reading.packing_buffer=16", "reading.shuffle_buffer=8")
     worlds(2).run(train, recipe, "first", str(tmp_path), (*buffered, "stages.first.steps=3"))
     result = run_command("train", recipe, "--stage", "first", "--runs", str(tmp_path), *buffered)
     assert result.returncode == 2 and "Traceback" not in result.stderr

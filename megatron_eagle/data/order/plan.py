@@ -14,16 +14,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eagle.config.data import DataSettings
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.order.balance_ranks import pack_costs
-from megatron_eagle.data.order.knapsack import pack_balanced, pack_best_fit
 from megatron_eagle.data.order.lengths import Lengths, dataset_lengths
+from megatron_eagle.data.order.packing import pack_by_settings
 from megatron_eagle.data.order.sample_index import Ints, SampleIndex, open_sample_index
-from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.data.storage.location import Location
 from megatron_eagle.errors import UserError
 
@@ -54,7 +56,7 @@ class PlannedPack:
 class Window:
     """sources, samples: int [n], what the window holds; packs: indices into them, in order; rejected: indices too.
 
-    costs: of each pack (``dealing.pack_costs``).
+    costs: of each pack (``balance_ranks.pack_costs``).
     """
 
     sources: Ints
@@ -71,7 +73,7 @@ class Plan:
     """
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, seed: int) -> None:
-        self._settings, self._seed = settings, seed
+        self.settings, self.tokenizer, self._seed = settings, tokenizer, seed
         self._catalogues = [open_sample_index(source.path) for source in settings.sources]
         for sample_index in self._catalogues:
             if not len(sample_index):
@@ -99,7 +101,7 @@ class Plan:
         return PlannedPack(number, tuple(samples), tuple(rejected))
 
     def cost(self, number: int) -> float:
-        """Cost of computing this pack (``dealing.pack_costs``)."""
+        """Cost of computing this pack (``balance_ranks.pack_costs``)."""
         window, place = self._find(number)
         return float(self.window(window).costs[place])
 
@@ -128,12 +130,12 @@ class Plan:
         tokens = _pick([lengths.tokens for lengths in self._lengths], drawn)
         tiles = _pick([lengths.tiles for lengths in self._lengths], drawn)
         good = np.flatnonzero(tokens > 0)
-        packs = self._pack(tokens[good], tiles[good])
+        packs = pack_by_settings(self.settings, tokens[good], tiles[good]).packs
         order = _generator(self._seed, "packs", number).permutation(len(packs))
         # Packs are built longest first; a pack's own order is of no consequence but should not always be that one.
         inside = _generator(self._seed, "samples", number).permutation(len(samples))
         chosen = [sorted(good[packs[i]].tolist(), key=inside.__getitem__) for i in order]
-        s = self._settings
+        s = self.settings
         costs = pack_costs(chosen, tokens, tiles, s.pack_length, s.attention_parity, s.tile_cost)
         return Window(sources, samples, chosen, np.flatnonzero(tokens == 0), costs)
 
@@ -148,13 +150,6 @@ class Plan:
     def _pass(self, source: int, number: int) -> Ints:
         sample_index = self._catalogues[source]
         return _generator(self._seed, f"{source} {sample_index.identity}", number).permutation(len(sample_index))
-
-    def _pack(self, tokens: Ints, tiles: Ints) -> list[list[int]]:
-        length, reading = self._settings.pack_length, self._settings.reading
-        if reading.packing == "best_fit":
-            return pack_best_fit(tokens, length, tiles=tiles, max_tiles=reading.max_tiles_per_pack).packs
-        delta = reading.spare_packs(math.ceil(int(tokens.sum()) / length))
-        return pack_balanced(tokens, length, delta=delta, tiles=tiles, max_tiles=reading.max_tiles_per_pack).packs
 
     def _sample(self, window: Window, place: int) -> PlannedSample:
         source, sample = int(window.sources[place]), int(window.samples[place])
@@ -178,6 +173,15 @@ class Plan:
     @property
     def lengths(self) -> Sequence[Lengths]:
         return self._lengths
+
+
+def open_stage_plan(recipe: Recipe, stage: Stage) -> Plan:
+    """The order of the packs that training ``stage`` reads, unless it reads by ``order=buffer``.
+
+    stage: of the recipe, or a variant of one by the same name.
+    """
+    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+    return Plan(recipe.data_settings(stage), tokenizer, recipe.data_seed(recipe.stage(stage.name)))
 
 
 def _whole(samples: float) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.plan import Plan
 from megatron_eagle.data.order.sample_index import Ints
 from megatron_eagle.data.sample.budget import degrade_report
@@ -113,9 +112,9 @@ def draw(views: list[SourceView], padding: Ints, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_page(settings: DataSettings, tokenizer: Tokenizer, seed: int, folder: Path, shown: int) -> list[SourceView]:
-    """Writes ``lengths.png`` and ``index.html`` to ``folder``; shows the first ``shown`` samples."""
-    plan = Plan(settings, tokenizer, seed)
+def write_page(plan: Plan, folder: Path, shown: int) -> list[SourceView]:
+    """Writes ``lengths.png`` and ``index.html`` to ``folder``; shows the first ``shown`` samples of the plan."""
+    settings, tokenizer = plan.settings, plan.tokenizer
     views = view_sources(plan)
     folder.mkdir(parents=True, exist_ok=True)
     packs = range(plan.first_of_epoch(1))

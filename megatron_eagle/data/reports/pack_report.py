@@ -1,4 +1,4 @@
-"""How well samples pack and how evenly packs share out: each algorithm on the same lengths, as a table and a plot.
+"""How well samples pack and how evenly packs share out: each packing rule on the same lengths, as a table and a plot.
 
 Padding is tokens that are computed for nothing. The spread of cost over the ranks of a step is time in which all but
 one rank wait: a step lasts as long as its slowest rank. It is given for packs taken in order, for packs dealt by cost
@@ -8,20 +8,21 @@ them has the heaviest. The more packs a rank has, the more evenly they can be de
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_eagle.config.packing_rules import packing_rules
 from megatron_eagle.data.order.balance_ranks import (
     balance_ranks,
     least_slowest_over_mean,
     pack_costs,
     slowest_over_mean,
 )
-from megatron_eagle.data.order.knapsack import PackPlan, pack_balanced, pack_best_fit, pack_greedy
+from megatron_eagle.data.order.packing import pack_samples
 from megatron_eagle.data.order.sample_index import Ints
 
 RANKS = 64
@@ -31,11 +32,11 @@ STEPS = 20  # of each size; their average is reported
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is packed into what: tokens and tiles of a pack, and what a pack costs (``ReadingSettings``)."""
+    """What is packed into what: tokens and tiles of a pack, spare packs, and what a pack costs (``DataSettings``)."""
 
     length: int
     max_tiles: int | None
-    delta: int
+    spare: int
     attention_parity: int
     tile_cost: float
 
@@ -56,7 +57,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class PackingResult:
-    """One algorithm. costs: of every pack, in a shuffled order.
+    """One packing rule. costs: of every pack, in a shuffled order.
 
     spread: by packs a rank.
     """
@@ -80,22 +81,14 @@ def lognormal_lengths(samples: int, median: float, sigma: float, length: int, se
 
 
 def compare_packings(tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int = RANKS) -> list[PackingResult]:
-    """Packs the same samples by every algorithm."""
-    algorithms: dict[str, Callable[[], PackPlan]] = {
-        "balanced": lambda: pack_balanced(
-            tokens, bounds.length, delta=bounds.delta, tiles=tiles, max_tiles=bounds.max_tiles
-        ),
-        "best_fit": lambda: pack_best_fit(tokens, bounds.length, tiles=tiles, max_tiles=bounds.max_tiles),
-        "greedy": lambda: pack_greedy(tokens, bounds.length, tiles=tiles, max_tiles=bounds.max_tiles),
-    }
-    return [_measure(name, pack, tokens, tiles, bounds, ranks) for name, pack in algorithms.items()]
+    """Packs the same samples by every rule."""
+    return [_measure(rule, tokens, tiles, bounds, ranks) for rule in packing_rules()]
 
 
-def _measure(
-    name: str, pack: Callable[[], PackPlan], tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int
-) -> PackingResult:
+def _measure(rule: str, tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int) -> PackingResult:
     started = time.process_time()
-    packs = pack().packs
+    plan = pack_samples(rule, tokens, bounds.length, tiles=tiles, max_tiles=bounds.max_tiles, spare=bounds.spare)
+    packs = plan.packs
     seconds = time.process_time() - started
     useful = sum(int(tokens[own].sum()) for own in packs)
     costs = pack_costs(packs, tokens, tiles, bounds.length, bounds.attention_parity, bounds.tile_cost)
@@ -103,7 +96,7 @@ def _measure(
     order = np.random.default_rng(0).permutation(len(costs))
     costs, tiles_of = costs[order], tiles_of[order]
     return PackingResult(
-        name=name,
+        name=rule,
         seconds=seconds,
         packs=len(packs),
         padding=1 - useful / (len(packs) * bounds.length),
@@ -142,7 +135,7 @@ def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
     lines = [
         f"slowest of {ranks} ranks over their mean, and what it took to pack; no dealing can go below the bound, since "
         "every rank has as many packs and one of them has the heaviest",
-        " | ".join(["algorithm", "packs an epoch", "padding", "CPU seconds", *heads]),
+        " | ".join(["packing", "packs an epoch", "padding", "CPU seconds", *heads]),
     ]
     for r in results:
         own = [r.spread.get(each) for each in sizes]

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.streams import Stream
+from megatron_eagle.errors import UserError
 
-OpenRank = Callable[[int], PlannedStream]
+OpenRank = Callable[[int], Stream]
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,18 @@ class Digest:
 
 
 def read_digest(open_rank: OpenRank, ranks: int, packs: int, batch: int) -> Digest:
-    """Reads the first ``packs`` packs of a stream that ``ranks`` ranks share, ``batch`` packs a step, rank by rank."""
+    """Reads the first ``packs`` packs of a stream that ``ranks`` ranks share, ``batch`` packs a step, rank by rank.
+
+    Raises UserError for a stream that is not planned.
+    """
     ids: dict[int, list[str]] = {}
     rejected = 0
     steps = -(-packs // batch)
     for rank in range(ranks):
         stream = open_rank(rank)
         try:
+            if not isinstance(stream, PlannedStream):
+                raise UserError("only reading.order=planned has one order for every number of ranks, this is buffer")
             for number, own, bad in read_steps(stream, steps * batch // ranks):
                 if number < packs:
                     ids[number] = own

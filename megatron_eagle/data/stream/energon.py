@@ -11,7 +11,6 @@ per-sample seeds change with the number of workers.
 """
 
 import hashlib
-import math
 import random
 from typing import Any
 
@@ -28,7 +27,7 @@ from megatron.energon import (
 
 from megatron_eagle.compat.energon import pack_quietly
 from megatron_eagle.config.data import DataSettings
-from megatron_eagle.data.order.knapsack import PackPlan, pack_balanced, pack_best_fit
+from megatron_eagle.data.order.packing import PackPlan, pack_by_settings
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
@@ -104,7 +103,7 @@ class EagleTaskEncoder(CookingTaskEncoder):
         try:
             if sample.stored is None:
                 raise BrokenSample(sample.reason)
-            segment, plan = self._tokenise(sample.stored)
+            segment, plan = tokenise(sample.stored, self._planner)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
@@ -115,9 +114,6 @@ class EagleTaskEncoder(CookingTaskEncoder):
             plan=plan,
             reason=None,
         )
-
-    def _tokenise(self, stored: StoredSample) -> tuple[Segment, VisualPlan]:
-        return tokenise(stored, self._planner)
 
     def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
         """Packs from a buffer, in an order that depends on its samples only; broken ones leave with the first pack."""
@@ -130,28 +126,21 @@ class EagleTaskEncoder(CookingTaskEncoder):
         return [broken + packs[0], *packs[1:]] if packs else [broken]
 
     def _plan(self, samples: list[EncodedSample]) -> PackPlan:
-        s, reading = self._settings, self._settings.reading
         lengths = [len(sample.segment.tokens) for sample in samples if sample.segment is not None]
         tiles = [sample.plan.total_tiles for sample in samples if sample.plan is not None]
-        if reading.packing == "best_fit":
-            return pack_best_fit(lengths, s.pack_length, tiles=tiles, max_tiles=reading.max_tiles_per_pack)
-        delta = reading.spare_packs(math.ceil(sum(lengths) / s.pack_length))
-        return pack_balanced(lengths, s.pack_length, delta=delta, tiles=tiles, max_tiles=reading.max_tiles_per_pack)
+        return pack_by_settings(self._settings, lengths, tiles)
 
     @stateless
     def postencode_sample(self, sample: EncodedSample) -> EncodedSample:
         if sample.segment is None or sample.stored is None or sample.plan is None:
             return sample
         try:
-            segment = self._add_tiles(sample.segment, sample.stored, sample.plan)
+            segment = add_tiles(sample.segment, sample.stored, sample.plan, self._settings)
         except BrokenSample as error:
             return _broken(sample, str(error))
         return EncodedSample.derive_from(
             sample, sample_id=sample.sample_id, segment=segment, stored=None, plan=sample.plan, reason=None
         )
-
-    def _add_tiles(self, segment: Segment, stored: StoredSample, plan: VisualPlan) -> Segment:
-        return add_tiles(segment, stored, plan, self._settings)
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> PackSample:

@@ -1,5 +1,6 @@
 """The endless stream of packs of one data-parallel rank, which can be saved and continued exactly.
 
+``open_stage_stream`` opens the one that training a stage reads, for training and for all that speaks of its packs.
 ``open_stream`` gives one of two with the same face: ``__next__``, ``state`` and ``restore``. ``PlannedStream`` knows
 all lengths beforehand and depends on the seed alone. ``PackStream``, here, is for data whose lengths are not known:
 Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks and workers: same packs.
@@ -8,6 +9,7 @@ Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks
 import gc
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -15,8 +17,9 @@ from megatron.energon import SavableDataLoader, WorkerConfig, reraise_exception
 
 from megatron_eagle.compat.energon import load_blend, open_loader
 from megatron_eagle.config.data import DataSettings
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
 from megatron_eagle.data.stream.planned import PlannedStream, deciding, differences
@@ -45,6 +48,31 @@ ORDERING = (
     "max_samples_per_sequence",
     "max_pixels",
 )
+
+
+def open_stage_stream(recipe: Recipe, stage: Stage, rank: int = 0, world_size: int = 1) -> "Stream":
+    """The packs that training ``stage`` reads, from its first one on: those of ``rank`` of ``world_size`` replicas.
+
+    stage: of the recipe, or a variant of one by the same name. By default one reader's, so all packs of every step.
+    """
+    return open_stream(
+        recipe.data_settings(stage),
+        load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path)),
+        rank=rank,
+        world_size=world_size,
+        seed=recipe.data_seed(recipe.stage(stage.name)),
+        workers=recipe.reading.workers,
+        batch=stage.batch,
+    )
+
+
+def first_steps(recipe: Recipe, stage: Stage, steps: int, packs: int) -> list[list[PackedBatch]]:
+    """The first ``steps`` times ``packs`` packs that one reader of ``stage`` gets, by steps."""
+    stream = open_stage_stream(recipe, stage)
+    try:
+        return [[next(stream) for _ in range(packs)] for _ in range(steps)]
+    finally:
+        stream.close()
 
 
 def open_stream(
