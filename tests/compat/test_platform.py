@@ -128,6 +128,7 @@ def test_installing_again_changes_nothing():
     assert sum(isinstance(finder, _Redirection) for finder in sys.meta_path) == 1
 
 
+@pytest.mark.slow
 def test_modules_imported_before_are_treated_too():
     """In a process of its own, because the order of imports is the point."""
     program = (

@@ -172,7 +172,7 @@ def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
 
     small = {"shard_bytes": 100_000}
     write = torch_dist_writer.write_torch_dist
-    monkeypatch.setattr("megatron_eagle.checkpoint.convert.write_torch_dist", lambda *a, **k: write(*a, **k, **small))
+    monkeypatch.setattr("megatron_eagle.conversion.convert.write_torch_dist", lambda *a, **k: write(*a, **k, **small))
     monkeypatch.setattr(torch, "save", stop_after(60))
     with pytest.raises(KeyboardInterrupt):
         hf_to_megatron([tmp_path / "hf"], tmp_path / "in", NO_LOGITS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
+pytestmark = pytest.mark.slow  # about a minute
 BUILD_FILES = ("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "README.md", "LICENSE")
 FOLDERS = ("megatron_eagle", "kernels", "examples", "slurm")
 

@@ -107,6 +107,7 @@ def test_utilisation_stays_below_what_the_rates_allow():
         assert 0.05 < planned(layout).mfu < H100.products
 
 
+@pytest.mark.slow
 def test_a_search_finds_what_fits_and_its_first_line_can_be_pasted():
     recipe = eagle("eagle2-1b")
     plans = search(recipe, recipe.stage("stage1.5"), 256, H100, Mix(), keep=3)
