@@ -1,6 +1,6 @@
 # megatron-eagle on NVIDIA's PyTorch image, which brings CUDA, NCCL, Transformer Engine, apex and DALI built for each
-# other. What is built for the image's CUDA is therefore the image's, not setup.py's; every other version here is
-# setup.py's (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
+# other. What is built for the image's CUDA is therefore the image's, not ours; every other version here is
+# constraints.txt's (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
 #
 #   docker build --tag megatron-eagle .
 #
@@ -22,6 +22,7 @@ RUN pip install --no-cache-dir \
     annotated-types==0.8.0 \
     av==18.1.0 \
     jinja2==3.1.6 \
+    markupsafe==3.0.4 \
     matplotlib==3.11.2 \
     megatron-energon==7.4.1 \
     pillow==13.0.0 \
@@ -38,8 +39,9 @@ RUN pip install --no-cache-dir \
  && pip install --no-cache-dir --no-deps megatron-core==0.16.1
 
 COPY . .
-# Editable: `megatron-eagle submit` reads its templates from slurm/ of the checkout. setup.py's packages are the library
-# and the kernels; both are looked for, and so is the image's Transformer Engine (importing it would want a GPU).
-RUN pip install --no-cache-dir --no-deps --ignore-requires-python --editable . \
+# setup.py's packages are the library, the kernels, the recipes and the batch scripts; all are looked for, and so is the
+# image's Transformer Engine (importing it would want a GPU).
+RUN pip install --no-cache-dir --no-deps --ignore-requires-python . \
  && cd / && megatron-eagle --version && python -c "import eagle_kernels" \
+ && megatron-eagle submit eagle2-9b --cluster h100 --dry-run >/dev/null \
  && python -c "import importlib.metadata as m; v = m.version('transformer-engine'); assert v.startswith('2.11.'), v"

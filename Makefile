@@ -1,4 +1,5 @@
 # make demo   set up, train the embedded Eagle through its three stages, write runs/demo/report.html
+# make check  set up, check style and types, run the unit tests: two minutes on two cores
 # make test   set up, run the tests
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions; Python 3.11 is needed and nothing else.
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PYTHON := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: setup demo test test-long lint format clean
+.PHONY: setup demo check test test-long lint format clean
 
 setup: $(READY)
 
@@ -23,6 +24,10 @@ $(READY): setup.py constraints.txt
 
 demo: setup
 	@$(BIN)/megatron-eagle demo --setup-seconds $$(cat $(READY))
+
+check: lint
+	@echo "check: unit tests; make test runs all"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m unit --timeout 60
 
 test: setup
 	@echo "test: unit, parity, layouts and process tests on this machine's CPU"

@@ -1,33 +1,47 @@
-"""Packaging of megatron-eagle. Versions are pinned exactly to what the tests were run with (docs/decisions.md)."""
+"""Packaging of megatron-eagle: what is installed, and which packages it needs.
+
+Versions are pinned in one place, constraints.txt, exactly to what the tests were run with (docs/decisions.md).
+tests/packaging/test_versions.py holds every other mention of a version against it, and these names against the imports.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+LINES = (line.partition("#")[0].strip() for line in (HERE / "constraints.txt").read_text(encoding="utf-8").splitlines())
+PINS = {name.lower(): version for name, _, version in (line.partition("==") for line in LINES if line)}
 
 TRAINER = [
-    "annotated-types==0.8.0",
-    "av==18.1.0",
-    "jinja2==3.1.6",
-    "matplotlib==3.11.2",
-    "megatron-core==0.16.1",
-    "megatron-energon==7.4.1",
-    "numpy==2.4.6",
-    "pillow==13.0.0",
-    "psutil==7.2.2",
-    "pydantic==2.14.3",
-    "pyyaml==6.0.3",
-    "safetensors==0.8.0",
-    "sentencepiece==0.2.3",
-    "simplejpeg==1.9.0",
-    "tensorboard==2.21.0",
-    "tokenizers==0.23.3",
-    "torch==2.13.0",
-    "tqdm==4.70.1",
-    "transformers==5.23.0",
-    'triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"',
+    "annotated-types",
+    "av",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "megatron-core",
+    "megatron-energon",
+    "numpy",
+    "pillow",
+    "psutil",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece",
+    "simplejpeg",
+    "tensorboard",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
 ]
+TRITON = "triton"  # has wheels for this platform only, and so have our kernels
+DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
+
+
+def pinned(name: str, extra: str = "", marker: str = "") -> str:
+    """The requirement at the version of constraints.txt."""
+    return f"{name}{extra}=={PINS[name]}{marker}"
+
 
 setup(
     name="megatron-eagle",
@@ -40,26 +54,30 @@ setup(
     packages=[
         *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
         *(f"eagle_kernels{name}" for name in ("", *(f".{part}" for part in find_packages("kernels/eagle_kernels")))),
+        "megatron_eagle.recipes",
+        "megatron_eagle.slurm",
     ],
-    package_dir={"eagle_kernels": "kernels/eagle_kernels"},
+    # Recipes and batch scripts stay at the top, where people look for them (megatron_eagle/config/shipped.py).
+    package_dir={
+        "eagle_kernels": "kernels/eagle_kernels",
+        "megatron_eagle.recipes": "examples",
+        "megatron_eagle.slurm": "slurm",
+    },
     package_data={
         "megatron_eagle": ["py.typed"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml"],
+        "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
-    install_requires=TRAINER,
+    install_requires=[
+        *map(pinned, TRAINER),
+        pinned(TRITON, marker='; platform_system == "Linux" and platform_machine == "x86_64"'),
+    ],
     extras_require={
         # Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.
-        "gpu": ["transformer-engine[pytorch]==2.11.0", "nvidia-dali-cuda130==2.4.0"],
-        "dev": [
-            "hypothesis==6.170.15",
-            "mypy==2.4.1",
-            "pytest==9.2.0",
-            "pytest-timeout==2.4.0",
-            "ruff==0.17.5",
-            "types-pyyaml==6.0.12.20261113",
-            "types-tqdm==4.70.0.20261106",
-        ],
+        "gpu": [pinned("transformer-engine", extra="[pytorch]"), pinned("nvidia-dali-cuda130")],
+        "dev": list(map(pinned, DEV)),
     },
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[

@@ -1,6 +1,19 @@
-"""Fixtures shared by all tests: worlds of processes, and one small data set with recipes to train on it."""
+"""Fixtures shared by all tests, worlds of processes and one small data set with recipes, and what a unit test is."""
 
+import pytest
 from small_run import small_run
 from worlds import worlds
 
 __all__ = ["small_run", "worlds"]
+
+STARTING_PROCESSES = {"worlds", "slurm", "small_run", "verifier"}  # fixtures, or what is only wanted by such tests
+NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md)."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if not fixtures & STARTING_PROCESSES and not any(item.get_closest_marker(name) for name in NOT_UNIT):
+            item.add_marker("unit")

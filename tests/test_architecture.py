@@ -1,6 +1,7 @@
 """What may import what: packages import from those below them only, as docs/architecture.md draws it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,24 @@ def upward(files: list[Path], order: tuple[str, ...], part: int) -> list[str]:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def drawn(kind: str) -> tuple[str, ...]:
+    """Packages of one picture of docs/architecture.md, from the bottom up."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = page.split(f"```{kind}\n")[1].split("```")[0].splitlines()
+    return tuple(line.split()[0] for line in reversed(lines))
+
+
+def test_the_page_draws_this_order() -> None:
+    assert drawn("packages") == ORDER
+    assert drawn("data-packages") == DATA_ORDER
+
+
+def test_the_page_has_a_paragraph_for_each_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\*\*`(\w+)`\*\* - ", page, re.MULTILINE)
+    assert tuple(sorted(described)) == tuple(sorted(ORDER))
 
 
 def test_every_package_has_its_place() -> None:

@@ -27,8 +27,8 @@ def add(verbs: Verbs) -> None:
         "Trains some steps without a checkpoint, on synthetic packs or the stage's own, and writes Markdown, JSON and\n"
         "PNG: time by phase, memory and utilisation beside what the plan says of the same packs. --calibrate measures\n"
         "this machine instead and writes a hardware profile for `plan --gpu` and `bench --gpu`.",
-        "  megatron-eagle bench examples/tiny/recipe.yaml --stage stage1.5 --processes 2 --calibrate my_cpu.yaml\n"
-        "  megatron-eagle bench examples/tiny/recipe.yaml --stage stage1.5 --processes 2 --gpu my_cpu.yaml\n",
+        "  megatron-eagle bench tiny --stage stage1.5 --processes 2 --calibrate my_cpu.yaml\n"
+        "  megatron-eagle bench tiny --stage stage1.5 --processes 2 --gpu my_cpu.yaml\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")

@@ -37,7 +37,10 @@ def verb(verbs: Verbs, name: str, summary: str, text: str, example: str) -> argp
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """RECIPE, KEY=VALUE overrides and the folder of the runs."""
     parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="YAML file of the run, e.g. examples/tiny/recipe.yaml"
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="YAML file, or the name of one that comes along: eagle2-9b, tiny, ...",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. layout.tp=2 stages.stage1.steps=10"

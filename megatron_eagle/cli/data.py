@@ -21,7 +21,7 @@ def add(verbs: Verbs) -> None:
         "build and check data sets, look at their packs",
         "Turns conversations and media into Energon shards, checks shards, and shows the stream of packs made of them.",
         "  megatron-eagle data build samples.jsonl data/train\n  megatron-eagle data check data/train\n"
-        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n",
+        "  megatron-eagle data pack-report tiny --plot packs.png\n",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     data_build.add(actions)
@@ -39,7 +39,7 @@ def _add_measure(actions: Verbs) -> None:
         "Counts tokens and sizes of images and videos of every data set of a recipe and keeps them beside the shards,\n"
         "so that no training process has to. Prints what is shown whole, degraded or dropped at the recipe's pack\n"
         "length. Does nothing for what was counted before.",
-        "  megatron-eagle data measure examples/tiny/recipe.yaml\n",
+        "  megatron-eagle data measure tiny\n",
     )
     _add_recipe(parser)
     parser.set_defaults(run=_data_measure)
@@ -52,7 +52,7 @@ def _add_inspect(actions: Verbs) -> None:
         "a page that shows what the model will see",
         "Writes OUT/index.html and OUT/lengths.png: tokens, tiles, aspect ratios and padding by data set, what is\n"
         "rejected and why, and samples as tiles and text, decoded from the tokens that are trained on.",
-        "  megatron-eagle data inspect examples/tiny/recipe.yaml --out runs/demo/inspect\n",
+        "  megatron-eagle data inspect tiny --out runs/demo/inspect\n",
     )
     _add_recipe(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="OUT")
@@ -67,7 +67,7 @@ def _add_digest(actions: Verbs) -> None:
         "a fingerprint of the first packs",
         "Reads the first packs of a stage as N data-parallel ranks would and prints a sha256 over their sample ids.\n"
         "It is the same for every number of ranks and of reader processes.",
-        "  megatron-eagle data digest examples/tiny/recipe.yaml --dp 2 --packs 100\n",
+        "  megatron-eagle data digest tiny --dp 2 --packs 100\n",
     )
     _add_recipe(parser)
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
@@ -83,8 +83,8 @@ def _add_pack_report(actions: Verbs) -> None:
         "padding and balance of every packing rule",
         "Packs the same samples by every rule: padding, packs an epoch, CPU seconds, and how much longer the\n"
         "slowest rank of a step computes than the mean one, for packs in order and packs dealt by cost.",
-        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --plot packs.png\n"
-        "  megatron-eagle data pack-report examples/tiny/recipe.yaml --samples 1000000 --pack-length 16384\n"
+        "  megatron-eagle data pack-report tiny --plot packs.png\n"
+        "  megatron-eagle data pack-report tiny --samples 1000000 --pack-length 16384\n"
         "  megatron-eagle data pack-report --lognormal 700 1.0 --pack-length 16384\n",
     )
     _add_recipe(parser, nargs="?")
@@ -102,7 +102,7 @@ def _add_pack_report(actions: Verbs) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", nargs=nargs)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", nargs=nargs, help="YAML file, or the name of one")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
     parser.add_argument("--stage", help="name of the stage (default: the first)")
 

@@ -15,10 +15,10 @@ def add(verbs: Verbs) -> None:
         "Generates the embedded data set, trains a small but structurally complete Eagle through stage1, stage1.5 and\n"
         "stage2 with two Megatron processes, answers questions about images it never saw, and writes report.html and\n"
         "summary.json. Given again, it continues where it was.",
-        "  megatron-eagle demo --out runs/demo\n",
+        "  megatron-eagle demo --runs runs\n",
     )
     parser.add_argument(
-        "--recipe", type=Path, default=Path("examples/tiny/recipe.yaml"), help="recipe to train (default: the tiny one)"
+        "--recipe", type=Path, default=Path("tiny"), metavar="RECIPE", help="recipe to train (default: tiny)"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
     parser.add_argument(

@@ -22,7 +22,7 @@ def add(verbs: Verbs) -> None:
         "answer the questions of a data set and score them",
         "Answers every question greedily, once with its images and once with them blanked, and counts exact matches\n"
         "per task. Writes predictions.jsonl and accuracy.json.",
-        "  megatron-eagle evaluate examples/tiny/recipe.yaml --data runs/demo/data/heldout --processes 2\n",
+        "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="data set folder made by 'data build'")

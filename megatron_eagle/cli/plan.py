@@ -17,10 +17,10 @@ def add(verbs: Verbs) -> None:
         "each stage fits and how long it takes. Packs are those of the stage's own data sets where they are on this\n"
         "machine, else made up. --search looks for the best layouts instead; --dry-run takes every distinct process\n"
         "through a step without memory and checks that all processes meet in every exchange. No GPU is needed.",
-        "  megatron-eagle plan examples/eagle2-9b/recipe.yaml --gpus 256 --gpu h100\n"
-        "  megatron-eagle plan examples/eagle2-9b/recipe.yaml --gpus 1024 --stage stage1.5 --search\n",
+        "  megatron-eagle plan eagle2-9b --gpus 256 --gpu h100\n"
+        "  megatron-eagle plan eagle2-9b --gpus 1024 --stage stage1.5 --search\n",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the run")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, or the name of one that comes along")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. layout.tp=2")
     parser.add_argument("--gpus", type=int, default=None, help="number of GPUs (default: what each stage names)")
     parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")

@@ -12,7 +12,7 @@ def add(verbs: Verbs) -> None:
         "recipe",
         "check a recipe and print it with every default filled in",
         "Reads the recipe as 'train' would, refuses what cannot work, and prints all of it as YAML.",
-        "  megatron-eagle recipe examples/eagle2-9b/recipe.yaml layout.tp=4\n",
+        "  megatron-eagle recipe eagle2-9b layout.tp=4\n",
     )
     add_recipe_arguments(parser)
     parser.set_defaults(run=_recipe)

@@ -1,9 +1,14 @@
 """``megatron-eagle submit``: the stages of a recipe as a chain of Slurm jobs."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import Verbs, add_recipe_arguments, verb
+
+if TYPE_CHECKING:
+    from megatron_eagle.cluster.submit import Chain
 
 
 def add(verbs: Verbs) -> None:
@@ -15,17 +20,22 @@ def add(verbs: Verbs) -> None:
         "Checks the recipe against the cluster, writes one batch script a stage into <runs>/<name>/jobs and submits\n"
         "them so that each starts when the one before has reached its last step; with --export, a last job writes the\n"
         "trained model for Hugging Face. docs/slurm.md says what happens then.",
-        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --dry-run\n"
-        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --export released/my-eagle\n"
-        "  megatron-eagle submit examples/eagle2-9b/recipe.yaml --cluster my-cluster.yaml --stages stage1.5,stage2\n",
+        "  megatron-eagle submit eagle2-9b --cluster h100 --dry-run\n"
+        "  megatron-eagle submit my-eagle.yaml --cluster my-cluster.yaml --export released/my-eagle\n"
+        "  megatron-eagle submit my-eagle.yaml --cluster my-cluster.yaml --stages stage1.5,stage2\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stages", default="", metavar="A,B", help="only these stages (default: all)")
     parser.add_argument(
-        "--cluster", default="cpu", metavar="FILE", help="cluster profile, or the name of one in slurm/profiles"
+        "--cluster",
+        default="cpu",
+        metavar="FILE",
+        help="cluster profile, or the name of one that comes along: h100, cpu, ... (default: cpu)",
     )
     parser.add_argument("--export", type=Path, metavar="DIR", help="last, write the model there for Hugging Face")
-    parser.add_argument("--dry-run", action="store_true", help="print the scripts instead of submitting them")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the scripts and their order instead of submitting; needs no Slurm"
+    )
     parser.set_defaults(run=_submit)
 
 
@@ -33,23 +43,35 @@ def _submit(options: argparse.Namespace) -> None:
     from megatron_eagle.cluster import slurm
     from megatron_eagle.cluster.partition_limits import check_chain
     from megatron_eagle.cluster.profile import load_profile
-    from megatron_eagle.cluster.submit import plan_chain, submit_chain
+    from megatron_eagle.cluster.submit import missing_account, plan_chain, submit_chain
     from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     profile = load_profile(options.cluster)
     stages = [name for name in options.stages.split(",") if name]
-    chain = plan_chain(recipe, stages, profile, options.runs, options.export)
     if options.dry_run:
-        for link in chain.links:
-            print(f"### {chain.script(link)}: {link.nodes} nodes, {link.processes} processes\n{link.text}")
-        if not slurm.is_installed():
+        chain = plan_chain(recipe, stages, replace(profile, needs_account=False), options.runs, options.export)
+        _show(chain)
+        if missing := missing_account(profile):
+            print(f"### not to be submitted as it is: {missing}")
+        elif slurm.is_installed():
+            check_chain(chain, profile)
+        else:
             print("### Slurm is not installed here: not checked against its partitions")
-            return
-    check_chain(chain, profile)
-    if options.dry_run:
         return
+    chain = plan_chain(recipe, stages, profile, options.runs, options.export)
+    check_chain(chain, profile)
     jobs = submit_chain(chain)
     for link, job in zip(chain.links, jobs, strict=True):
         print(f"{link.name}: job {job}, {link.nodes} nodes, {link.processes} processes, log {chain.log(link, job)}")
     print(f"watch it: megatron-eagle status {chain.folder} --watch")
+
+
+def _show(chain: "Chain") -> None:
+    """The scripts, then what would be submitted in which order."""
+    for link in chain.links:
+        print(f"### {chain.script(link)}: {link.nodes} nodes, {link.processes} processes\n{link.text}")
+    before = ""
+    for link in chain.links:
+        print(f"### would submit {link.name}: {link.nodes} nodes, {link.processes} processes{before}")
+        before = f", after {link.name} has ended well"

@@ -29,8 +29,8 @@ def add(verbs: Verbs) -> None:
         "train one stage of a recipe",
         "Trains a stage to its last step, starting from the stage before it. Given again after any interruption, the\n"
         "same command continues from the newest checkpoint; given after the last step, it does nothing.",
-        "  megatron-eagle train examples/tiny/recipe.yaml --stage stage1 --processes 2\n"
-        "  torchrun --nproc-per-node 8 -m megatron_eagle train examples/eagle2-1b/recipe.yaml --stage stage1.5\n",
+        "  megatron-eagle train tiny --stage stage1 --processes 2\n"
+        "  torchrun --nproc-per-node 8 -m megatron_eagle train eagle2-1b --stage stage1.5\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")

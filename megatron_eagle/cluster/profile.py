@@ -10,9 +10,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.shipped import file_or_name, shipped_folder
 from megatron_eagle.errors import UserError
 
-TEMPLATES = Path(__file__).parents[2] / "slurm"
+TEMPLATES = shipped_folder("slurm")  # <kind>.sbatch
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -109,16 +110,18 @@ class Profile:
         return self.tasks_per_node or self.gpus_per_node
 
 
+def shipped_profiles() -> dict[str, Path]:
+    """name -> file, of the cluster profiles that come with the package: one to copy for each kind of site."""
+    return {file.stem: file for file in sorted((TEMPLATES / "profiles").glob("*.yaml"))}
+
+
 def load_profile(name_or_path: str) -> Profile:
     """A YAML file, or the name of one in ``slurm/profiles``; UserError is one line."""
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = TEMPLATES / "profiles" / f"{name_or_path}.yaml"
+    path = file_or_name(name_or_path, "cluster profile", shipped_profiles())
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        known = ", ".join(sorted(file.stem for file in (TEMPLATES / "profiles").glob("*.yaml")))
-        raise UserError(f"cannot read cluster profile {path}: {error.strerror} (there are {known})") from None
+        raise UserError(f"cannot read cluster profile {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:

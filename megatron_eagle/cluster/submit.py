@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.events import append_event, newest_step, read_events
-from megatron_eagle.cluster.profile import TEMPLATES, Profile
+from megatron_eagle.cluster.profile import TEMPLATES, Profile, shipped_profiles
 from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
 from megatron_eagle.errors import UserError
 
@@ -50,8 +50,8 @@ def plan_chain(
     recipe: Recipe, stage_names: Sequence[str], profile: Profile, runs: Path, export: Path | None = None
 ) -> Chain:
     """Scripts of all jobs; UserError if a stage cannot run on that many processes."""
-    if profile.needs_account and not profile.account:
-        raise UserError(f"cluster profile '{profile.name}' has no account; set account: in it")
+    if missing := missing_account(profile):
+        raise UserError(missing)
     folder = (runs / recipe.name).resolve()
     stages = [recipe.stage(name) for name in stage_names] or list(recipe.stages)
     if stages != sorted(stages, key=recipe.stages.index):
@@ -69,6 +69,16 @@ def plan_chain(
             raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
         links.append(_export_link(recipe, stages[-1], profile, folder, export.resolve()))
     return Chain(recipe, folder, tuple(links))
+
+
+def missing_account(profile: Profile) -> str | None:
+    """What is wrong with a profile that wants an account and has none; it may be one that only comes along."""
+    if profile.account or not profile.needs_account:
+        return None
+    copy = shipped_profiles().get(profile.name)
+    return f"cluster profile '{profile.name}' has no account; set account: in it" + (
+        f" (give a copy of {copy} as --cluster)" if copy else ""
+    )
 
 
 def submit_chain(chain: Chain) -> list[str]:
@@ -235,9 +245,6 @@ def _container(profile: Profile) -> tuple[str, str]:
 
 def _body(template: Path) -> str:
     """The template without its own #SBATCH lines and what stands above them, which is for use by hand."""
-    try:
-        lines = template.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {template}: {error.strerror}; submit needs a checkout of this project") from None
+    lines = template.read_text(encoding="utf-8").splitlines()
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     return "\n".join(lines[last + 1 :]) + "\n"

@@ -22,6 +22,7 @@ from megatron_eagle.config.overrides import apply_overrides
 from megatron_eagle.config.pack_costs import model_costs
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.config.reading import ReadingSettings
+from megatron_eagle.config.shipped import file_or_name, shipped_recipes
 from megatron_eagle.errors import UserError
 
 Part = Literal["vision", "connector", "language"]
@@ -218,7 +219,11 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read ``path``, apply dotted ``overrides`` ("layout.tp=2") and check everything; UserError is one line."""
+    """Read ``path``, apply dotted ``overrides`` ("layout.tp=2") and check everything; UserError is one line.
+
+    path: a YAML file, or the name of a recipe that comes with the package ("eagle2-9b").
+    """
+    path = file_or_name(path, "recipe", shipped_recipes())
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

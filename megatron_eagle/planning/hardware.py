@@ -6,7 +6,6 @@ ones utilisation is stated against; the planner computes times with the *achieva
 """
 
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.shipped import file_or_name
 from megatron_eagle.errors import UserError
 
 Rate = Annotated[float, Gt(0)]
@@ -78,24 +78,18 @@ class Hardware:
         return self.memory_bytes - self.reserved_bytes
 
 
-def profile_names() -> list[str]:
-    """The profiles that come with the package."""
-    folder = resources.files("megatron_eagle.planning") / "profiles"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def shipped_hardware() -> dict[str, Path]:
+    """name -> file, of the profiles that come with the package."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "profiles").glob("*.yaml"))}
 
 
 def load_hardware(name: str) -> Hardware:
     """A profile by name (``h100``) or a YAML file of one's own; UserError says what is wrong with it."""
-    if name in profile_names():
-        text = (resources.files("megatron_eagle.planning") / "profiles" / f"{name}.yaml").read_text()
-    else:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except OSError:
-            raise UserError(
-                f"there is no hardware profile '{name}': give one of {', '.join(profile_names())}, or a YAML file"
-            ) from None
-    raw: Any = yaml.safe_load(text)
+    path = file_or_name(name, "hardware profile", shipped_hardware())
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read hardware profile {path}: {error.strerror}") from None
     try:
         return TypeAdapter(Hardware).validate_python(raw)
     except ValidationError as error:

@@ -50,6 +50,7 @@ def tar_digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     records = make_records(tmp_path, 40)
     (tmp_path / records[5]["image"][0]).write_bytes(b"no image")

@@ -37,6 +37,7 @@ def messy_source(folder, count=46):
     return write_jsonl(folder, lines)
 
 
+@pytest.mark.slow
 def test_three_parts_joined_are_one_build(tmp_path):
     source = messy_source(tmp_path / "source")
     options = {"samples_per_shard": 5, "max_rejected": 10}
@@ -84,6 +85,7 @@ def start(source, out, *more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "2"])
 def test_a_killed_build_goes_on_where_it_was(tmp_path, workers):
     source, out = slow_source(tmp_path / "source"), tmp_path / "out"
@@ -111,6 +113,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, workers):
     assert len(list(iterate_samples(out))) == 40
 
 
+@pytest.mark.slow
 def test_two_builds_of_the_same_part_do_not_meet(tmp_path):
     source, out = slow_source(tmp_path / "source", count=200), tmp_path / "out"
     first = start(source, out)

@@ -99,6 +99,7 @@ def streams(settings, tokenizer, ranks, **others):
     return lambda rank: PlannedStream(settings, tokenizer, rank=rank, world_size=ranks, batch=BATCH, **others)
 
 
+@pytest.mark.slow
 def test_one_digest_for_every_number_of_ranks_and_readers(world):
     tokenizer, a, b = world
     settings = data_settings(a, BlendSource(str(b), 2.0))

@@ -75,6 +75,7 @@ def check_built(out, good, bad):
     return stored
 
 
+@pytest.mark.slow
 def test_a_folder_of_media_with_captions(tmp_path):
     good, bad = write_media(tmp_path / "media")
     report = build_dataset(tmp_path / "media", tmp_path / "out", max_rejected=7, prompt="What is it?", workers=2)

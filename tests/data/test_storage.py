@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from samples import make_dataset, make_tokenizer, question, write_jsonl, write_video
 
 from megatron_eagle.data.build.dataset import build_dataset
@@ -34,6 +35,7 @@ print(json.dumps([digest.sha256, digest.samples, digest.rejected, tiles, next(bu
 """
 
 
+@pytest.mark.slow
 def test_a_stream_from_an_object_store(tmp_path):
     bucket = tmp_path / "bucket"
     make_dataset(bucket / "pictures", 24)

@@ -140,6 +140,7 @@ def test_continues_exactly(world, packs_before):
     assert all_same(take(again, 8), rest)
 
 
+@pytest.mark.slow
 def test_continues_exactly_with_reader_processes(world, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # else 5 s at each teardown
     before = set(multiprocessing.active_children())  # worlds that other tests started

@@ -89,6 +89,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_three_hours_take_no_more_memory_than_a_minute(tmp_path):
     """10 800 frames, and half a gigabyte of ballast that nobody asks for; frames come from their own groups of 8."""
     short = write_video(tmp_path / "short.mp4", 60, 1, codec="libx264", group=8)

@@ -17,7 +17,7 @@ from megatron_eagle.demo.summary import (
     Accuracy,
     Example,
     LayoutSummary,
-    Seconds,
+    StageSeconds,
     StageSummary,
     Summary,
     loss_window,
@@ -85,7 +85,7 @@ def summary(examples: list[Example] = EXAMPLES) -> Summary:
         layout=LayoutSummary(tp=2, pp=1, cp=1, dp=1, world=2),
         padding_fraction=padding_fraction(record for stage in METRICS.values() for record in stage),
         accuracy=Accuracy.of(examples),
-        seconds=Seconds(setup=100.0, train=500.5, evaluate=40.0),
+        seconds=StageSeconds(setup=100.0, train=500.5, evaluate=40.0),
         peak_rss_gb=4.25,
     )
 

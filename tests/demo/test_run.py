@@ -22,6 +22,7 @@ def short_recipe(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_writes_its_summary_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(demo, "SETS", tuple(replace(part, samples=min(part.samples // 40, 60)) for part in demo.SETS))
     arguments = (short_recipe(tmp_path), (), tmp_path / "runs", 2, 12.0)

@@ -35,6 +35,7 @@ def run(size, layout, changes):
     return dry_run(recipe, recipe.stages[0], size)
 
 
+@pytest.mark.slow
 def test_every_process_meets_the_others_and_holds_what_the_plan_says():
     size, layout, changes = LAYOUTS[1]
     outcome = run(size, layout, changes)
@@ -80,6 +81,7 @@ def test_the_lists_are_those_of_real_processes(worlds, layout):
         assert listed == issued
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_out_a_sum_when_it_has_no_tiles_is_named(monkeypatch):
     whole = SpreadEncoder.backward
 
@@ -101,6 +103,7 @@ def programs():
     return [Program(process.calls) for process in sorted(walked.values(), key=lambda process: process.rank)]
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_exchange_left_out_or_changed_is_noticed(programs, data):

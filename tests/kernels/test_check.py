@@ -20,6 +20,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in th
 FITS = Build("x", 90, registers=128, spilled_bytes=0, shared_bytes=232_448, wgmma=4, mma=0, tcgen05=0, seconds=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_passes_every_tier_this_machine_has(tmp_path, capsys):
     report = tmp_path / "check.json"

@@ -204,6 +204,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"), [("split", SPLIT), ("all padding", ALL_PADDING)], ids=["split", "all padding"]
 )

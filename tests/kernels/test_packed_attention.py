@@ -247,6 +247,7 @@ def test_block_choices_follow_the_gpu():
     assert choose_blocks(128, 2, (12, 0), False) == ampere  # a small Blackwell has no more shared memory than an Ampere
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
 def test_built_for_hopper_loads_are_wide_and_nothing_is_atomic(tmp_path, monkeypatch):
     """Loops over key blocks must copy 16 bytes a thread in the background; an unlucky loop bound once cost exactly

@@ -40,6 +40,7 @@ def report(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_report_with_a_picture_and_a_trace(report):
     folder, printed = report
     (page,), (data,), (picture,) = (list(folder.glob(f"*.{kind}")) for kind in ("md", "json", "png"))

@@ -49,6 +49,7 @@ def test_error_of_one_rank_frees_those_who_wait_for_it(worlds):
     assert worlds(2).run(add_ranks, 0) == [(0, 1), (1, 1)]
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_or_dies_is_named_and_the_next_call_starts_afresh():
     world = World(2)
     try:

@@ -64,6 +64,7 @@ def test_two_nodes_against_each_other() -> None:
     assert node == "n2" and others == [] and "torch is 2.12.0" in said and "what ranks 0, 1 wrote" in said
 
 
+@pytest.mark.slow
 def test_two_processes_of_this_machine(tmp_path: Path) -> None:
     done = command("doctor", "--folder", str(tmp_path / "runs"), "--min-free-gb", "0", "--processes", "2")
     assert done.returncode == 0, done.stderr

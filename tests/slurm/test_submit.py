@@ -173,6 +173,7 @@ def test_a_folder_that_exists_is_not_exported_to(h100: Path, tmp_path: Path) -> 
         plan_chain(load_recipe(EAGLE2_9B), [], load_profile(str(h100)), tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_dry_run_needs_no_slurm_and_leaves_nothing(h100: Path, tmp_path: Path) -> None:
     bare = {key: value for key, value in os.environ.items() if key != "PATH"} | {"PATH": "/nowhere"}
     arguments = ("submit", str(EAGLE2_9B), "--cluster", str(h100), "--runs", str(tmp_path / "runs"), "--dry-run")

@@ -11,6 +11,7 @@ from megatron_eagle.verification.rows import OPTIONS, Row, possible, quick_table
 from megatron_eagle.verification.table import verify
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_row_of_the_quick_table_equals_the_reference(tmp_path: Path) -> None:
     """One process for each rank, real collectives; raises UserError and names the row otherwise."""

@@ -1,17 +1,19 @@
 """What a kernel declares so that it can be checked: value checks, builds for the compile tier, and its roofline.
 
-Each kernel package has an ``entry`` module with one ``ENTRY: KernelEntry``. Names are listed here and imported on
-demand, because a process must settle whether Triton interprets or compiles before any kernel is imported.
+Each kernel is a folder of ``eagle_kernels`` with an ``entry`` module that holds one ``ENTRY: KernelEntry``. Folders are
+listed here and imported on demand, because a process must settle whether Triton interprets or compiles before any
+kernel is imported.
 """
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-KERNELS = ("pixel_shuffle_concat", "packed_attention", "linear_cross_entropy", "tile_prepare")
+KERNELS = tuple(sorted(entry.parent.name for entry in Path(__file__).parents[1].glob("*/entry.py")))
 
 H100_BANDWIDTH = 3.35e12  # bytes a second, HBM3 of the SXM5 module (NVIDIA H100 data sheet)
 H100_BF16 = 989e12  # operations a second, dense bfloat16 tensor cores (same source)
@@ -89,7 +91,7 @@ class KernelEntry:
 
     def __post_init__(self) -> None:
         if self.name not in KERNELS:
-            raise ValueError(f"kernel {self.name} is not listed in KERNELS: {', '.join(KERNELS)}")
+            raise ValueError(f"kernel {self.name} is no folder with an entry.py: {', '.join(KERNELS)}")
 
 
 def entry(name: str) -> KernelEntry:

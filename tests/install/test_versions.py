@@ -1,0 +1,113 @@
+"""Versions are pinned in constraints.txt alone: every other mention equals it, and so does what is installed.
+
+What is required is imported, and what is imported is required.
+"""
+
+import ast
+import functools
+import importlib.metadata
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from project import ROOT, constraints, pins, setup_arguments
+
+import megatron_eagle
+from megatron_eagle.compat.platform import MEGATRON_CORE_VERSION
+
+OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
+OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
+# Modules whose first name does not tell the distribution, longest first.
+DISTRIBUTIONS = {
+    "megatron.core": "megatron-core",
+    "megatron.energon": "megatron-energon",
+    "nvidia.dali": "nvidia-dali-cuda130",
+    "torch.utils.tensorboard": "tensorboard",
+}
+OURS = {"megatron_eagle", "eagle_kernels"}
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "Dockerfile",
+    ROOT / "kernels" / "README.md",
+    *(file for file in sorted((ROOT / "docs").glob("*.md")) if file.name != "decisions.md"),  # that one is dated
+    *sorted((ROOT / "megatron_eagle").rglob("*.py")),
+]
+
+
+def names(requirements: list[str]) -> set[str]:
+    return set(pins("\n".join(requirements)))
+
+
+@functools.cache
+def distributions_by_module() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def imported(file: Path) -> set[str]:
+    """Distributions that ``file`` imports something of, other than Python's own and ours."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    by_module = distributions_by_module()
+    found = set()
+    for module in modules:
+        top = module.partition(".")[0]
+        longer = [name for start, name in DISTRIBUTIONS.items() if f"{module}.".startswith(f"{start}.")]
+        if longer:
+            found |= set(longer)
+        elif top not in sys.stdlib_module_names and top not in OURS and top not in ("megatron", "nvidia"):
+            found.add(by_module.get(top, [top])[0].lower().replace("_", "-"))
+    return found
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    installed = {
+        name.lower().replace("_", "-"): version.partition("+")[0]
+        for name, version in ((one.metadata["Name"], one.version) for one in importlib.metadata.distributions())
+    }
+    wanted = {name: version for name, version in constraints().items() if name not in OF_THE_GPU}
+    if "triton" not in installed:  # where it has no wheels
+        del wanted["triton"]
+    assert {name: installed.get(name) for name in wanted} == wanted
+
+
+def test_setup_has_its_versions_from_the_constraints() -> None:
+    arguments = setup_arguments()
+    required = pins("\n".join([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])]))
+    assert len(required) > 25
+    assert required == {name: constraints()[name] for name in required}
+
+
+def test_what_is_required_is_imported_and_the_other_way_round() -> None:
+    arguments = setup_arguments()
+    files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    used = set().union(*map(imported, files))
+    required = names(arguments["install_requires"])
+    assert required - used == set(), "required, and not imported"
+    assert used - required - names(arguments["extras_require"]["gpu"]) - OPTIONAL == set(), "imported, not required"
+
+
+def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
+    arguments = setup_arguments()
+    assert arguments["version"] == megatron_eagle.__version__
+    assert arguments["python_requires"] == ">=3.11,<3.12"
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert 'python_version = "3.11"' in settings and 'target-version = "py311"' in settings
+    assert "Python 3.11" in (ROOT / "README.md").read_text()
+
+
+def test_the_platform_redirects_the_pinned_megatron_core() -> None:
+    assert constraints()["megatron-core"] == MEGATRON_CORE_VERSION
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_versions_in_texts_are_the_pinned_ones(file: Path) -> None:
+    pinned = constraints()
+    text = file.read_text(encoding="utf-8")
+    said = re.findall(r"\b([a-z][a-z-]+)(?:==| )(\d+\.\d+\.\d+)\b", text)
+    assert [(name, version) for name, version in said if name in pinned and pinned[name] != version] == []
