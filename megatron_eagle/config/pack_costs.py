@@ -48,10 +48,10 @@ def tile_cost(config: EagleConfig, trainable: Collection[str]) -> float:
 
     A part that trains runs three passes (forward, gradient of its inputs, of its weights), a frozen one those that are
     needed: frozen encoders one, a frozen connector one or two, a frozen language model two, since something before it
-    trains. An encoder that does not say what it costs counts nothing. ``model/flops.py`` counts the same to the
-    operation, but needs torch; the two differ by the gradient of pixels, below 1 %.
+    trains. Pixels need no gradient. An encoder that does not say what it costs counts nothing. ``model/flops.py`` counts
+    the same but for norms and biases, which are parameters and no products (below 1 %); it needs torch.
     """
-    encoders = sum(map(_encoder_operations, config.encoders)) * (3 if "vision" in trainable else 1)
+    encoders = sum(_encoder_operations(settings, trains="vision" in trainable) for settings in config.encoders)
     before = "vision" in trainable or "connector" in trainable
     hidden = config.language.hidden_size
     connector = 2.0 * tokens_per_tile(config) * hidden * (mixture_channels(config) + hidden)
@@ -59,11 +59,11 @@ def tile_cost(config: EagleConfig, trainable: Collection[str]) -> float:
     return (encoders + connector * (1 + before + ("connector" in trainable))) / language
 
 
-def _encoder_operations(settings: dict[str, Any]) -> float:
-    """Of one encoder's forward pass on a tile."""
+def _encoder_operations(settings: dict[str, Any], *, trains: bool) -> float:
+    """Of one encoder on a tile."""
     try:
         cost = encoder_spec(settings["kind"]).part("cost")
     except UserError:
         return 0.0
     first, rest = cost.operations(encoder_config(settings))
-    return float(first.forward + rest.forward)
+    return float(first.total + rest.total if trains else first.forward + rest.forward)

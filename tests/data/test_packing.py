@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.config.data import BlendSource, DataSettings
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.config.packing_rules import packing_rules
 from megatron_eagle.data.order import rules
 from megatron_eagle.data.order.packing import pack_by_settings, pack_samples
@@ -125,12 +126,13 @@ def test_a_rule_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_eagle.config.packing_rules._FOLDER", tmp_path)
     monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
     assert pack_samples("one_each", [3, 5], 10).packs == [[1], [0]]
-    one_each = DataSettings(sources=(BlendSource("x"),), pack_length=10, tokens_per_tile=2, packing="one_each")
+    reading = ReadingSettings(packing="one_each")
+    one_each = DataSettings(sources=(BlendSource("x"),), pack_length=10, tokens_per_tile=2, reading=reading)
     assert pack_by_settings(one_each, [3, 5], [0, 0]).packs == [[1], [0]]
     found = compare_packings(np.array([3, 5]), np.array([0, 0]), Bounds(10, None, 0, 100, 0.0))
     assert [(result.name, result.packs) for result in found] == [("one_each", 2)]
     with pytest.raises(ValueError, match="packing rule 'balanced' does not exist; there are one_each"):
-        replace(one_each, packing="balanced")
+        replace(reading, packing="balanced")
 
 
 @pytest.mark.parametrize(
