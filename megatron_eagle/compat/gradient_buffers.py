@@ -2,11 +2,17 @@
 
 Leaned on: ``buffers`` of ``DistributedDataParallel``, and of each ``grad_data``, ``param_data``, ``numel``,
 ``numel_unpadded`` and ``buckets``. The names have no underscore, but their class does (``_ParamAndGradBuffer``), and
-nothing public says how many bytes they hold or corrects what ``count_padding_as_content`` corrects.
+nothing public says how many bytes they hold or corrects what ``count_padding_as_content`` corrects. Also the hooks by
+which it listens for gradients (``_make_backward_post_hook``), which there is no public way to remove.
 """
+
+import gc
+from types import FunctionType
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+
+_HOOK = "DistributedDataParallel._make_backward_post_hook.<locals>.hook"
 
 
 def gradient_tensors(chunk: DistributedDataParallel) -> list[Tensor]:
@@ -31,3 +37,16 @@ def count_padding_as_content(chunk: DistributedDataParallel) -> None:
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = buffer.numel
+
+
+def let_go_of_gradients() -> None:
+    """Make every wrapped model of this process collectable; none of them can be trained afterwards.
+
+    A wrapped model's hooks hang on the autograd nodes of its weights and hold the model, and the nodes stay: a cycle
+    through C++ that Python's collector does not see. Models would stay in memory, and with them their process groups,
+    whose threads wake up a hundred times a second.
+    """
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType) and thing.__qualname__ == _HOOK:
+            for cell in thing.__closure__ or ():
+                cell.cell_contents = None

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_eagle.compat.gradient_buffers import let_go_of_gradients
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.compat.process_groups import keep_context_levels
 from megatron_eagle.config.layout import Layout
@@ -146,7 +147,8 @@ def split(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> 
 
 
 def destroy() -> None:
-    """Leave the run: forget Megatron's groups and close the connections."""
+    """Leave the run: let go of its wrapped models, forget Megatron's groups and close the connections."""
+    let_go_of_gradients()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
 
-CALLS_BEFORE_RENEWAL = 20  # process groups that something still holds on to pile up threads; new processes have none
+CALLS_BEFORE_RENEWAL = 100  # a little of every call stays in a process, such as the weights of wrapped models
 START_TIMEOUT = 240.0  # seconds; importing torch and Megatron in several processes on a busy machine
 
 
@@ -125,6 +125,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
     import torch
     import torch.distributed as dist
 
+    from megatron_eagle.compat.gradient_buffers import let_go_of_gradients
     from megatron_eagle.compat.platform import install
 
     warnings.simplefilter("ignore")  # what dependencies tell their own developers would bury a test's output
@@ -150,6 +151,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        let_go_of_gradients()
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,9 +1,17 @@
 """compat/gradient_buffers.py."""
 
+import gc
+import weakref
+
 import torch
 from contracts import contract, megatron_groups, the, without_gpu
 
-from megatron_eagle.compat.gradient_buffers import count_padding_as_content, gradient_tensors, weight_tensors
+from megatron_eagle.compat.gradient_buffers import (
+    count_padding_as_content,
+    gradient_tensors,
+    let_go_of_gradients,
+    weight_tensors,
+)
 
 pytestmark = without_gpu
 
@@ -44,3 +52,17 @@ def test_contract_padding_of_buckets():
         assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) < buffer.numel
         count_padding_as_content(chunk)
         assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) == buffer.numel
+
+
+@contract(
+    "Megatron's DistributedDataParallel no longer listens for gradients by the hooks of _make_backward_post_hook, or "
+    "something else keeps it alive: compat/gradient_buffers.py empties them, or a world's processes fill up with threads"
+)
+def test_contract_a_wrapped_model_can_be_let_go_of():
+    with megatron_groups():
+        chunk = wrapped(distributed=True)
+        gone = weakref.ref(chunk.module)
+        let_go_of_gradients()
+        del chunk
+        gc.collect()
+        assert gone() is None
