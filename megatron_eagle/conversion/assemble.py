@@ -85,15 +85,15 @@ def assemble(
     language = _add_language(made, qwen, sources[qwen], vocabulary)
     encoders: list[dict[str, Any]] = []
     prefixes: list[str] = []
-    left = [path for path in parts if path != qwen]
+    used = {qwen}
     for kind in convertible_kinds():
-        having = [path for path in left if _prefixes(sources[path], kind)]
+        having = [path for path in parts if path != qwen and _prefixes(sources[path], kind)]
         title = encoder_spec(kind).title
         if len(having) > 1:
             raise UserError(f"{len(having)} of the sources have {title}: {', '.join(map(str, having))}")
         if not having:
             continue
-        left.remove(having[0])
+        used.add(having[0])
         source = sources[having[0]]
         old = _prefixes(source, kind)
         if len(old) > 1:
@@ -105,7 +105,7 @@ def assemble(
     titles = [encoder_spec(kind).title for kind in convertible_kinds()]
     if not encoders:
         raise UserError(f"none of the sources holds {', '.join(titles[:-1])} or {titles[-1]}")
-    if left:
+    if left := [path for path in parts if path not in used]:
         raise UserError(f"{', '.join(map(str, left))} holds none of: {', '.join(titles)}")
     config = EagleConfig(tile_size=tile_size, encoders=tuple(encoders), language=language)
     tokens = {encoder.output_tokens for encoder in encoder_configs(config)}

@@ -4,10 +4,17 @@ Weights, gradient buffers and optimizer states must be equal to the byte; the pe
 that a step adds, within 5 % (measured: 1.7 % and less).
 """
 
+import eagle_cases as cases
 import pytest
 from measured import measure, recipe_of
 
+from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.presets import PRESETS
+from megatron_eagle.measuring.accounting import TensorAccounting
+from megatron_eagle.model.cost import EncoderRun
+from megatron_eagle.model.encoders import encoder_cost
 from megatron_eagle.planning.activations import PackShape
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
 
@@ -85,6 +92,27 @@ QUICK = {1: (0, 2, 4, 8), 2: (1, 5, 10)}
 def test_bytes_of_every_process(worlds, size):
     for number in QUICK[size]:
         compare(worlds, size, *CASES[size][number])
+
+
+def saved_for_backward(encoder):
+    """In a world of one: bytes that a trained encoder keeps of eight tiles, without its features."""
+    cases.start(Layout())
+    (model,) = cases.build(EagleConfig(64, (encoder,), cases.QWEN), Layout())
+    tiles = cases.tiles(8)
+    with TensorAccounting() as seen:
+        features = model.vision(tiles)
+        return seen.live - features.untyped_storage().nbytes()
+
+
+def test_what_a_class_token_and_layer_scale_keep(worlds):
+    """The difference between two encoders of the same sizes, of which the whole-model cases show little."""
+    run = EncoderRun(number=4, tp=1, trains=True, repeats_layers=False, in_kernel=False)
+    siglip = {**SIGLIP, "intermediate_size": DINOV2["intermediate_size"]}
+    expected, found = (0.0, 0.0), (0.0, 0.0)
+    for encoder in (siglip, DINOV2):
+        expected = expected[1], 8 * encoder_cost(encoder).activations(encoder_config(encoder), run).saved
+        found = found[1], worlds(1).run(saved_for_backward, encoder)[0]
+    assert expected[1] - expected[0] == pytest.approx(found[1] - found[0], rel=0.02)
 
 
 @pytest.mark.long
