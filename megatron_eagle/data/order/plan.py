@@ -181,7 +181,7 @@ def open_stage_plan(recipe: Recipe, stage: Stage) -> Plan:
     stage: of the recipe, or a variant of one by the same name.
     """
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    return Plan(recipe.data_settings(stage), tokenizer, recipe.data_seed(recipe.stage(stage.name)))
+    return Plan(recipe.data_settings(stage), tokenizer, recipe.data_seed(stage))
 
 
 def _whole(samples: float) -> int:

@@ -60,7 +60,7 @@ def open_stage_stream(recipe: Recipe, stage: Stage, rank: int = 0, world_size: i
         load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path)),
         rank=rank,
         world_size=world_size,
-        seed=recipe.data_seed(recipe.stage(stage.name)),
+        seed=recipe.data_seed(stage),
         workers=recipe.reading.workers,
         batch=stage.batch,
     )
