@@ -1,4 +1,4 @@
-"""Models and packs that the tests of the model room share, and the functions they run in every process of a world."""
+"""Models and packs that the tests of the model share, and the functions they run in every process of a world."""
 
 from collections.abc import Iterable
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Small conversation data sets for the tests of the data room: JSONL, images, and data sets built from them."""
+"""Small conversation data sets for the tests of the data package: JSONL, images, and data sets built from them."""
 
 import io
 import json

@@ -1,6 +1,6 @@
 """``python -m eagle_kernels.check``: everything this machine can show about the kernels, as one table.
 
-Values and gradients in Triton's interpreter, builds for three GPU generations against a budget, the floor on paper, and
+Values and gradients in Triton's interpreter, builds for three GPU generations against a budget, the roofline, and
 with ``--gpu`` the values on the GPU. Exit code 1 if a row failed. Example:
 
     python -m eagle_kernels.check --kernel pixel_shuffle_concat --json check.json

@@ -1,7 +1,7 @@
 """``megatron-eagle VERB``: the command line, one function a verb, each with --help and a worked example.
 
-It only reads arguments, calls the room that does the work, and turns errors that are the user's to mend into one line.
-Imports of the heavy rooms stay inside the verbs, so that --help answers at once.
+It only reads arguments, calls the package that does the work, and turns errors that are the user's to mend into one
+line. Imports of torch and Megatron stay inside the verbs, so that --help answers at once.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The room that speaks to Slurm: submits chains of stages, judges how each attempt ended, reports, checks nodes."""
+"""All that speaks to Slurm: submits chains of stages, judges how each attempt ended, reports, checks nodes."""

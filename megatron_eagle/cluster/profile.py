@@ -49,7 +49,7 @@ class Restarts:
 
 @dataclass(frozen=True, config=STRICT)
 class Hang:
-    """``training.stopping.HangLimits`` explains each; seconds."""
+    """``training.watchdog.HangLimits`` explains each; seconds."""
 
     factor: Seconds = 20.0
     at_least: Seconds = 300.0

@@ -1,4 +1,4 @@
-"""Layout: how many processes work along each axis. Numbers and checks only, so that every room may read it.
+"""Layout: how many processes work along each axis. Numbers and checks only, so that every package may read it.
 
 Process groups are made from it in ``parallel/groups.py``; the model turns it into Megatron's TransformerConfig.
 """

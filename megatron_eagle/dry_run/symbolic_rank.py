@@ -103,7 +103,7 @@ class SymbolicRank(TorchDispatchMode):
             take, give = _shares(take, received, len(ranks)), _shares(give, given, len(ranks))
             self.calls.append(Call(operation, tuple(ranks), (*_sizes([given[:1]]), tuple(give), tuple(take))))
             if (sum(give), sum(take)) != (len(given), len(received)):
-                raise ValueError(f"{len(given)} rows for shares {give}, room for {len(received)} from {take}")
+                raise ValueError(f"{len(given)} rows for shares {give}, {len(received)} are received from {take}")
             args = (*args[:3], [], [], *args[5:])
         else:
             self.calls.append(Call(operation, tuple(ranks), _sizes(tensors)))

@@ -1,6 +1,6 @@
 """Walks a job of hundreds of processes through one step on this machine, without a GPU and without the others.
 
-Every distinct process is built by the trainer's own code and taken through a whole step - packs handed round, encoders,
+Every distinct process is built by the trainer's own code and taken through a whole step - packs distributed, encoders,
 pipeline, gradient sums, optimizer, the step's numbers - on tensors without memory (``symbolic_rank.py``). Its bytes
 must equal the planner's account exactly. What it would exchange is written down, repeated for all processes of its
 kind, and played out for the whole job (``deadlock_check.py``): every collective must find all its members, in order and

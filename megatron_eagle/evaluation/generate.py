@@ -1,8 +1,9 @@
 """Greedy answers from a model in any layout, many questions at once.
 
-Questions are packed like training samples, each with room for its answer, and one forward pass gives the next token of
-every segment of a pack. Segments cannot see each other and attention is causal, so the unused room changes nothing, and
-the code path is the one that was trained: no second attention, no key/value cache to keep in step with every layout.
+Questions are packed like training samples, each with positions for its answer, and one forward pass gives the next
+token of every segment of a pack. Segments do not attend to each other and attention is causal, so unused positions
+change nothing, and the code path is the one that was trained: no second attention, no key/value cache to keep in step
+with every layout.
 Images go through the encoders once per pack.
 """
 
@@ -43,13 +44,13 @@ class Prompt:
     tile_starts: Sequence[int]
 
 
-def pack_prompts(prompts: Sequence[Prompt], pack_length: int, room: int) -> list[list[Prompt]]:
-    """Share ``prompts`` out to packs of ``pack_length`` tokens, each with ``room`` tokens for its answer."""
-    plan = pack_samples(PACKING, [len(prompt.tokens) + room for prompt in prompts], pack_length)
+def pack_prompts(prompts: Sequence[Prompt], pack_length: int, answer_tokens: int) -> list[list[Prompt]]:
+    """Share ``prompts`` out to packs of ``pack_length`` tokens, each with ``answer_tokens`` tokens for its answer."""
+    plan = pack_samples(PACKING, [len(prompt.tokens) + answer_tokens for prompt in prompts], pack_length)
     if plan.too_long:
         prompt = prompts[plan.too_long[0]]
         raise UserError(
-            f"question {prompt.identity}: {len(prompt.tokens)} tokens and {room} for the answer are more than "
+            f"question {prompt.identity}: {len(prompt.tokens)} tokens and {answer_tokens} for the answer are more than "
             f"a pack of {pack_length}"
         )
     return [[prompts[i] for i in pack] for pack in plan.packs]
@@ -64,21 +65,21 @@ def generate(
     device: torch.device,
     *,
     pack_length: int,
-    room: int,
+    answer_tokens: int,
 ) -> dict[str, str]:
     """Greedy answer for every prompt, by identity; all processes of a replica call this with the same packs.
 
     model: this process's part of the model in eval mode (one pipeline chunk). An answer ends at ``<|im_end|>`` or after
-    ``room`` tokens.
+    ``answer_tokens`` tokens.
     """
     eagle: EagleModel = model.module if isinstance(model, Float16Module) else model
     answers: dict[str, str] = {}
     for pack in packs:
-        batch, ends = _lay_out(pack, pack_length, room, tokenizer, device)
+        batch, ends = _lay_out(pack, pack_length, answer_tokens, tokenizer, device)
         features = eagle.encode(batch.tiles) if groups.is_first_stage and len(batch.tiles) else None
         produced: list[list[int]] = [[] for _ in pack]
         running = torch.ones(len(pack), dtype=torch.bool, device=device)
-        for _ in range(room):
+        for _ in range(answer_tokens):
             following = _next_tokens(model, batch, features, ends, groups)
             for number in torch.nonzero(running & (following != tokenizer.im_end)).flatten().tolist():
                 produced[number].append(int(following[number]))
@@ -93,7 +94,7 @@ def generate(
 
 
 def _lay_out(
-    pack: Sequence[Prompt], pack_length: int, room: int, tokenizer: Tokenizer, device: torch.device
+    pack: Sequence[Prompt], pack_length: int, answer_tokens: int, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[PackedBatch, Tensor]:
     """The pack as a batch without labels, and the position of every prompt's last token, int64 [prompts]."""
     tokens = torch.full((pack_length,), tokenizer.pad, dtype=torch.int64)
@@ -101,7 +102,7 @@ def _lay_out(
     borders, ends, slots = [0], [], []
     for prompt in pack:
         start = borders[-1]
-        size = len(prompt.tokens) + room
+        size = len(prompt.tokens) + answer_tokens
         tokens[start : start + len(prompt.tokens)] = torch.tensor(prompt.tokens)
         positions[start : start + size] = torch.arange(size)
         slots += [start + offset for offset in prompt.tile_starts]

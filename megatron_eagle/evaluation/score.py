@@ -118,7 +118,7 @@ def _answer(
             groups,
             platform.device,
             pack_length=stage.pack_length,
-            room=answer_tokens,
+            answer_tokens=answer_tokens,
         )
         for what, chosen in (("with images", packs), ("blanked", [[_blanked(p) for p in pack] for pack in packs]))
     )

@@ -1,1 +1,1 @@
-"""PackedBatch -> loss per token, as Megatron ModuleSpecs."""
+"""PackedBatch -> loss of the pack, as Megatron ModuleSpecs."""

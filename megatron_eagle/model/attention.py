@@ -58,8 +58,8 @@ class PackedAttention(MegatronModule):
         context = packed_seq_params.context
         query, key, value = context.to_heads(*(x.squeeze(1) for x in (query, key, value)))
         key, value = context.gather_places(key, value)
-        seen = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
-        return context.to_positions(seen).flatten(1).unsqueeze(1)
+        output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
+        return context.to_positions(output).flatten(1).unsqueeze(1)
 
 
 class BatchedAttention(MegatronModule):
@@ -86,8 +86,8 @@ class BatchedAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
     ) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        seen = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
-        return seen.permute(2, 0, 1, 3).flatten(2)
+        output = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
+        return output.permute(2, 0, 1, 3).flatten(2)
 
 
 def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: PackMask, scale: float | None) -> Tensor:
@@ -104,7 +104,7 @@ def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: PackMask,
     if shared_by > 1:  # PyTorch's fast kernel for the CPU wants as many key as query heads
         key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, l or L, d]
-    seen = [
+    outputs = [
         F.scaled_dot_product_attention(
             query[:, :, piece.rows],
             key[:, :, piece.keys],
@@ -115,7 +115,7 @@ def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: PackMask,
         )
         for piece in pack.pieces
     ]
-    return torch.cat(seen, dim=2).squeeze(0).transpose(0, 1)
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _mask(piece: Piece, device: torch.device) -> Tensor | None:

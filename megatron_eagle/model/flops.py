@@ -3,7 +3,7 @@
 Most reported utilisation of vision-language models is wrong: it forgets the encoders, counts padding, counts a
 segment's attention as if the pack were one long sample, or bills a weight gradient for weights that are frozen. Here
 
-- language and encoders are counted apart, and attention by the pairs of positions that really see each other;
+- language and encoders are counted apart, and attention by the pairs of positions that really attend to each other;
 - a frozen part costs its forward pass, and the gradient of its inputs only if something in front of it trains;
 - recomputation is not work that the model needs; it costs time (``timing.py``), not utilisation.
 
@@ -25,7 +25,7 @@ from megatron_eagle.model.encoders import encoder_cost
 
 @dataclass(frozen=True)
 class Work:
-    """What a pack asks of the model: tokens; pairs, (query, key) positions that see each other; tiles."""
+    """What a pack asks of the model: tokens; pairs, (query, key) positions that attend to each other; tiles."""
 
     tokens: float
     pairs: float

@@ -41,8 +41,8 @@ def encode_tiles(vision: Mixture, connector: Connector, tiles: Tensor) -> Tensor
     graph = torch.no_grad() if frozen else contextlib.nullcontext()
     if not vision.joined_in_kernel:
         with graph:
-            seen = vision(tiles)
-        return connector(seen)
+            features = vision(tiles)
+        return connector(features)
     from eagle_kernels.pixel_shuffle_concat import pixel_shuffle_concat  # needs Triton, which a CPU may lack
 
     with graph:

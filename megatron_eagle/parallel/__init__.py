@@ -1,1 +1,1 @@
-"""Who computes what: process groups, and packs handed round within a replica."""
+"""Who computes what: process groups, and packs distributed within a replica."""

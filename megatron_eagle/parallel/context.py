@@ -7,7 +7,7 @@ Here the zigzag has as many rounds as short chunks allow, because one round is b
 (docs/context_parallelism.md has the numbers). Inside, Ulysses ("DeepSpeed Ulysses"): the processes of one place hold an
 equal part of its positions each, and for attention trade them for all positions of the place and a part of the heads.
 
-The cut ignores segments: one may be longer than a chunk, and none needs padding. Who may see whom follows from each
+The cut ignores segments: one may be longer than a chunk, and none needs padding. The attention mask follows from each
 query's position in the pack. With one process everything here is the identity.
 """
 
@@ -125,7 +125,8 @@ class Context:
 class Piece:
     """Queries of one segment that lie together. rows: among those of the place; keys: in the pack.
 
-    The keys run from the segment's start to the last query: the i-th of m rows sees all n keys but the last m - 1 - i.
+    The keys run from the segment's start to the last query: the i-th of m rows attends to all n keys but the last
+    m - 1 - i.
     """
 
     rows: slice
@@ -139,7 +140,7 @@ class Piece:
 
 @dataclass(kw_only=True)
 class PackMask(PackedSeqParams):
-    """Who sees whom in a pack, on its way to the attention of each layer in Megatron's ``packed_seq_params``.
+    """The attention mask of a pack, on its way to the attention of each layer in Megatron's ``packed_seq_params``.
 
     Its ``qkv_format`` is not Megatron's ``thd``, which would turn queries and keys by the rotary angles of a cut of
     each segment of its own.

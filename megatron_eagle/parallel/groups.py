@@ -1,6 +1,6 @@
 """The process groups of a run: which processes share a tensor, follow in the pipeline, or hold copies of the model.
 
-Megatron makes and keeps the groups (``megatron.core.parallel_state``); this puts what the rest of the house needs of
+Megatron makes and keeps the groups (``megatron.core.parallel_state``); this puts what the rest of the package needs of
 them into one object, and adds two groups that Megatron does not have: all processes of one replica of the model, which
 train on the same packs, and those of them that host the encoders.
 """

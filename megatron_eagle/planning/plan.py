@@ -1,6 +1,6 @@
 """The plan of a stage: does it fit, how long does it take, where is time lost.
 
-Puts together what the other modules of this room count: packs (``samples.py``), memory of every pipeline stage
+Puts together what the other modules of this package count: packs (``samples.py``), memory of every pipeline stage
 (``memory.py``), seconds of every pass (``timing.py``) and the simulated schedule (``simulator.py``).
 """
 

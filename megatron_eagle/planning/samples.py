@@ -135,7 +135,7 @@ def _packs(mix: Mix, count: int, length: int, tokens_per_tile: int) -> tuple[tup
 
 
 def synthetic(pack: PackShape, side: int, cost: int, device: torch.device | None = None) -> PackedBatch:
-    """A pack of the given shape; all tiles stand in the segments that have room for them. device: of the pixels."""
+    """A pack of the given shape; all tiles stand in segments that are long enough for them. device: of the pixels."""
     segments, left = [], pack.tiles
     sizes = pack.segments[:-1] if pack.padding else pack.segments
     for number, size in enumerate(sizes):

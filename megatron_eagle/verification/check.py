@@ -1,6 +1,6 @@
 """Holds layouts against the reference: trains a few steps of each row in real processes and measures the distance.
 
-Each row goes the way of a training run - packs handed round, weights normalised, Megatron's schedule, gradient buffers,
+Each row goes the way of a training run - packs distributed, weights normalised, Megatron's schedule, gradient buffers,
 optimizer - and is compared with ``reference.py`` tensor by tensor: the loss of every step, all gradients of the first
 step, all weights after the last.
 """

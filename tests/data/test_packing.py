@@ -24,16 +24,16 @@ PAD = 7
 
 
 @st.composite
-def rooms(draw):
+def sizes(draw):
     lengths = draw(st.lists(st.integers(1, 130), max_size=60))
     tiles = draw(st.lists(st.integers(0, 13), min_size=len(lengths), max_size=len(lengths)))
     return lengths, tiles, draw(st.none() | st.integers(1, 30)), draw(st.integers(0, 5))
 
 
-@given(rooms())
+@given(sizes())
 @settings(max_examples=300, deadline=None)
-def test_every_sample_is_in_one_pack_that_holds_it(room):
-    lengths, tiles, max_tiles, spare = room
+def test_every_sample_is_in_one_pack_that_holds_it(drawn):
+    lengths, tiles, max_tiles, spare = drawn
     limit = math.inf if max_tiles is None else max_tiles
     for rule in packing_rules():
         plan = pack_samples(rule, lengths, 100, tiles=tiles, max_tiles=max_tiles, spare=spare)
@@ -44,11 +44,11 @@ def test_every_sample_is_in_one_pack_that_holds_it(room):
             assert sum(tiles[i] for i in pack) <= limit
 
 
-@given(rooms())
+@given(sizes())
 @settings(max_examples=200, deadline=None)
-def test_balanced_is_the_naive_algorithm(room):
+def test_balanced_is_the_naive_algorithm(drawn):
     """The published steps with a linear search for the emptiest pack."""
-    lengths, _, _, spare = room
+    lengths, _, _, spare = drawn
     fits = sorted((i for i, n in enumerate(lengths) if n <= 100), key=lambda i: -lengths[i])
     bins = [[] for _ in range(math.ceil(sum(lengths[i] for i in fits) / 100) + spare)]
 

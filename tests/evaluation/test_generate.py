@@ -12,7 +12,7 @@ from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.generate import Prompt, pack_prompts
 
-ROOM = 5
+ANSWER_TOKENS = 5
 
 
 class SpellingTokenizer:
@@ -48,8 +48,10 @@ def generate_in_world(recipe_path: str, layout: Layout) -> dict[str, str]:
     platform = install()
     groups = initialise(layout, platform, timeout=timedelta(seconds=60))
     model = build_chunks(load_recipe(Path(recipe_path)), layout, platform)[0].eval()
-    packs = pack_prompts(make_prompts(), 128, ROOM)
-    return generate(model, packs, SpellingTokenizer(), groups, platform.device, pack_length=128, room=ROOM)
+    packs = pack_prompts(make_prompts(), 128, ANSWER_TOKENS)
+    return generate(
+        model, packs, SpellingTokenizer(), groups, platform.device, pack_length=128, answer_tokens=ANSWER_TOKENS
+    )
 
 
 def plainly_in_world(recipe_path: str) -> dict[str, str]:
@@ -63,7 +65,7 @@ def plainly_in_world(recipe_path: str) -> dict[str, str]:
     answers = {}
     for prompt in make_prompts():
         tokens = list(prompt.tokens)
-        while len(tokens) < len(prompt.tokens) + ROOM:
+        while len(tokens) < len(prompt.tokens) + ANSWER_TOKENS:
             batch = PackedBatch(
                 tokens=torch.tensor(tokens),
                 labels=torch.full((len(tokens),), IGNORE_LABEL),
@@ -97,11 +99,11 @@ def test_packed_generation_equals_one_at_a_time(small_run, worlds, tmp_path: Pat
 
 def test_every_prompt_is_packed_once_and_fits() -> None:
     prompts = make_prompts()
-    packs = pack_prompts(prompts, 64, ROOM)
+    packs = pack_prompts(prompts, 64, ANSWER_TOKENS)
     assert sorted(prompt.identity for pack in packs for prompt in pack) == [prompt.identity for prompt in prompts]
-    assert all(sum(len(prompt.tokens) + ROOM for prompt in pack) <= 64 for pack in packs)
+    assert all(sum(len(prompt.tokens) + ANSWER_TOKENS for prompt in pack) <= 64 for pack in packs)
 
 
 def test_a_question_longer_than_a_pack_is_named() -> None:
     with pytest.raises(UserError, match="question p2: 44 tokens and 5 for the answer are more than a pack of 48"):
-        pack_prompts(make_prompts(), 48, ROOM)
+        pack_prompts(make_prompts(), 48, ANSWER_TOKENS)

@@ -15,7 +15,7 @@ import pytest
 from project import ROOT, constraints, pins, setup_arguments
 
 import megatron_eagle
-from megatron_eagle.compat.platform import MEGATRON_CORE_VERSION
+from megatron_eagle.compat.versions import MEGATRON_CORE
 
 OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
 OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
@@ -101,8 +101,11 @@ def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
     assert "Python 3.11" in (ROOT / "README.md").read_text()
 
 
-def test_the_platform_redirects_the_pinned_megatron_core() -> None:
-    assert constraints()["megatron-core"] == MEGATRON_CORE_VERSION
+def test_private_names_are_those_of_the_pinned_versions() -> None:
+    assert constraints()["megatron-core"] == MEGATRON_CORE
+    interpreter = (ROOT / "kernels" / "eagle_kernels" / "checking" / "interpreter.py").read_text(encoding="utf-8")
+    tested = re.search(r'^TESTED_TRITON = "(.+)"$', interpreter, re.MULTILINE)  # importing it would import Triton
+    assert tested and constraints()["triton"].startswith(tested[1])
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Packs handed round a replica arrive whole, everywhere, and so does a reader's failure."""
+"""Packs distributed within a replica arrive whole, everywhere, and so does a reader's failure."""
 
 from datetime import timedelta
 from typing import Any

@@ -1,4 +1,4 @@
-"""How linear_cross_entropy is checked: values against float64, both kernels built, operations and bytes on paper."""
+"""How linear_cross_entropy is checked: values against float64, both kernels built, operations and bytes counted."""
 
 from dataclasses import dataclass
 

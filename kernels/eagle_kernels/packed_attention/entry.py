@@ -1,4 +1,4 @@
-"""How packed_attention is checked: values against float64, every block choice built, operations on paper."""
+"""How packed_attention is checked: values against float64, every block choice built, operations counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How pixel_shuffle_concat is checked: values against float64, builds for the widths of Eagle 2, bytes on paper."""
+"""How pixel_shuffle_concat is checked: values against float64, builds for the widths of Eagle 2, bytes counted."""
 
 from collections.abc import Callable
 from typing import Any

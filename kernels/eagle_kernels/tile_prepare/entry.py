@@ -1,4 +1,4 @@
-"""How tile_prepare is checked: values against float64, the build for Eagle 2's sizes, bytes on paper."""
+"""How tile_prepare is checked: values against float64, the build for Eagle 2's sizes, bytes counted."""
 
 import torch
 

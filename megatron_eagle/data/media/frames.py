@@ -30,7 +30,7 @@ class VideoInfo:
 
 
 def wanted_frames(settings: VideoSettings, info: VideoInfo) -> int:
-    """Frames to show if there is room for all of them."""
+    """Frames to show if all of them fit into the pack."""
     of_time = int(settings.fps * info.seconds) if settings.sampling == "fps" else settings.max_frames
     return max(1, min(of_time, settings.max_frames, info.frames))
 

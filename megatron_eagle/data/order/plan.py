@@ -74,17 +74,19 @@ class Plan:
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, seed: int) -> None:
         self.settings, self.tokenizer, self._seed = settings, tokenizer, seed
-        self._catalogues = [open_sample_index(source.path) for source in settings.sources]
-        for sample_index in self._catalogues:
+        self._sample_indexes = [open_sample_index(source.path) for source in settings.sources]
+        for sample_index in self._sample_indexes:
             if not len(sample_index):
                 raise UserError(f"{sample_index.path}: the data set holds no samples")
-        self._lengths = [dataset_lengths(sample_index, tokenizer, settings) for sample_index in self._catalogues]
+        self._lengths = [dataset_lengths(sample_index, tokenizer, settings) for sample_index in self._sample_indexes]
         if all(len(own.rejected) == len(own.tokens) for own in self._lengths):
             first = next(iter(self._lengths[0].rejected.values()))
             raise UserError(f"no sample of {', '.join(s.path for s in settings.sources)} can be used: {first}")
-        self._epoch = [s.repeat * len(c) for s, c in zip(settings.sources, self._catalogues, strict=True) if s.repeat]
+        self._epoch = [
+            s.repeat * len(c) for s, c in zip(settings.sources, self._sample_indexes, strict=True) if s.repeat
+        ]
         if not self._epoch:
-            total = sum(map(len, self._catalogues))
+            total = sum(map(len, self._sample_indexes))
             self._epoch = [total * s.weight / sum(x.weight for x in settings.sources) for s in settings.sources]
         # Windows are equal parts of an epoch.
         parts = math.ceil(sum(self._epoch) / settings.reading.plan_window)
@@ -124,7 +126,7 @@ class Plan:
         self._first_packs.append(self._first_packs[-1] + len(self.window(number).packs))
 
     def _plan_window(self, number: int) -> Window:
-        drawn = [self._draw(source, number) for source in range(len(self._catalogues))]
+        drawn = [self._draw(source, number) for source in range(len(self._sample_indexes))]
         sources = np.concatenate([np.full(len(own), source) for source, own in enumerate(drawn)])
         samples = np.concatenate(drawn)
         tokens = _pick([lengths.tokens for lengths in self._lengths], drawn)
@@ -141,19 +143,19 @@ class Plan:
 
     def _draw(self, source: int, window: int) -> Ints:
         """Numbers of the samples that a window takes from a source, passes over the data set one after another."""
-        per_window, size = self._per_window[source], len(self._catalogues[source])
+        per_window, size = self._per_window[source], len(self._sample_indexes[source])
         begin, end = _whole(window * per_window), _whole((window + 1) * per_window)
         taken = [self._pass(source, p) for p in range(begin // size, -(-end // size))]
         start = begin - begin // size * size
         return np.concatenate(taken)[start : start + end - begin] if taken else np.zeros(0, np.int64)
 
     def _pass(self, source: int, number: int) -> Ints:
-        sample_index = self._catalogues[source]
+        sample_index = self._sample_indexes[source]
         return _generator(self._seed, f"{source} {sample_index.identity}", number).permutation(len(sample_index))
 
     def _sample(self, window: Window, place: int) -> PlannedSample:
         source, sample = int(window.sources[place]), int(window.samples[place])
-        sample_index, lengths = self._catalogues[source], self._lengths[source]
+        sample_index, lengths = self._sample_indexes[source], self._lengths[source]
         return PlannedSample(
             path=sample_index.path,
             key=sample_index.keys[sample],
@@ -164,11 +166,11 @@ class Plan:
 
     def _rejection(self, window: Window, place: int) -> tuple[str, str]:
         source, sample = int(window.sources[place]), int(window.samples[place])
-        return self._catalogues[source].ids[sample], self._lengths[source].rejected[sample]
+        return self._sample_indexes[source].ids[sample], self._lengths[source].rejected[sample]
 
     @property
-    def catalogues(self) -> Sequence[SampleIndex]:
-        return self._catalogues
+    def sample_indexes(self) -> Sequence[SampleIndex]:
+        return self._sample_indexes
 
     @property
     def lengths(self) -> Sequence[Lengths]:

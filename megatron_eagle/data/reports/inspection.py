@@ -70,7 +70,7 @@ HEADS = (
 def view_sources(plan: Plan) -> list[SourceView]:
     """The data sets of a plan."""
     views = []
-    for sample_index, lengths in zip(plan.catalogues, plan.lengths, strict=True):
+    for sample_index, lengths in zip(plan.sample_indexes, plan.lengths, strict=True):
         used = lengths.tokens > 0
         sizes = np.concatenate([np.asarray(sample_index.image_sizes), np.asarray(sample_index.videos)[:, :2]])
         views.append(

@@ -51,29 +51,29 @@ class Allocation:
     tokens: int
 
 
-def allocate(wanted: BudgetRequest, length: int, tiling: Tiling, tokens_per_tile: int) -> Allocation:
+def allocate(request: BudgetRequest, length: int, tiling: Tiling, tokens_per_tile: int) -> Allocation:
     """Divides ``length`` tokens; raises BrokenSample if text, one tile an image and the least frames do not fit."""
-    images = len(wanted.image_sizes)
-    per_frame = tokens_per_tile + wanted.frame_tokens
-    left = length - wanted.text_tokens - images * tokens_per_tile
+    images = len(request.image_sizes)
+    per_frame = tokens_per_tile + request.frame_tokens
+    left = length - request.text_tokens - images * tokens_per_tile
     if left < 0:
         raise BrokenSample(
-            f"sample of {wanted.text_tokens} tokens of text and {images} images, each at least {tokens_per_tile} "
+            f"sample of {request.text_tokens} tokens of text and {images} images, each at least {tokens_per_tile} "
             f"tokens, a pack holds {length}"
         )
-    frames = min(wanted.frames, left // per_frame)
-    if frames < wanted.least_frames:
+    frames = min(request.frames, left // per_frame)
+    if frames < request.least_frames:
         raise BrokenSample(
-            f"{frames} frames fit beside {wanted.text_tokens} tokens of text and {images} images into {length} tokens, "
-            f"at least {wanted.least_frames} are needed"
+            f"{frames} frames fit beside {request.text_tokens} tokens of text and {images} images into {length} "
+            f"tokens, at least {request.least_frames} are needed"
         )
-    for_images = length - wanted.text_tokens - frames * per_frame
+    for_images = length - request.text_tokens - frames * per_frame
     cap, tiles = max(
         (cap, tiles)
         for cap in tile_caps(tiling)
-        if sum(tiles := tiles_under(cap, wanted.image_sizes, tiling)) * tokens_per_tile <= for_images
+        if sum(tiles := tiles_under(cap, request.image_sizes, tiling)) * tokens_per_tile <= for_images
     )
-    tokens = wanted.text_tokens + frames * per_frame + sum(tiles) * tokens_per_tile
+    tokens = request.text_tokens + frames * per_frame + sum(tiles) * tokens_per_tile
     return Allocation(tiles, cap, frames, tokens)
 
 
@@ -93,12 +93,12 @@ def capped(tiling: Tiling, cap: int) -> Tiling:
     return replace(tiling, max_tiles=cap, min_tiles=min(cap, tiling.min_tiles))
 
 
-def outcomes(wanted: BudgetRequest, allocation: Allocation, tiling: Tiling) -> tuple[str, ...]:
+def outcomes(request: BudgetRequest, allocation: Allocation, tiling: Tiling) -> tuple[str, ...]:
     """What a sample that is used had to leave out; nothing if it is shown whole."""
     left_out = []
-    if allocation.tiles != tiles_under(tiling.max_tiles, wanted.image_sizes, tiling):
+    if allocation.tiles != tiles_under(tiling.max_tiles, request.image_sizes, tiling):
         left_out.append(f"at most {allocation.tile_cap} tiles an image")
-    if allocation.frames < wanted.frames:
+    if allocation.frames < request.frames:
         left_out.append("fewer frames")
     return tuple(left_out)
 

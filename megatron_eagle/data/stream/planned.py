@@ -73,7 +73,7 @@ class PlannedStream(Iterator[PackedBatch]):
         self._identity = {
             "sources": [
                 [sample_index.identity, source.weight, source.repeat]
-                for sample_index, source in zip(self._plan.catalogues, settings.sources, strict=True)
+                for sample_index, source in zip(self._plan.sample_indexes, settings.sources, strict=True)
             ],
             "settings": deciding(settings, ORDERING),
             "tokenizer": tokenizer.fingerprint,

@@ -7,7 +7,7 @@ from megatron_eagle.data.order.size_buckets import SizeBuckets
 
 
 def pack(samples: SampleSizes, spare: int) -> list[list[int]]:
-    """Longest first, each sample into the fullest pack that still has room; ``spare`` is ignored."""
+    """Longest first, each sample into the fullest pack into which it fits; ``spare`` is ignored."""
     packs: list[list[int]] = []
     held: list[int] = []
     open_packs = SizeBuckets(samples.length)  # by the tokens that still fit
