@@ -48,8 +48,8 @@ def tile_cost(config: EagleConfig, trainable: Collection[str]) -> float:
 
     A part that trains runs three passes (forward, gradient of its inputs, of its weights), a frozen one those that are
     needed: frozen encoders one, a frozen connector one or two, a frozen language model two, since something before it
-    trains. Pixels need no gradient. An encoder that does not say what it costs counts nothing. ``model/flops.py`` counts
-    the same but for norms and biases, which are parameters and no products (below 1 %); it needs torch.
+    trains. Pixels need no gradient. An encoder that does not say what it costs counts nothing. ``model/flops.py``
+    counts the same but for norms and biases, which are parameters and no products (below 1 %); it needs torch.
     """
     encoders = sum(_encoder_operations(settings, trains="vision" in trainable) for settings in config.encoders)
     before = "vision" in trainable or "connector" in trainable

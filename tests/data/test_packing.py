@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.config.data import BlendSource, DataSettings
-from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.config.packing_rules import packing_rules
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.data.order import rules
 from megatron_eagle.data.order.packing import pack_by_settings, pack_samples
 from megatron_eagle.data.reports.pack_report import Bounds, compare_packings
