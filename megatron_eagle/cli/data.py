@@ -209,7 +209,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
         tile_cost=settings.tile_cost,
     )
     title += f": {len(tokens)} samples, {tokens.mean():.0f} tokens on average, packs of {length}"
-    print(f"{title}, attention parity {bounds.attention_parity}")
+    print(f"{title}, attention parity {bounds.attention_parity}, {bounds.tile_cost:.4g} tokens a tile")
     results = compare_packings(tokens, tiles, bounds, options.ranks)
     print(table(results, options.ranks))
     if degraded:

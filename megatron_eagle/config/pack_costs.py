@@ -36,8 +36,8 @@ def model_costs(config: EagleConfig, layout: Layout, trainable: Collection[str])
 def attention_parity(language: QwenConfig) -> int:
     """Tokens of a segment whose attention costs as much as all the rest: parameters / (layers x hidden).
 
-    Causal attention over n tokens takes 4 n^2 / 2 x hidden x layers operations, the rest 2 n x parameters. 65 036 for
-    Qwen2.5-7B, 16 641 for 0.5B. Where the language model is frozen it is two thirds of that, which is not counted.
+    Causal attention over n tokens takes 4 n^2 / 2 x hidden x layers operations, the rest 2 n x parameters. 65 027 for
+    Qwen2.5-7B, 16 643 for 0.5B. Where the language model is frozen it is two thirds of that, which is not counted.
     """
     parameters = language.parameters_without_embeddings
     return max(1, round(parameters / (language.num_hidden_layers * language.hidden_size)))
@@ -48,8 +48,8 @@ def tile_cost(config: EagleConfig, trainable: Collection[str]) -> float:
 
     A part that trains runs three passes (forward, gradient of its inputs, of its weights), a frozen one those that are
     needed: frozen encoders one, a frozen connector one or two, a frozen language model two, since something before it
-    trains. Pixels need no gradient. An encoder that does not say what it costs counts nothing. ``model/flops.py``, which
-    needs torch, counts the same but for norms and biases, which are parameters and no products (below 1 %).
+    trains. Pixels need no gradient. An encoder that does not say what it costs counts nothing. ``model/flops.py``
+    counts the same but for norms and biases, which are parameters and no products (below 1 %); it needs torch.
     """
     encoders = sum(_encoder_operations(settings, trains="vision" in trainable) for settings in config.encoders)
     before = "vision" in trainable or "connector" in trainable

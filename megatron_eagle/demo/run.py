@@ -110,7 +110,7 @@ def _write_summary(recipe: Recipe, folder: Path, processes: int, clock: "_Clock"
     metrics = {stage.name: records[stage.name] for stage in recipe.stages}
     descriptions = [_last(folder, stage.name) for stage in recipe.stages]
     examples = _examples(folder)
-    layout = recipe.layout
+    layout = recipe.stage_layout(recipe.stages[-1])
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     summary = Summary(
         stages=[StageSummary.of(metrics[d.stage], d.trainable_parameters) for d in descriptions],

@@ -56,7 +56,7 @@ def test_contract_padding_of_buckets():
 
 @contract(
     "Megatron's DistributedDataParallel no longer listens for gradients by the hooks of _make_backward_post_hook, or "
-    "something else keeps it alive: compat/gradient_buffers.py empties them, or a world's processes fill up with threads"
+    "something else keeps it alive: compat/gradient_buffers.py empties them, or worlds' processes fill up with threads"
 )
 def test_contract_a_wrapped_model_can_be_let_go_of():
     with megatron_groups():

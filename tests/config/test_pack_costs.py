@@ -1,6 +1,8 @@
 """What a pack costs: closed formulas against the weights of the model and the operations of the planner."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,15 @@ def test_parameters_without_embeddings_are_those_of_the_model(name: str) -> None
     assert PRESETS[name].language.parameters_without_embeddings == counted > 0
 
 
-def test_attention_parity_of_published_models() -> None:
+def test_the_table_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (eagle2\S+) \| ([\d ]+) \| (\d+) \| (\d+) \|$", text, re.M)
+    computed = [
+        (name, attention_parity(config.language), *(round(tile_cost(config, t)) for t in (EVERYTHING, ("connector",))))
+        for name, config in PRESETS.items()
+        if name.startswith("eagle")
+    ]
+    assert [(name, int(parity.replace(" ", "")), int(a), int(b)) for name, parity, a, b in rows] == computed
     assert attention_parity(PRESETS["eagle2-9b"].language) == pytest.approx(65_000, rel=0.002)
     assert attention_parity(PRESETS["eagle2-1b"].language) == pytest.approx(17_000, rel=0.03)
 

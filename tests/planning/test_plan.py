@@ -41,6 +41,13 @@ def planned(layout, recompute="selective", stage="stage1.5", gpus=256, mix=None)
     return plan_stage(variant, variant.stage(stage), gpus, H100, mix or Mix())
 
 
+def test_every_stage_is_planned_in_its_own_layout():
+    overrides = ["layout.tp=2", "stages.stage2.layout.tp=4", "stages.stage2.layout.encoder=spread"]
+    recipe = load_recipe(EXAMPLES / "eagle2-9b" / "recipe.yaml", overrides)
+    first, last = (plan_stage(recipe, recipe.stage(name), 256, H100, Mix()).layout for name in ("stage1", "stage2"))
+    assert (first, last) == (recipe.layout, replace(recipe.layout, tp=4, encoder="spread")) and first.tp == 2
+
+
 def test_spreading_the_encoders_balances_the_pipeline():
     """Even layers, two encoders on the first of four stages: about 47 % (44 % with the output layer on the last)."""
     stuck, spread = planned(Layout(pp=4)), planned(Layout(pp=4, encoder="spread"))

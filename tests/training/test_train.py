@@ -96,16 +96,24 @@ def test_later_stages_start_where_the_one_before_ended(small_run, worlds, tmp_pa
     assert all(torch.allclose(first[name], second[name], rtol=0, atol=1e-28) for name in first)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {}], ids=str)
-def test_two_processes_train_like_one(small_run, worlds, tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Same losses over six steps; dp=2 ({}) reads other packs, so there only that it trains is asked here."""
+LAYOUTS = [
+    ("layout.tp=2",),
+    ("layout.tp=2", "layout.sequence_parallel=true"),
+    ("layout.pp=2",),
+    ("layout.pp=2", "stages.second.layout.pp=1", "stages.second.layout.tp=2"),
+    (),
+]
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+def test_two_processes_train_like_one(small_run, worlds, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Same losses over six steps a stage; dp=2 (none) reads other packs, so there only that it trains is asked here."""
     one, two = tmp_path / "one", tmp_path / "two"
     recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
-    overrides = tuple(f"layout.{name}={value}" for name, value in layout.items())
     for stage in ("first", "second"):
         worlds(1).run(train, recipe, stage, str(one))
         worlds(2).run(train, recipe, stage, str(two), overrides)
-    if layout:
+    if overrides:
         assert [entry[0::3] for entry in losses(one)] == [entry[0::3] for entry in losses(two)]
         assert [entry[2] for entry in losses(two)] == pytest.approx([entry[2] for entry in losses(one)], rel=2e-6)
     else:

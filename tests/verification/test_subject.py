@@ -57,6 +57,11 @@ def test_large_steps_are_cut_and_every_row_gets_its_packs(small_run, tmp_path: P
     assert packs_of_a_step(recipe, recipe.stages[0]) == 8
 
 
+def test_the_layout_of_every_stage_is_proved(small_run, tmp_path: Path) -> None:
+    recipe = small_run.recipe(tmp_path / "r.yaml", ("layout.pp=2", "stages.second.layout.tp=2"))
+    assert [(row.tp, row.pp, row.dp) for row in recipe_rows(recipe, 2)] == [(1, 2, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)]
+
+
 def test_packs_that_this_machine_cannot_hold_are_refused(small_run, tmp_path: Path, monkeypatch) -> None:
     recipe = small_run.recipe(tmp_path / "r.yaml")
     monkeypatch.setattr(subject, "memory_bytes", lambda: 10**6)
