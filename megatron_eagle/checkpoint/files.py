@@ -108,7 +108,7 @@ def read_description(checkpoint: Path) -> Description:
     try:
         return Description(**json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: {error}") from None
+        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: its {DESCRIPTION}: {error}") from None
 
 
 def model_of(checkpoint: Path, description: Description) -> EagleConfig:
