@@ -94,7 +94,7 @@ def train(
     first = 0
     if start is not None:
         description = checkpoint.read_description(start)
-        checkpoint.load_training_state(start, description, engine, groups)
+        checkpoint.load_training_state(start, description, engine.state(), groups)
         first = description.step
     step = Step(engine, groups, recipe.stages[0], platform.device)
     losses, norms = [], []
@@ -107,7 +107,7 @@ def train(
         description = checkpoint.Description("stage", stop, len(STEPS), asdict(EAGLE), asdict(layout), groups.dp_size)
         position = b"readers always have one" if groups.is_reader else None
         saver = Saver(save_to, groups, platform.device, keep=1)
-        saver.start(description, engine, position)
+        saver.start(description, engine.state(), position)
         saver.finish(must=True)
     weights, worst = {}, 0.0
     for module, group in engine.weight_owners():

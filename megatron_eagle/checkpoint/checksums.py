@@ -42,7 +42,7 @@ def verify(folder: Path) -> None:
 
     A checkpoint without checksums (an older one, or one that is being put together by hand) passes.
     """
-    rank, size = place()
+    rank, size = rank_and_size()
     found = [line for part in gather(damage(folder, rank, size)) for line in part]
     if found:
         raise UserError(
@@ -76,7 +76,7 @@ def _damage_of(file: Path, length: int, value: int) -> str | None:
         return f"{file.name} cannot be read ({error.strerror})"
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) outside a run."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -11,6 +11,7 @@ number of data-parallel ranks; a stream with ``reading.order: buffer`` refuses a
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +23,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.transformer.module import MegatronModule
 from pydantic import TypeAdapter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eagle import __version__
-from megatron_eagle.checkpoint import checksums
-from megatron_eagle.checkpoint import safe_index as index
+from megatron_eagle.checkpoint import checksums, safe_index
 from megatron_eagle.checkpoint.sharded_state import (
-    load_engine,
+    TrainingState,
     load_modules,
+    load_state,
     optimizer_parts,
     restore_random_state,
     sharded_state,
@@ -38,7 +40,6 @@ from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.training.engine import Engine
 
 LATEST = "latest"
 DESCRIPTION = "checkpoint.json"
@@ -72,11 +73,16 @@ class Description:
 
 
 def find_latest(stage_folder: Path) -> Path | None:
-    """The newest whole checkpoint below ``stage_folder``, or None."""
+    """The newest whole checkpoint below ``stage_folder``, or None; UserError if ``latest`` names something else."""
+    file = stage_folder / LATEST
     try:
-        name = (stage_folder / LATEST).read_text(encoding="utf-8").strip()
+        name = file.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not re.fullmatch(r"step_\d+", name):
+        raise UserError(f"{file} names {name[:60]!r}, which is no checkpoint of this stage")
     return stage_folder / name
 
 
@@ -102,7 +108,15 @@ def read_description(checkpoint: Path) -> Description:
     try:
         return Description(**json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: {error}") from None
+        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: its {DESCRIPTION}: {error}") from None
+
+
+def model_of(checkpoint: Path, description: Description) -> EagleConfig:
+    """The model that ``checkpoint`` belongs to; UserError if it is none of this project."""
+    try:
+        return TypeAdapter(EagleConfig).validate_python(description.model)
+    except ValueError as error:
+        raise UserError(f"{checkpoint} holds a model of other kind: {' '.join(str(error).split())[:300]}") from None
 
 
 def require_same_model(checkpoint: Path, description: Description, config: EagleConfig) -> None:
@@ -110,10 +124,7 @@ def require_same_model(checkpoint: Path, description: Description, config: Eagle
 
     Numbers that a recipe leaves out count as their defaults, on both sides.
     """
-    try:
-        theirs = effective_numbers(TypeAdapter(EagleConfig).validate_python(description.model))
-    except ValueError as error:
-        raise UserError(f"{checkpoint} holds a model of other kind: {' '.join(str(error).split())[:300]}") from None
+    theirs = effective_numbers(model_of(checkpoint, description))
     difference = _first_difference(theirs, effective_numbers(config), "")
     if difference:
         raise UserError(f"{checkpoint} holds another model: {difference}")
@@ -139,12 +150,16 @@ def _first_difference(theirs: Any, ours: Any, where: str) -> str | None:
     return next((difference for difference in found if difference), None)
 
 
-def load_training_state(checkpoint: Path, description: Description, engine: Engine, groups: Groups) -> bytes | None:
+def load_training_state(
+    checkpoint: Path, description: Description, state: TrainingState, groups: Groups
+) -> bytes | None:
     """Restore weights, optimizer, schedule and RNG to continue a stage; returns the position in the data (readers)."""
-    parts = optimizer_parts(engine, is_loading=True)
-    load_engine(engine, parts, _load(sharded_state(engine, parts), checkpoint), description.step)
-    restore_random_state(_read_own(checkpoint, PROCESS_FILE, groups.rank))
-    return bytes(_read_own(checkpoint, POSITION_FILE, groups.dp_rank).numpy()) if groups.is_reader else None
+    parts = optimizer_parts(state, is_loading=True)
+    load_state(state, parts, _load(sharded_state(state, parts), checkpoint), description.step)
+    restore_random_state(torch.load(own_file(checkpoint, PROCESS_FILE, groups.rank), weights_only=True))
+    if not groups.is_reader:
+        return None
+    return bytes(torch.load(own_file(checkpoint, POSITION_FILE, groups.dp_rank), weights_only=True).numpy())
 
 
 def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
@@ -154,14 +169,14 @@ def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
 
 def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     checksums.verify(checkpoint)
-    index.verify(checkpoint)
+    safe_index.verify(checkpoint)
     try:
         return dist_checkpointing.load(template, str(checkpoint))
-    except (CheckpointingException, OSError, KeyError) as error:
+    except (CheckpointingException, CheckpointException, OSError, KeyError) as error:  # torch's is no Exception
         raise UserError(f"{checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
-def _read_own(checkpoint: Path, name: str, number: int) -> Any:
+def own_file(checkpoint: Path, name: str, number: int) -> Path:
     """The file of rank ``number``, or of rank 0 in a run of another size: a planned stream's position is everyone's."""
     own = checkpoint / name.format(number)
-    return torch.load(own if own.exists() else checkpoint / name.format(0), weights_only=True)
+    return own if own.exists() else checkpoint / name.format(0)

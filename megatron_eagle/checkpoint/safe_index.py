@@ -1,24 +1,29 @@
-"""The index of a torch_dist checkpoint, read without trust: nothing of a checkpoint from elsewhere may run as code.
+"""A torch_dist checkpoint, read without trust: nothing of a checkpoint from elsewhere may run as code.
 
-``.metadata`` is a pickle, and so are the small objects beside the tensors; Megatron and torch load both as they come.
-Here an unpickler that knows the classes of this format and nothing else reads the index, objects are tried with torch's
-weights-only loading, and no file name may leave the folder. ``verify`` does so before Megatron is let near the files.
+``.metadata`` is a pickle, and so is every tensor, every object beside the tensors and every small file; Megatron and
+torch load some of them as they are. Here an unpickler that knows the classes of this format and nothing else reads the
+index, all others are tried with torch's weights-only loading, and no file name may leave the folder. ``verify`` does so
+before Megatron, or a conversion, is let near the files.
 """
 
 import io
+import json
 import os
 import pickle
+from collections import defaultdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_eagle.checkpoint.checksums import gather, place
+from megatron_eagle.checkpoint.checksums import gather, rank_and_size
 from megatron_eagle.compat.checkpoint_index import INDEX_CLASSES
 from megatron_eagle.errors import UserError
 
 METADATA = ".metadata"
+COMMON = "common.pt"  # what is the same in every process
+BACKEND = "metadata.json"  # which of Megatron's formats this is
 
 
 def read_index(folder: Path) -> Metadata:
@@ -36,30 +41,80 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def verify(folder: Path) -> None:
-    """Raise a UserError in every process unless all that ``folder`` holds is data; all processes call this together."""
+def verify(folder: Path) -> Metadata:
+    """``folder``'s index, once all that a load reads of it is known to be there and to be data; collective.
+
+    Raises a UserError in every process that names the shards and files which are missing, too short, or would run code.
+    Numbers of tensors are not read: of every pickle only what its unpickler would be asked to make.
+    """
     index = read_index(folder)
-    rank, size = place()
-    objects = sorted(key for key, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata))
-    mine = set(objects[rank::size])
-    found = [
-        f"{folder / where.relative_path} holds {key}, which cannot be loaded without running code"
-        for key, where in ((at.fqn, where) for at, where in index.storage_data.items())
-        if key in mine and not _is_plain(folder / where.relative_path, where)
-    ]
-    problems = [line for part in gather(found) for line in part]
-    if problems:
-        raise UserError("; ".join(sorted(problems)[:3]))
+    _check_backend(folder)
+    rank, size = rank_and_size()
+    for find in (_short_shards, _unsafe_entries, _unsafe_files):
+        problems = [line for part in gather(find(folder, index, rank, size)) for line in part]
+        if problems:
+            raise UserError("; ".join(sorted(problems)[:3]))
+    return index
 
 
-def _is_plain(file: Path, where: Any) -> bool:
+def _check_backend(folder: Path) -> None:
+    """Megatron picks its reader by this file."""
+    file = folder / BACKEND
     try:
-        # Transformer Engine keeps the scales of a layer as a file in memory.
-        with file.open("rb") as handle, torch.serialization.safe_globals([io.BytesIO]):
-            region: Any = Region(handle, where.offset, where.length)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kinds = (found["sharded_backend"], found.get("common_backend", "torch"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if kinds != ("torch_dist", "torch"):
+        raise UserError(f"{file} names the formats {kinds[0]!r} and {kinds[1]!r}; torch_dist and torch are read")
+
+
+def _short_shards(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
+    ends: dict[str, int] = defaultdict(int)
+    for at in index.storage_data.values():
+        ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
+    problems = []
+    for name, end in sorted(ends.items())[rank::size]:
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            problems.append(f"{folder}: the shard {name} is missing ({error.strerror})")
+            continue
+        if found < end:
+            problems.append(f"{folder / name} is truncated: it has {found} bytes of {end}")
+    return problems
+
+
+def _unsafe_entries(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
+    """Tensors, and objects, which Megatron loads with a plain unpickler."""
+    entries = sorted(index.storage_data.items(), key=lambda entry: (entry[1].relative_path, entry[1].offset))
+    return [
+        f"{folder / at.relative_path} holds {key.fqn}, which cannot be loaded without running code"
+        for key, at in entries[rank::size]
+        if not _is_data(folder / at.relative_path, at.offset, at.length)
+    ]
+
+
+def _unsafe_files(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
+    """The small files beside the shards."""
+    files = sorted({folder / COMMON, *folder.glob("*.pt")})[rank::size]
+    problems = [f"{file} is missing" for file in files if not file.is_file()]
+    return problems + [
+        f"{file} cannot be loaded without running code"
+        for file in files
+        if file.is_file() and not _is_data(file, 0, file.stat().st_size)
+    ]
+
+
+def _is_data(file: Path, start: int, length: int) -> bool:
+    """Whether torch's weights-only unpickler reads those bytes, which makes tensors and plain values and no more."""
+    # Transformer Engine keeps the scales of a layer as a file in memory.
+    with file.open("rb") as handle, torch.serialization.safe_globals([io.BytesIO]), torch.serialization.skip_data():
+        try:
+            region: Any = Region(handle, start, length)
             torch.load(region, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError):
-        return False
+        except Exception:  # a damaged pickle raises whatever its bytes happen to mean
+            return False
     return True
 
 

@@ -22,12 +22,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
-from megatron_eagle.checkpoint.sharded_state import CONTENT, optimizer_parts, random_state, sharded_state
+from megatron_eagle.checkpoint.sharded_state import (
+    CONTENT,
+    TrainingState,
+    optimizer_parts,
+    random_state,
+    sharded_state,
+)
 from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
 from megatron_eagle.compat.checkpoint_saving import plan_save
 from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.training.engine import Engine
 
 FAILURES_IN_A_ROW = 2  # a full disk may be cleared while the run goes on; after so many it has to be told
 
@@ -68,7 +73,7 @@ class Saver:
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def start(self, description: Description, engine: Engine, data_position: bytes | None) -> None:
+    def start(self, description: Description, state: TrainingState, data_position: bytes | None) -> None:
         """Copy the state and begin to write it; waits for the save before this one.
 
         data_position: the stream's state on readers, None elsewhere.
@@ -83,7 +88,7 @@ class Saver:
                 return
             gc.freeze()  # Megatron's optimizer collects garbage among all objects, most of what training would wait for
             try:
-                save = self._copy(final, description, engine, data_position)
+                save = self._copy(final, description, state, data_position)
             finally:
                 gc.unfreeze()
             save.thread = threading.Thread(target=write, args=(save,), name="checkpoint-writer", daemon=True)
@@ -112,11 +117,13 @@ class Saver:
         if must and self._failures:
             raise SaveFailed(self._last_failure)
 
-    def _copy(self, final: Path, description: Description, engine: Engine, data_position: bytes | None) -> Save:
+    def _copy(self, final: Path, description: Description, state: TrainingState, data_position: bytes | None) -> Save:
         started = time.perf_counter()
-        state = sharded_state(engine, optimizer_parts(engine, is_loading=False))
+        stored = sharded_state(state, optimizer_parts(state, is_loading=False))
         # That the shards make up whole tensors is checked once; the next saves have the same.
-        planned = plan_save({**state, "content_metadata": CONTENT}, final.with_suffix(PARTIAL), check=not self._checked)
+        planned = plan_save(
+            {**stored, "content_metadata": CONTENT}, final.with_suffix(PARTIAL), check=not self._checked
+        )
         self._checked = True
         small: dict[str, Any] = {PROCESS_FILE.format(self._groups.rank): random_state()}
         if data_position is not None:

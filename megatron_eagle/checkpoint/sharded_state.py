@@ -1,4 +1,4 @@
-"""What of a training process goes into a checkpoint, and how it comes back.
+"""What of a training process goes into a checkpoint, and how it is restored.
 
 Weights and the optimizer's moments carry the names and shapes of an undivided model (Megatron's ``ShardedTensor``), so
 any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored: the rest follows
@@ -7,15 +7,16 @@ from the recipe and the step.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
-
-from megatron_eagle.training.engine import Engine
 
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
 CONTENT = {
@@ -25,9 +26,17 @@ CONTENT = {
 Parts = list[dict[str, Any]]
 
 
-def modules_of(engine: Engine) -> list[MegatronModule]:
-    """Everything of this process that has weights."""
-    return [module for module, _ in engine.weight_owners()]
+@dataclass(frozen=True)
+class TrainingState:
+    """The objects of one process whose state a checkpoint holds; loading changes them in place.
+
+    modules: all that have weights, parts of an Eagle. optimizers: in the order in which they step; processes must agree
+    on both orders, because names in the checkpoint follow from them.
+    """
+
+    modules: tuple[MegatronModule, ...]
+    optimizers: tuple[MegatronOptimizer, ...]
+    scheduler: OptimizerParamScheduler
 
 
 def sharded_weights(modules: Sequence[MegatronModule]) -> dict[str, Any]:
@@ -42,30 +51,29 @@ def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any]) -> No
         module.load_state_dict(state[f"model{number}"], strict=True)
 
 
-def optimizer_parts(engine: Engine, *, is_loading: bool) -> Parts:
-    """What each optimizer of the chain would save, in Megatron's own structure; its tensors know their global names."""
-    weights = sharded_weights(modules_of(engine))
-    chain = engine.optimizer.chained_optimizers
-    return [part.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT) for part in chain]
+def optimizer_parts(state: TrainingState, *, is_loading: bool) -> Parts:
+    """What each optimizer would save, in Megatron's own structure; its tensors know their global names."""
+    weights = sharded_weights(state.modules)
+    return [part.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT) for part in state.optimizers]
 
 
-def sharded_state(engine: Engine, parts: Parts) -> dict[str, Any]:
-    """All that is stored of ``engine``; ``parts`` are its ``optimizer_parts``."""
+def sharded_state(state: TrainingState, parts: Parts) -> dict[str, Any]:
+    """All that is stored of ``state``; ``parts`` are its ``optimizer_parts``."""
     tensors = [leaf for leaf in nested_values(parts) if isinstance(leaf, ShardedBase)]
-    state = {**sharded_weights(modules_of(engine)), "scheduler": engine.scheduler.state_dict()}
+    stored = {**sharded_weights(state.modules), "scheduler": state.scheduler.state_dict()}
     if tensors:  # a process may have nothing to train
-        state["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
-    return state
+        stored["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
+    return stored
 
 
-def load_engine(engine: Engine, parts: Parts, state: dict[str, Any], step: int) -> None:
-    """Hand a loaded ``state``, in the structure of ``sharded_state``, to the engine that ``parts`` came from."""
-    load_modules(modules_of(engine), state)
-    _load_optimizer(engine, parts, state.get("optimizer", {}), step)
-    engine.scheduler.load_state_dict(state["scheduler"])
+def load_state(state: TrainingState, parts: Parts, loaded: dict[str, Any], step: int) -> None:
+    """Hand what was ``loaded``, in the structure of ``sharded_state``, to the objects that ``parts`` came from."""
+    load_modules(state.modules, loaded)
+    _load_optimizers(state.optimizers, parts, loaded.get("optimizer", {}), step)
+    state.scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _load_optimizer(engine: Engine, parts: Parts, tensors: dict[str, Any], step: int) -> None:
+def _load_optimizers(optimizers: Sequence[MegatronOptimizer], parts: Parts, tensors: dict[str, Any], step: int) -> None:
     loaded = iter(range(len(tensors)))
 
     def fill(leaf: Any) -> Any:
@@ -74,7 +82,7 @@ def _load_optimizer(engine: Engine, parts: Parts, tensors: dict[str, Any], step:
         return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
     dict_list_map_inplace(fill, parts)
-    for optimizer, part in zip(engine.optimizer.chained_optimizers, parts, strict=True):
+    for optimizer, part in zip(optimizers, parts, strict=True):
         optimizer.load_state_dict(part)
         for group in optimizer.param_groups:
             group["step"] = step

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_eagle.checkpoint import checksums
 from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, Description
+from megatron_eagle.checkpoint.safe_index import BACKEND, COMMON, METADATA
 from megatron_eagle.compat.checkpoint_saving import FileSystemWriterAsync, write_bucket
 
 PARTIAL = ".partial"
@@ -76,16 +77,16 @@ def _save(value: Any, file: Path) -> None:
 
 
 def describe_failure(file: Path, error: BaseException) -> str:
-    """What happened to ``file``, and how much room there is; torch hides the system's error behind its own."""
+    """What happened to ``file``, and how many bytes are free; torch hides the system's error behind its own."""
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__cause__ or cause.__context__
     reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(error).split())[:200]
     try:
-        room = f"{shutil.disk_usage(file if file.exists() else file.parent).free:,} bytes free"
+        free = f"{shutil.disk_usage(file if file.exists() else file.parent).free:,} bytes free"
     except OSError as failure:
-        room = f"free bytes unknown: {failure.strerror}"
-    return f"cannot write {file}: {reason} ({room})"
+        free = f"free bytes unknown: {failure.strerror}"
+    return f"cannot write {file}: {reason} ({free})"
 
 
 def start_partial(partial: Path) -> None:
@@ -99,12 +100,12 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
     """Make a whole checkpoint of what all processes have written, and move ``latest`` to it."""
     partial, final = save.partial, save.final
     save.writer.finish(save.index, [results for results, _ in parts])
-    _save(save.common, partial / "common.pt")
+    _save(save.common, partial / COMMON)
     torch_dist = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
-    texts = {"metadata.json": asdict(torch_dist), DESCRIPTION: asdict(save.description)}
+    texts = {BACKEND: asdict(torch_dist), DESCRIPTION: asdict(save.description)}
     for name, content in texts.items():
         (partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    small = [partial / name for name in (".metadata", "common.pt", *texts)]
+    small = [partial / name for name in (METADATA, COMMON, *texts)]
     measured = {name: entry for _, part in parts for name, entry in part.items()}
     checksums.write(partial, {**measured, **checksums.measure(small)})
     for file in (*small, partial / checksums.CHECKSUMS, partial):

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from megatron_eagle.checkpoint.files import find_latest, read_description
+from megatron_eagle.checkpoint.files import find_latest, model_of, read_description
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.conversion.proof import Comparison, compare
@@ -13,6 +13,7 @@ from megatron_eagle.conversion.released import Dialect, prefix_alone, read_confi
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.conversion.torch_dist import TorchDist
+from megatron_eagle.errors import UserError
 
 ORIGIN = "origin.json"  # how the released checkpoint that a Megatron one came from names its tensors
 
@@ -25,8 +26,10 @@ def check(first: Path, second: Path) -> Comparison:
         return compare(released[0], released[1])
     dialects = [_released_dialect(path) for path in (first, second)]
     dialect = next((found for found in dialects if found), None)
-    views = [side if isinstance(side, SafetensorsFolder) else _view(side, dialect) for side in sides]
-    return compare(views[0], views[1])
+    first_side, second_side = (
+        side if isinstance(side, SafetensorsFolder) else _rename(side, dialect) for side in sides
+    )
+    return compare(first_side, second_side)
 
 
 def _open(path: Path) -> Any:
@@ -42,8 +45,8 @@ def _released_dialect(path: Path) -> Dialect | None:
     return recognise(folder.infos, read_config(path), str(path))[1]
 
 
-def _view(stored: TorchDist, dialect: Dialect | None) -> AsHuggingFace:
-    config = TypeAdapter(EagleConfig).validate_python(read_description(stored.folder).model)
+def _rename(stored: TorchDist, dialect: Dialect | None) -> AsHuggingFace:
+    config = model_of(stored.folder, read_description(stored.folder))
     return AsHuggingFace(stored, config, dialect or dialect_of(stored.folder, config, None))
 
 
@@ -51,7 +54,10 @@ def dialect_of(checkpoint: Path, config: EagleConfig, kind: Literal["A", "B"] | 
     """How ``checkpoint`` goes out. kind: None takes the form it came in, else B where it can hold the model, else A."""
     file = checkpoint / ORIGIN
     if file.is_file():
-        origin = TypeAdapter(Dialect).validate_json(file.read_bytes())
+        try:
+            origin = TypeAdapter(Dialect).validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise UserError(f"{file} does not say how tensors are named: {error.errors()[0]['msg']}") from None
         if kind in (None, origin.format):
             return origin
     return Dialect.published(config, kind or ("B" if prefix_alone(config) else "A"))

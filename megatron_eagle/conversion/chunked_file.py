@@ -1,4 +1,4 @@
-"""A file that takes large buffers in small pieces.
+"""A file that takes large buffers in small chunks.
 
 One ``write`` of a whole tensor can take several times as long as many small ones: 3.2 GB in 2.0 to 6.8 s in calls of
 1 MB, in 1.0 to 1.2 s in calls of 256 KB, on the machine of benchmarks/checkpoint_conversion_2026-11-20.md.

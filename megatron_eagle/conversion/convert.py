@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter
 
 from megatron_eagle.checkpoint.files import (
     DESCRIPTION,
     Description,
     effective_numbers,
     find_latest,
+    model_of,
     read_description,
 )
 from megatron_eagle.checkpoint.safe_index import METADATA
@@ -118,15 +118,15 @@ def megatron_to_hf(
     it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
-    config = TypeAdapter(EagleConfig).validate_python(read_description(checkpoint).model)
+    config = model_of(checkpoint, read_description(checkpoint))
     dialect = dialect_of(checkpoint, config, kind)
     partial = start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
     clock = _Clock()
     stored = TorchDist(checkpoint)
-    view: TensorSource = AsHuggingFace(stored, config, dialect)
-    rounded = WithDtype(view, options.dtype) if options.dtype else view
+    renamed: TensorSource = AsHuggingFace(stored, config, dialect)
+    rounded = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
-        logits.check_memory(view.infos)
+        logits.check_memory(renamed.infos)
     write_safetensors(rounded, partial)
     vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
     dtype = rounded.infos[dialect.embedding].dtype
@@ -141,7 +141,7 @@ def megatron_to_hf(
     ours = Weights(stored, config, list(back.infos), options.dtype)
     trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
     clock.lap("round trip")
-    shared = _for_both_directions(options, checkpoint, config, target if not options.dtype else view, dialect)
+    shared = _for_both_directions(options, checkpoint, config, target if not options.dtype else renamed, dialect)
     clock.lap("logits")
     proof = Proof(
         direction=f"Megatron to Hugging Face, format {kind}",
@@ -151,7 +151,7 @@ def megatron_to_hf(
         target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
         round_trip=trip,
         unused=_unused_of_training(stored, config, dialect),
-        dtype_changes=_dtype_changes(view, rounded),
+        dtype_changes=_dtype_changes(renamed, rounded),
         seconds=clock.finish("digests"),
         **shared,
     )

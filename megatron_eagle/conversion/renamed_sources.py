@@ -1,4 +1,4 @@
-"""Two ways of seeing the same weights: a Megatron checkpoint under Hugging Face's names, and the other way round.
+"""Weights under the names of the other side: a Megatron checkpoint under Hugging Face's, and the other way round.
 
 ``sources`` (``model/hf_names.py``) is the only thing that both directions know, so that what goes out is what comes in.
 """

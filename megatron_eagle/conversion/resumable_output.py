@@ -1,4 +1,4 @@
-"""One attempt at a conversion: where it writes, what it keeps of the attempt before, when its result gets its name.
+"""Where a conversion writes, what it keeps of an interrupted one, and when its result gets its name.
 
 A result is written into ``OUT.partial`` and renamed after its proof has passed. A conversion that was interrupted
 continues with the first shard that is not whole, provided that the source and the options are the same.
@@ -17,19 +17,20 @@ JOURNAL = "conversion.json"
 
 
 def start(out: Path, sources: Sequence[Path], options: dict[str, Any]) -> Path:
-    """The folder to write into; what an earlier attempt with the same source and options left there is kept."""
+    """The folder to write into; what an interrupted conversion of the same source and options left there is kept."""
     if out.exists():
         raise UserError(f"{out} exists already; give another folder or remove it")
     partial = out.with_name(f"{out.name}.partial")
     journal = {"options": {name: str(value) for name, value in options.items()}, "sources": _fingerprint(sources)}
+    text = json.dumps(journal, indent=1)
     file = partial / JOURNAL
     if partial.exists():
         if not file.is_file():
             raise UserError(f"{partial} exists and was not left by a conversion; remove it")
-        if json.loads(file.read_text(encoding="utf-8")) != journal:
+        if file.read_text(encoding="utf-8", errors="replace") != text:
             shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(journal, indent=1), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     return partial
 
 

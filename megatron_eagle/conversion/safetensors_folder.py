@@ -1,18 +1,22 @@
-"""A folder of safetensors files, read without trust and written as a stream.
+"""A folder of safetensors files: read by the safetensors library, written as a stream.
 
-The format is a JSON header behind its length, then the tensors' bytes. Because shapes are known before any tensor is
-read, the header can be written first and the tensors after it one by one, so a shard never has to fit into memory, as
-it must for ``safetensors.torch.save_file``. Reading maps the file and checks every border of the header beforehand.
+The library checks a file's header against the file (its size limit, gaps, overlaps, ends, sizes of types and shapes)
+and maps the tensors. What it does not do is done here: pickles are refused by name, an index cannot leave its folder,
+no name is in two files, and types are those that a model's weights have.
+
+Writing stays ours: ``safetensors.torch.save_file`` takes all tensors of a file at once, 5 GB of memory for a shard,
+where a conversion otherwise holds one tensor (docs/decisions.md). Shapes are known before any tensor is read, so the
+header (a JSON object behind its length) is written first and the tensors after it one by one.
 """
 
 import json
-import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_eagle.checkpoint.safe_index import check_relative
@@ -22,7 +26,6 @@ from megatron_eagle.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as transformers and the released checkpoints
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 TYPES = {
     "F64": torch.float64,
@@ -48,33 +51,28 @@ class SafetensorsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = _files(path)
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._handles: dict[str, safe_open] = {}
         infos: dict[str, TensorInfo] = {}
+        where: dict[str, str] = {}
         for file in self.files:
-            for name, (info, start) in _read_header(file).items():
+            handle = _open(file)
+            for name, info in _infos(handle, file):
                 if name in infos:
-                    raise UserError(f"{path}: {name} is in {self._places[name][0].name} and in {file.name}")
-                infos[name], self._places[name] = info, (file, start)
+                    raise UserError(f"{path}: {name} is in {where[name]} and in {file.name}")
+                infos[name], where[name], self._handles[name] = info, file.name, handle
         self.infos: Mapping[str, TensorInfo] = infos
-        self._check_index()
+        self._check_index(where)
 
     def read(self, name: str) -> Tensor:
-        """The tensor on top of the mapped file; do not write to it."""
-        (file, start), info = self._places[name], self.infos[name]
-        if not info.numbers:
-            return torch.empty(info.shape, dtype=info.dtype)
-        if file not in self._maps:
-            with file.open("rb") as handle:
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(self._maps[file], dtype=info.dtype, count=info.numbers, offset=start)
-        return flat.view(info.shape)
+        """The tensor on top of the mapped file; what is written to it stays in this process."""
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor
 
-    def _check_index(self) -> None:
+    def _check_index(self, where: Mapping[str, str]) -> None:
         if not (self.path / INDEX).is_file():
             return
         for name, file in _weight_map(self.path).items():
-            if name not in self._places or self._places[name][0].name != Path(file).name:
+            if where.get(name) != Path(file).name:
                 raise UserError(f"{self.path / INDEX} says that {name} is in {file}, which does not have it")
 
 
@@ -123,32 +121,20 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return pairs
 
 
-def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """Every tensor's shape, type and first byte; UserError unless all of it fits the file."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise UserError(f"{file} is damaged: {size} bytes cannot hold its header of {length} bytes")
-        text = handle.read(length)
+def _open(file: Path) -> safe_open:
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        return {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: its header cannot be read ({error})") from None
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or truncated at {file.stat().st_size} bytes: {error}") from None
 
 
-def _entry(file: Path, name: str, entry: Any, data: int, size: int) -> tuple[TensorInfo, int]:
-    if entry["dtype"] not in TYPES:
-        raise UserError(f"{file}: {name} is of type {entry['dtype']}; known are {', '.join(TYPES)}")
-    info = TensorInfo(tuple(int(n) for n in entry["shape"]), TYPES[entry["dtype"]])
-    start, end = (int(n) for n in entry["data_offsets"])
-    if min(info.shape, default=0) < 0 or start < 0 or end - start != info.bytes:
-        raise UserError(f"{file} is damaged: {name} is {info}, {info.bytes} bytes, its place has {end - start}")
-    if data + end > size:
-        raise UserError(f"{file} is truncated: {name} ends at byte {data + end}, the file at {size}")
-    return info, data + start
+def _infos(handle: safe_open, file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Every tensor's name, shape and type, in the order of the file."""
+    for name in handle.offset_keys():
+        entry = handle.get_slice(name)
+        if entry.get_dtype() not in TYPES:
+            raise UserError(f"{file}: {name} is of type {entry.get_dtype()}; known are {', '.join(TYPES)}")
+        yield name, TensorInfo(tuple(entry.get_shape()), TYPES[entry.get_dtype()])
 
 
 def write_safetensors(source: TensorSource, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -192,13 +178,13 @@ def _write_shard(source: TensorSource, names: list[str], file: Path, progress: P
         return
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as handle:
-        pieces = ChunkedFile(handle)
+        chunked = ChunkedFile(handle)
         handle.write(header)
         for name, info in infos.items():
             tensor = source.read(name).contiguous()
             if TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                 raise ValueError(f"{name} was announced as {info} and is {tensor.dtype} {list(tensor.shape)}")
-            pieces.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            chunked.write(tensor.reshape(-1).view(torch.uint8).numpy())
             progress.add(info.bytes)
         handle.flush()
         os.fsync(handle.fileno())

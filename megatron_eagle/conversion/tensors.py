@@ -1,6 +1,6 @@
 """What a conversion reads from: names, shapes and types known at once, tensors only when they are asked for.
 
-A folder of safetensors, a Megatron checkpoint seen under Hugging Face's names and a model that is being assembled from
+A folder of safetensors, a Megatron checkpoint under Hugging Face's names and a model that is being assembled from
 parts are all a ``TensorSource``; conversion, comparison and proof know nothing else of them.
 """
 

@@ -83,16 +83,26 @@ def _update_config(out: Path, added: dict[str, int]) -> None:
     """Tell transformers of the added tokens, and of a chat template if there is none."""
     config: dict[str, Any] = {}
     if (out / "tokenizer_config.json").is_file():
-        config = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = _read_object(out / "tokenizer_config.json")
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     if added:
         decoder = config.setdefault("added_tokens_decoder", {})
         decoder |= {str(number): {"content": token, **flags} for token, number in added.items()}
         config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *added]
         file = out / "added_tokens.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = _read_object(file) if file.is_file() else {}
         file.write_text(json.dumps({**before, **added}, indent=2), encoding="utf-8")
     if "chat_template" not in config and not (out / "chat_template.jinja").is_file():
         config["chat_template"] = CHAT_TEMPLATE
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} must hold an object")
+    return found

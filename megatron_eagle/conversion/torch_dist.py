@@ -1,15 +1,13 @@
 """Megatron's sharded checkpoints (torch_dist), read tensor by tensor, without model or process groups.
 
 Global names and shapes do not depend on the layout that wrote a checkpoint: the layers of a transformer lie stacked
-along a first axis, every process has written the pieces that it held, and ``.metadata`` says where each piece is. So a
-whole tensor can be put together from any layout's pieces. The index is read without trust
-(``checkpoint/safe_index.py``), tensors with torch's weights-only loading, so that a checkpoint from elsewhere cannot
-run code.
+along a first axis, every process has written the chunks that it held, and ``.metadata`` says where each chunk is. So a
+whole tensor can be put together from any layout's chunks. ``checkpoint/safe_index.py`` has seen all files before they
+are used, and tensors are read with torch's weights-only loading, so a checkpoint from elsewhere cannot run code.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_eagle.checkpoint.safe_index import Region, read_index
+from megatron_eagle.checkpoint.safe_index import Region, verify
 from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
@@ -46,17 +44,16 @@ class TensorAddress:
 
 
 class TorchDist:
-    """The tensors of a torch_dist checkpoint. Raises UserError if a shard is missing, truncated or damaged."""
+    """The tensors of a torch_dist checkpoint. Raises UserError if a file is missing, damaged, or would run code."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata = read_index(folder)
+        metadata = verify(folder)
         self._stored: dict[str, Any] = metadata.state_dict_metadata
         storage: dict[MetadataIndex, StorageInfo] = metadata.storage_data
-        self._pieces: dict[str, list[tuple[MetadataIndex, StorageInfo]]] = defaultdict(list)
-        for index, place in storage.items():
-            self._pieces[index.fqn].append((index, place))
-        self._check_files(storage)
+        self._chunks: dict[str, list[tuple[MetadataIndex, StorageInfo]]] = defaultdict(list)
+        for index, where in storage.items():
+            self._chunks[index.fqn].append((index, where))
 
     @property
     def names(self) -> set[str]:
@@ -65,45 +62,45 @@ class TorchDist:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and type of a parameter of the undivided model; UserError if the checkpoint does not have it."""
-        place = TensorAddress.of(name)
-        stored = self._tensor(place)
+        address = TensorAddress.of(name)
+        stored = self._tensor(address)
         shape = tuple(stored.size)
-        if place.layer is not None and place.layer >= shape[0]:
-            raise UserError(f"{self.folder} has {shape[0]} layers of {place.key}, layer {place.layer} is asked for")
-        return TensorInfo(shape if place.layer is None else shape[1:], stored.properties.dtype)
+        if address.layer is not None and address.layer >= shape[0]:
+            raise UserError(f"{self.folder} has {shape[0]} layers of {address.key}, layer {address.layer} is asked for")
+        return TensorInfo(shape if address.layer is None else shape[1:], stored.properties.dtype)
 
     def read(self, name: str) -> Tensor:
-        """A parameter of the undivided model, put together from its pieces."""
-        place, info = TensorAddress.of(name), self.info(name)
-        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._tensor(place).chunks}
+        """A parameter of the undivided model, put together from its chunks."""
+        address, info = TensorAddress.of(name), self.info(name)
+        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._tensor(address).chunks}
         whole, filled = torch.empty(0), 0
-        for index, where in self._pieces[place.key]:
+        for index, where in self._chunks[address.key]:
             offsets = tuple(index.offset or ())
             size = sizes[offsets]
-            if place.layer is not None:
-                if not offsets[0] <= place.layer < offsets[0] + size[0]:
+            if address.layer is not None:
+                if not offsets[0] <= address.layer < offsets[0] + size[0]:
                     continue
-                piece = self._read_piece(place.key, where, size)[place.layer - offsets[0]]
+                chunk = self._read_chunk(address.key, where, size)[address.layer - offsets[0]]
                 offsets = offsets[1:]
             else:
-                piece = self._read_piece(place.key, where, size)
-            if piece.shape == info.shape:
-                return piece
+                chunk = self._read_chunk(address.key, where, size)
+            if chunk.shape == info.shape:
+                return chunk
             if not filled:
                 whole = torch.empty(info.shape, dtype=info.dtype)
-            whole[tuple(slice(a, a + n) for a, n in zip(offsets, piece.shape, strict=True))] = piece
-            filled += piece.numel()
+            whole[tuple(slice(a, a + n) for a, n in zip(offsets, chunk.shape, strict=True))] = chunk
+            filled += chunk.numel()
         if filled != info.numbers:
-            raise UserError(f"{self.folder}: the pieces of {name} hold {filled} of its {info.numbers} numbers")
+            raise UserError(f"{self.folder}: the chunks of {name} hold {filled} of its {info.numbers} numbers")
         return whole
 
-    def _tensor(self, place: TensorAddress) -> TensorStorageMetadata:
-        stored = self._stored.get(place.key)
+    def _tensor(self, address: TensorAddress) -> TensorStorageMetadata:
+        stored = self._stored.get(address.key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise UserError(f"{self.folder} has no tensor {place.key}")
+            raise UserError(f"{self.folder} has no tensor {address.key}")
         return stored
 
-    def _read_piece(self, key: str, where: StorageInfo, size: tuple[int, ...]) -> Tensor:
+    def _read_chunk(self, key: str, where: StorageInfo, size: tuple[int, ...]) -> Tensor:
         file = self.folder / where.relative_path
         try:
             with file.open("rb") as handle:
@@ -114,15 +111,3 @@ class TorchDist:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != size:
             raise UserError(f"{file} is damaged at {key}: a tensor of {list(size)} should be there")
         return tensor
-
-    def _check_files(self, storage: Mapping[MetadataIndex, StorageInfo]) -> None:
-        ends: dict[str, int] = defaultdict(int)
-        for place in storage.values():
-            ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)
-        for name, end in sorted(ends.items()):
-            try:
-                size = (self.folder / name).stat().st_size
-            except FileNotFoundError:
-                raise UserError(f"{self.folder}: the shard {name} is missing") from None
-            if size < end:
-                raise UserError(f"{self.folder / name} is truncated: it has {size} bytes of {end}")

@@ -1,6 +1,6 @@
 """Writing a Megatron checkpoint (torch_dist) tensor by tensor, without model or process groups.
 
-Every parameter is written in whole, the layers of a transformer as pieces of one stacked tensor, and ``.metadata`` says
+Every parameter is written in whole, the layers of a transformer as chunks of one stacked tensor, and ``.metadata`` says
 where: a checkpoint as one process would have saved it, which loads in any layout.
 """
 
@@ -119,7 +119,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
         return [(start, length) for start, length in json.loads(sidecar.read_text(encoding="utf-8"))]
     places = []
     with file.open("wb") as handle, _without_checksums():
-        pieces = ChunkedFile(handle)
+        chunked = ChunkedFile(handle)
         for item in items:
             start = handle.tell()
             value = item.read()
@@ -129,7 +129,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
                 value = value[None] if item.layer is not None else value
                 # A view would take its whole storage along.
                 value = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value.contiguous()
-            torch.save(value, pieces)  # type: ignore[arg-type]  # it needs write and flush only
+            torch.save(value, chunked)  # type: ignore[arg-type]  # it needs write and flush only
             places.append((start, handle.tell() - start))
             progress.add(item.info.bytes if item.info else 0)
         handle.flush()
@@ -141,7 +141,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
 
 
 def _enter(stored: dict[str, Any], item: _Item, layers: int) -> MetadataIndex:
-    """Note an item's piece among the chunks of its tensor."""
+    """Note an item among the chunks of its tensor."""
     assert item.info is not None
     shape, offsets = item.info.shape, [0] * len(item.info.shape)
     whole = shape

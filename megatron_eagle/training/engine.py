@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_eagle.checkpoint.sharded_state import TrainingState
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
@@ -79,6 +80,11 @@ class Engine:
         """Every module that holds weights of this process, with the group that its tensors are split over."""
         modules: list[EagleModel | TileEncoder] = [*self.models, *([self.encoder.copy] if self.encoder else [])]
         return [(module, module.tp_group) for module in modules]
+
+    def state(self) -> TrainingState:
+        """What a checkpoint saves and restores of this process."""
+        modules = tuple(module for module, _ in self.weight_owners())
+        return TrainingState(modules, tuple(self.optimizer.chained_optimizers), self.scheduler)
 
     def reload_optimizer(self) -> None:
         """Take over weights that were changed from outside; call this after loading them."""

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_eagle.checkpoint.files import (
+    POSITION_FILE,
     Description,
     find_good,
     find_latest,
     load_training_state,
     load_weights,
+    own_file,
     read_description,
     require_same_model,
 )
@@ -110,11 +112,11 @@ class StageRun:
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
         if resume_from and description:
-            position = load_training_state(resume_from, description, engine, self.groups)
+            position = load_training_state(resume_from, description, engine.state(), self.groups)
         elif first_weights:
-            load_weights(first_weights, [module for module, _ in engine.weight_owners()])
+            load_weights(first_weights, engine.state().modules)
             engine.reload_optimizer()
-        stream = self._open_stream(position)
+        stream = self._open_stream(position, resume_from)
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
 
@@ -124,16 +126,17 @@ class StageRun:
             self._say(f"passed over: {line}")
         return found
 
-    def _open_stream(self, position: bytes | None) -> Stream | None:
+    def _open_stream(self, position: bytes | None, resume_from: Path | None) -> Stream | None:
         """The reader's stream of packs; a failure on one reader is everybody's."""
-        stream, message = None, None
+        stream, message, where = None, None, ""
         if self.groups.is_reader:
             try:
                 stream = open_stage_stream(self.recipe, self.stage, self.groups.dp_rank, self.groups.dp_size)
-                if position is not None:
+                if resume_from is not None and position is not None:
+                    where = f"{own_file(resume_from, POSITION_FILE, self.groups.dp_rank)}: "
                     stream.restore(position)
             except UserError as error:
-                message = str(error)
+                message = f"{where}{error}"
         messages: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(messages, message)
         if any(messages):
@@ -168,7 +171,7 @@ class StageRun:
                 with suppress(SaveFailed):  # the next one is what matters now
                     self.saver.finish()
             if due:
-                self.saver.start(self._description(engine), engine, stream.state() if stream else None)
+                self.saver.start(self._description(engine), engine.state(), stream.state() if stream else None)
             else:
                 self.saver.after_step()
             if leaving or not self.stage.async_save:

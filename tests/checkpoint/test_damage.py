@@ -131,7 +131,7 @@ def save_for_ever(stage_folder, recipe_path):
     while True:
         step += 1
         fill(step)
-        saver.start(Description("first", step, 10**6, {}, {}, 1), engine, b"x")
+        saver.start(Description("first", step, 10**6, {}, {}, 1), engine.state(), b"x")
         for number in range(1, 1 + step % 40):  # sometimes the next save has to wait for this one
             fill(-number)
             saver.after_step()

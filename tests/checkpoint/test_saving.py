@@ -49,7 +49,7 @@ class Trainer:
 
         self.fill(step)
         description = Description("stage", step, 100, {}, {}, self.groups.dp_size)
-        self.saver.start(description, self.engine, b"place" if self.groups.is_reader else None)
+        self.saver.start(description, self.engine.state(), b"place" if self.groups.is_reader else None)
         self.fill(-1.0)  # training goes on with other weights
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import WorldError
 
-from megatron_eagle.checkpoint import safe_index as index
+from megatron_eagle.checkpoint import safe_index
 from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.conversion.convert import Options, hf_to_megatron
@@ -76,12 +76,74 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path, name):
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("cut", [0, 4, 30, -1])
+@pytest.mark.parametrize("cut", [0, 4, 30, -1, 1])
 def test_a_truncated_safetensors_file_is_named(tmp_path, cut):
     write_safetensors(Given(tensors()), tmp_path)
     file = tmp_path / "model.safetensors"
-    os.truncate(file, cut if cut >= 0 else file.stat().st_size + cut)
-    with pytest.raises(UserError, match=r"model\.safetensors is (damaged|truncated)"):
+    size = cut if cut not in (-1, 1) else file.stat().st_size + cut
+    os.truncate(file, size)
+    with pytest.raises(UserError, match=rf"model\.safetensors is damaged or truncated at {size} bytes"):
+        SafetensorsFolder(tmp_path)
+
+
+def write_raw(file, text, data=bytes(8)):
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HEADERS = {
+    "not JSON": b"nonsense",
+    "no object": b"[1]",
+    "two tensors in one place": json.dumps({"a": entry(), "b": entry()}).encode(),
+    "overlapping": json.dumps({"a": entry(shape=(1,), offsets=(0, 4)), "b": entry(offsets=(2, 8))}).encode(),
+    "a gap": json.dumps({"a": entry(shape=(1,), offsets=(4, 8))}).encode(),
+    "behind the end": json.dumps({"a": entry(shape=(4,), offsets=(0, 16))}).encode(),
+    "before the start": json.dumps({"a": entry(offsets=(-8, 0))}).encode(),
+    "fewer bytes than numbers": json.dumps({"a": entry(shape=(4,))}).encode(),
+    "a negative shape": json.dumps({"a": entry(shape=(-2,))}).encode(),
+    "more numbers than can be counted": json.dumps({"a": entry(shape=(1 << 63, 1 << 63))}).encode(),
+    "an unknown type": json.dumps({"a": entry(dtype="F99")}).encode(),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
+def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, header):
+    """By the library, in our words: the checks that were ours are not repeated."""
+    write_raw(tmp_path / "model.safetensors", header)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or truncated at \d+ bytes: .*header"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1 << 62, 100_000_001])
+def test_an_absurd_header_is_refused_before_it_is_read(tmp_path, length):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + b"{}")
+    os.truncate(file, 100_000_100)
+    with pytest.raises(UserError, match="header too large"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_types_that_no_weight_has_are_refused_by_name(tmp_path):
+    write_raw(tmp_path / "model.safetensors", json.dumps({"scale": entry("F8_E4M3", (8,))}).encode())
+    with pytest.raises(UserError, match=r"scale is of type F8_E4M3; known are F64, .*BOOL"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_name_in_two_files_is_refused(tmp_path):
+    for name in ("one", "two"):
+        save_file({"twice": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=r"twice is in one\.safetensors and in two\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_an_index_that_names_another_file_is_refused(tmp_path):
+    for name in ("one", "two"):
+        save_file({name: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"one": "two.safetensors", "two": "two.safetensors"}}))
+    with pytest.raises(UserError, match=r"says that one is in two\.safetensors, which does not have it"):
         SafetensorsFolder(tmp_path)
 
 
@@ -159,7 +221,7 @@ def test_metadata_cannot_leave_its_folder(checkpoint, tmp_path):
     folder = copy(checkpoint, tmp_path)
     file = folder / ".metadata"
     file.write_bytes(file.read_bytes().replace(b"__0_0.distcp", b"../../secret"))
-    for read in (TorchDist, index.verify):
+    for read in (TorchDist, safe_index.verify):
         with pytest.raises(UserError, match="not inside its folder"):
             read(folder)
 

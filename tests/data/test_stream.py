@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
 import multiprocessing
+import os
+import pickle
 import re
 import tarfile
 from collections import Counter
@@ -19,7 +22,7 @@ from megatron_eagle.data.sample.conversation import encode_conversation
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream import energon
-from megatron_eagle.data.stream.streams import PackStream
+from megatron_eagle.data.stream.streams import PackStream, open_stream
 from megatron_eagle.errors import UserError
 
 LENGTH, TOKENS_PER_TILE = 512, 16
@@ -174,19 +177,67 @@ def test_a_moved_data_set_continues_a_changed_one_does_not(world, tmp_path):
         PackStream(data_settings(a, pack_length=600), tokenizer, seed=1).restore(state)
 
 
-def test_a_position_with_settings_that_no_pack_depends_on_still_continues(world):
+def test_settings_that_no_pack_depends_on_may_change_before_a_position_is_continued(world):
     tokenizer, a, _ = world
     stream = PackStream(data_settings(a), tokenizer)
     next(stream)
-    saved, following = torch.load(io.BytesIO(stream.state()), weights_only=False), next(stream)
-    saved["identity"]["settings"] |= {"attention_parity": 65_000, "reader_timeout": 600, "sources": None}
-    old = io.BytesIO()
-    torch.save(saved, old)
+    state, following = stream.state(), next(stream)
     again = PackStream(data_settings(a, attention_parity=100, reader_timeout=5, max_rejected_in_a_row=3), tokenizer)
-    again.restore(old.getvalue())
+    again.restore(state)
     assert same(next(again), following)
     with pytest.raises(UserError, match="another stream: max_pixels was 89478485, is 9"):
-        PackStream(data_settings(a, max_pixels=9), tokenizer).restore(old.getvalue())
+        PackStream(data_settings(a, max_pixels=9), tokenizer).restore(state)
+
+
+def test_a_position_is_plain_data(world):
+    """JSON of strings, numbers, lists and objects: nothing that a reader would have to make anything of."""
+    tokenizer, a, b = world
+    stream = PackStream(data_settings(a, b), tokenizer, seed=1)
+    take(stream, 3)
+    saved = json.loads(stream.state())
+    assert saved["loader"].keys() == {"SavableDataLoaderState"}
+
+
+class MakesFolder:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("order", ["buffer", "planned"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_position_that_is_a_pickle_is_refused_and_not_run(world, tmp_path, archive, order):
+    tokenizer, a, _ = world
+    evil, buffer = MakesFolder(tmp_path / "ran"), io.BytesIO()
+    torch.save(evil, buffer)
+    stream = open_stream(data_settings(a, order=order), tokenizer)
+    with pytest.raises(UserError, match=r"position is a pickle, .* so it is refused: finish the stage with"):
+        stream.restore(buffer.getvalue() if archive else pickle.dumps(evil))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (None, "no state of Energon's loader, but a NoneType"),
+        ({"FlexState": {}}, "no state of Energon's loader, but a FlexState"),
+        ({"os.system": ["true"]}, "names a 'os.system'"),
+        ({"ndarray": ["object", {"bytes": ""}]}, "numbers of type 'object'"),
+        ({"SliceState": {"index": 0, "current": 0, "more": 0}}, "unexpected keyword argument 'more'"),
+        ({"tuple": [], "bytes": ""}, "too many values"),
+    ],
+)
+def test_a_position_of_anything_else_is_refused(world, loader, reason):
+    tokenizer, a, _ = world
+    stream = PackStream(data_settings(a), tokenizer)
+    saved = {**json.loads(stream.state()), "loader": loader}
+    with pytest.raises(UserError, match=f"position cannot be read: .*{reason}"):
+        stream.restore(json.dumps(saved).encode())
+    for damaged in (b"", b"[]", b"{}", b"\xff", b"[" * 100_000):
+        with pytest.raises(UserError, match="position cannot be read"):
+            stream.restore(damaged)
 
 
 def break_samples(dataset, broken):

@@ -176,10 +176,7 @@ class PlannedStream(Iterator[PackedBatch]):
         Raises UserError if it belongs to another stream, or was saved in the middle of a step and steps are now shared
         out otherwise: to other ranks, or by other costs of packs.
         """
-        saved = json.loads(state)
-        changed = differences(saved["identity"], json.loads(json.dumps(self._identity)))
-        if changed:
-            raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
+        saved = read_position(state, self._identity)
         same_steps = (saved["batch"], saved["ranks"]) == (self._batch, self._world_size)
         if (saved["of_next_step"] and not same_steps) or saved["packs"] % self._batch:
             raise UserError(
@@ -218,6 +215,28 @@ def _as_it_is(pack: Any) -> Any:
 def deciding(settings: DataSettings, names: Collection[str]) -> dict[str, Any]:
     """The settings called ``names``, as they are kept in a saved position."""
     return {name: value for name, value in settings.flat().items() if name in names}
+
+
+def read_position(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a saved position holds; UserError unless it is of the stream that ``identity`` describes, and JSON.
+
+    Streams with ``reading.order: buffer`` once saved pickles. Unpickling runs what the file asks for, so they are not
+    read any more.
+    """
+    if state.startswith((b"PK", b"\x80")):  # torch.save's archive, a bare pickle
+        raise UserError(
+            "the saved data position is a pickle, as reading.order: buffer wrote before 2026-11-25; reading it could "
+            "run code, so it is refused: finish the stage with the version that saved it, or remove the stage's "
+            "checkpoints and train it again"
+        )
+    try:
+        saved: dict[str, Any] = json.loads(state)
+        changed = differences(dict(saved["identity"]), json.loads(json.dumps(identity)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"the saved data position cannot be read: {type(error).__name__}: {error}") from None
+    if changed:
+        raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
+    return saved
 
 
 def differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

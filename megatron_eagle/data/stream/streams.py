@@ -7,22 +7,23 @@ Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks
 """
 
 import gc
-import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, reraise_exception
 
 from megatron_eagle.compat.energon import load_blend, open_loader
+from megatron_eagle.compat.energon_state import decode_state, encode_state
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
-from megatron_eagle.data.stream.planned import PlannedStream, deciding, differences
+from megatron_eagle.data.stream.planned import PlannedStream, deciding, read_position
 from megatron_eagle.errors import UserError
 
 # Energon prints every thread's stack when a reader is silent for a minute; filling the first buffer may take longer.
@@ -173,25 +174,24 @@ class PackStream(Iterator[PackedBatch]):
         )
 
     def state(self) -> bytes:
-        """The position after the pack returned last, to be kept with the model's checkpoint."""
-        buffer = io.BytesIO()
-        torch.save({"identity": self._identity, "position": self._loader.save_state_rank()}, buffer)
-        return buffer.getvalue()
+        """The position after the pack returned last, as JSON, to be kept with the model's checkpoint."""
+        loader = encode_state(self._loader.save_state_rank())
+        return json.dumps({"identity": self._identity, "loader": loader}).encode()
 
     def restore(self, state: bytes) -> None:
         """Continues after ``state`` with exactly the packs that followed it.
 
-        The state is a pickle: restore only what this program saved. Raises UserError if the stream that was saved had
-        other settings, ranks, workers or seed, because its continuation would not be the same stream.
+        Raises UserError if the stream that was saved had other settings, ranks, workers or seed, because its
+        continuation would not be the same stream, and if the state is damaged or the pickle that it once was.
         """
-        saved = torch.load(io.BytesIO(state), weights_only=False)
-        identity = saved["identity"]
-        # Older positions also hold settings that no pack depends on.
-        settings = {name: value for name, value in identity["settings"].items() if name in ORDERING}
-        _check_identity({**identity, "settings": settings}, self._identity)
+        saved = read_position(state, self._identity)
+        try:
+            position = decode_state(saved.get("loader"))
+        except ValueError as error:
+            raise UserError(f"the saved data position cannot be read: {error}") from None
         self._packs = None
         self._loader = self._new_loader()
-        self._loader.restore_state_rank(saved["position"])
+        self._loader.restore_state_rank(position)
 
     def close(self) -> None:
         """Ends the reader processes, which takes Energon up to five seconds each; the stream cannot be used after."""
@@ -208,9 +208,3 @@ def _check_sources(settings: DataSettings, readers: int) -> None:
         samples = sum(shard_counts(source.path).values())
         if samples < readers:
             raise UserError(f"{source.path}: {samples} samples cannot be shared out over {readers} readers")
-
-
-def _check_identity(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    changed = differences(saved, own)
-    if changed:
-        raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
