@@ -88,7 +88,6 @@ def test_every_package_has_its_place() -> None:
     assert present == set(ORDER)
 
 
-@pytest.mark.xfail(reason="config, checkpoint and flops are still being moved")
 @pytest.mark.parametrize(("order", "part"), [(ORDER, 1), (DATA_ORDER, 2)], ids=["packages", "data"])
 def test_no_import_goes_up(order: tuple[str, ...], part: int) -> None:
     assert upward(FILES, order, part) == []
