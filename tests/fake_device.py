@@ -20,12 +20,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, storage_key, tree_leaves
 
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 _PACKAGES = ("megatron_eagle/", "megatron/core/", "eagle_kernels/", "tests/")
-_NOT_CALLERS = ("tests/fake_device.py", "megatron_eagle/compat/platform.py")
+_NOT_CALLERS = ("tests/fake_device.py", "megatron_eagle/compat/cpu.py")
 _SIZED_BY_VALUES = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim",
     "unique_consecutive", "repeat_interleave",
@@ -51,15 +51,15 @@ class _Book:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def has(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._storages
+        return isinstance(value, Tensor) and storage_key(value.untyped_storage()) in self._storages
 
     def put(self, value: Any) -> None:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
-            self._storages[storage._cdata] = storage
+            self._storages[storage_key(storage)] = storage
 
     def take(self, value: Tensor) -> None:
-        self._storages.pop(value.untyped_storage()._cdata, None)
+        self._storages.pop(storage_key(value.untyped_storage()), None)
 
     def wait(self, operation: str) -> None:
         self.waits[operation, _caller()] += 1

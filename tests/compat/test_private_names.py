@@ -22,6 +22,8 @@ IN_TESTS: dict[str, set[str]] = {
     "tests/compat/test_torch_dispatch.py": {"getattr(torch.ops.c10d, operation).default._schema"},
     # How long a reader process that ended is waited for: five seconds at each teardown otherwise.
     "tests/data/test_stream.py": {"torch.utils.data._utils"},
+    # Where the backward pass begins, which runs in C++.
+    "tests/fake_device.py": {"torch.autograd._engine_run_backward"},
     # The kernels' tests run without the trainer, so without compat.
     "tests/kernels/test_linear_cross_entropy.py": {
         "torch.utils._python_dispatch.TorchDispatchMode",
