@@ -2,8 +2,11 @@
 
 Energon hands out a tree of its own classes and leaves it to ``torch.save``, so restoring it means unpickling, which
 runs whatever a file asks for. Here the tree is written as JSON, every class by its name, and read back by a list of the
-few classes that may stand in it; nothing else is ever made. Which classes those are is Energon's own affair: the list
-is that of the pinned version, and a value of any other type is refused when it is saved, by name.
+few classes that may stand in it; nothing else is ever made. A value of any other type is refused when it is saved.
+
+Leaned on, in ``megatron.energon``: that a state holds nothing but ``savable_loader.SavableDataLoaderState``,
+``SavableDatasetCheckpoint`` and ``SavableDatasetState``, ``rng.SystemRngState``, ``state.FlexState`` and the
+``SliceState`` of ``flavors.webdataset.sample_loader``, which are dataclasses or a dict, and Python's plain values.
 
 JSON's own types stand for themselves; anything else is an object with one key, ``{"bytes": "aGk="}``.
 """

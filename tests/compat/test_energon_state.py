@@ -1,4 +1,4 @@
-"""Energon's state as plain data: what goes in comes back, and what has no plain form is refused by name."""
+"""compat/energon_state.py: what goes in comes back, and what has no plain form is refused by name."""
 
 import dataclasses
 import json
@@ -7,11 +7,40 @@ import random
 import numpy
 import pytest
 import torch
+from contracts import contract
 from megatron.energon.rng import SystemRng
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
+from test_energon import WORKERS, Keeping, make_dataset
 
 from megatron_eagle.compat.energon_state import decode_state, encode_state
+
+
+@contract(
+    "the state of Energon's loader holds another class than compat/energon_state.py knows, or is no longer restored "
+    "from its fields alone: data/stream/streams.py saves positions by it"
+)
+def test_contract_the_state_of_a_loader(tmp_path):
+    from megatron_eagle.compat.energon import load_blend, open_loader
+
+    def open_stream():
+        packs = Keeping().build_train_datasets(
+            **load_blend([(str(tmp_path), 1.0)], WORKERS, max_samples_per_sequence=100),
+            worker_config=WORKERS,
+            batch_size=None,
+            shuffle_buffer_size=2,
+        )
+        return open_loader(packs, pin_memory=False, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)
+
+    make_dataset(tmp_path)
+    loader = open_stream()
+    packs = iter(loader)
+    for _ in range(3):
+        position = json.loads(json.dumps(encode_state(loader.save_state_rank())))
+        following = [sample["__key__"] for sample in next(packs)]
+        again = open_stream()
+        again.restore_state_rank(decode_state(position))
+        assert [sample["__key__"] for sample in next(iter(again))] == following
 
 
 def make_state(**values):
