@@ -192,7 +192,7 @@ def _walk(
     config, layout, gpus = recipe.model.eagle(), recipe.stage_layout(stage), len(places)
     cost, place = tokens_per_tile(config), places[rank]
     batches = [synthetic(pack, config.tile_size, cost, torch.device("meta")) for pack in shapes]
-    with _alone_in_the_world(layout, places, rank) as groups, SymbolicRank(recorded) as symbolic:
+    with alone_in_the_world(layout, places, rank) as groups, SymbolicRank(recorded) as symbolic:
         engine = build_engine(recipe, stage, Platform(torch.device("meta"), "gloo"), groups)
         step = Step(engine, groups, stage, torch.device("cpu"))
         step.collect(step.run(lambda: batches))
@@ -212,7 +212,7 @@ def _walk(
 
 
 @contextmanager
-def _alone_in_the_world(layout: Layout, places: list[RankCoordinates], rank: int) -> Iterator[Groups]:
+def alone_in_the_world(layout: Layout, places: list[RankCoordinates], rank: int) -> Iterator[Groups]:
     """Process groups as process ``rank`` would have them, with nobody at the other end."""
     from megatron.core import parallel_state
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.dry_run.walk import _alone_in_the_world, coordinates
+from megatron_eagle.dry_run.walk import alone_in_the_world, coordinates
 from megatron_eagle.training.log import sample_digest
 from megatron_eagle.training.step_stats import StepStats, collect_stats, gather_rejected
 from megatron_eagle.training.throughput import useful_flops
@@ -94,6 +94,6 @@ class Bytes(TorchDispatchMode):
 def test_messages_do_not_grow_with_the_run(processes, layout, sizes):
     """``processes`` replicas, as the first process of them would see it with nobody at the other end."""
     install()
-    with _alone_in_the_world(layout, coordinates(layout, processes), 0) as groups, Bytes() as seen:
+    with alone_in_the_world(layout, coordinates(layout, processes), 0) as groups, Bytes() as seen:
         collect_stats(torch.ones((), dtype=torch.float64), packs(0), EAGLE, EVERYTHING, groups)
     assert seen.sizes == sizes
