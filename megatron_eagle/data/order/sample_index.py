@@ -40,7 +40,7 @@ from megatron_eagle.data.storage.shards import (
 from megatron_eagle.errors import BrokenSample
 
 INDEX_FOLDER = ".eagle-meta"
-SAMPLES_FOLDER = f"{INDEX_FOLDER}/samples-2"
+SAMPLES_FOLDER = f"{INDEX_FOLDER}/samples-3"
 DESCRIPTION_FILE = "samples.json"
 BROKEN_TOKENS = 0  # in the tokens of a sample that cannot be parsed
 
