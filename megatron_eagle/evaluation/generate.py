@@ -6,7 +6,7 @@ the code path is the one that was trained: no second attention, no key/value cac
 Images go through the encoders once per pack.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.answer_log import Answer
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups
 
@@ -71,14 +72,13 @@ def generate(
     *,
     pack_length: int,
     room: int,
-) -> dict[str, str]:
-    """Greedy answer for every prompt, by identity; all processes of a replica call this with the same packs.
+) -> Iterator[dict[str, Answer]]:
+    """Greedy answers, pack by pack, by identity; all processes of a replica call this with the same packs.
 
     model: this process's part of the model in eval mode (one pipeline chunk). An answer ends at ``<|im_end|>`` or after
     ``room`` tokens.
     """
     eagle: EagleModel = model.module if isinstance(model, Float16Module) else model
-    answers: dict[str, str] = {}
     for pack in packs:
         batch, ends = _lay_out(pack, pack_length, room, tokenizer, device)
         features = eagle.encode(batch.tiles) if groups.is_first_stage and len(batch.tiles) else None
@@ -93,9 +93,11 @@ def generate(
                 break
             ends = ends + 1
             batch.tokens[ends] = following
-        for prompt, tokens in zip(pack, produced, strict=True):
-            answers[prompt.identity] = tokenizer.decode(tokens)
-    return answers
+        speaking = running.tolist()
+        yield {
+            prompt.identity: Answer(tokenizer.decode(tokens), not more)
+            for prompt, tokens, more in zip(pack, produced, speaking, strict=True)
+        }
 
 
 def _lay_out(
