@@ -31,7 +31,8 @@ from megatron_eagle.demo.summary import (
     padding_fraction,
 )
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions, split_questions
+from megatron_eagle.evaluation.questions import questions_of
+from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions
 from megatron_eagle.training.log import read_metrics
 
 SEED = 2026
@@ -133,7 +134,7 @@ def _last(folder: Path, stage: str) -> Description:
 
 
 def _examples(folder: Path) -> list[Example]:
-    heldout = [one for sample in iterate_samples(folder / "data" / "heldout") for one in split_questions(sample)]
+    heldout, _ = questions_of(iterate_samples(folder / "data" / "heldout"))
     images = {one.conversation.id: list(one.images) for one in heldout}
     return [
         Example(

@@ -7,7 +7,7 @@ with every layout.
 Images go through the encoders once per pack.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_eagle.data.order.packing import pack_samples
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.answer_log import Answer
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups
 
@@ -66,14 +67,13 @@ def generate(
     *,
     pack_length: int,
     answer_tokens: int,
-) -> dict[str, str]:
-    """Greedy answer for every prompt, by identity; all processes of a replica call this with the same packs.
+) -> Iterator[dict[str, Answer]]:
+    """Greedy answers, pack by pack, by identity; all processes of a replica call this with the same packs.
 
     model: this process's part of the model in eval mode (one pipeline chunk). An answer ends at ``<|im_end|>`` or after
     ``answer_tokens`` tokens.
     """
     eagle: EagleModel = model.module if isinstance(model, Float16Module) else model
-    answers: dict[str, str] = {}
     for pack in packs:
         batch, ends = _lay_out(pack, pack_length, answer_tokens, tokenizer, device)
         features = eagle.encode(batch.tiles) if groups.is_first_stage and len(batch.tiles) else None
@@ -88,9 +88,11 @@ def generate(
                 break
             ends = ends + 1
             batch.tokens[ends] = following
-        for prompt, tokens in zip(pack, produced, strict=True):
-            answers[prompt.identity] = tokenizer.decode(tokens)
-    return answers
+        speaking = running.tolist()
+        yield {
+            prompt.identity: Answer(tokenizer.decode(tokens), not more)
+            for prompt, tokens, more in zip(pack, produced, speaking, strict=True)
+        }
 
 
 def _lay_out(

@@ -49,9 +49,10 @@ def generate_in_world(recipe_path: str, layout: Layout) -> dict[str, str]:
     groups = initialise(layout, platform, timeout=timedelta(seconds=60))
     model = build_chunks(load_recipe(Path(recipe_path)), layout, platform)[0].eval()
     packs = pack_prompts(make_prompts(), 128, ANSWER_TOKENS)
-    return generate(
+    answers = generate(
         model, packs, SpellingTokenizer(), groups, platform.device, pack_length=128, answer_tokens=ANSWER_TOKENS
     )
+    return {identity: answer.text for pack in answers for identity, answer in pack.items()}
 
 
 def plainly_in_world(recipe_path: str) -> dict[str, str]:

@@ -10,7 +10,9 @@ from megatron_eagle.data.sample.conversation import parse_record
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.shards import StoredSample
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
-from megatron_eagle.evaluation.score import Prediction, _prompts, read_predictions, split_questions
+from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
+from megatron_eagle.evaluation.questions import questions_of
+from megatron_eagle.evaluation.score import Prediction, _prompts, read_predictions
 
 
 def sample(turns: list[tuple[str, str]], images: int) -> StoredSample:
@@ -28,7 +30,8 @@ def test_every_answer_is_asked_for_with_the_turns_and_images_before_it() -> None
         ("human", "<image>q3"),
         ("gpt", "a3"),
     ]
-    questions = split_questions(sample(turns, 2))
+    questions, rejected = questions_of([sample(turns, 2)])
+    assert rejected == {}
     assert [q.conversation.id for q in questions] == ["a#1", "a#2", "a#3"]
     assert [len(q.conversation.turns) for q in questions] == [2, 4, 6]
     assert [q.images for q in questions] == [(b"\0",), (b"\0",), (b"\0", b"\1")]
@@ -36,8 +39,53 @@ def test_every_answer_is_asked_for_with_the_turns_and_images_before_it() -> None
 
 
 def test_a_single_question_keeps_its_id() -> None:
-    (question,) = split_questions(sample([("human", "q"), ("gpt", "a")], 0))
+    (question,), _ = questions_of([sample([("human", "q"), ("gpt", "a")], 0)])
     assert question.conversation.id == "a"
+
+
+def named(identity: str, turns: list[tuple[str, str]]) -> StoredSample:
+    record = {"id": identity, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    return StoredSample(parse_record(record), ())
+
+
+def test_a_question_ends_with_its_own_answer_and_what_cannot_be_asked_is_named() -> None:
+    samples = [
+        named("trail", [("human", "first?"), ("gpt", "one"), ("human", "second?")]),
+        named("greets", [("gpt", "Hello"), ("human", "then?"), ("gpt", "reply")]),
+        named("only", [("gpt", "Only me")]),
+        named("system", [("system", "Be brief."), ("gpt", "Yes.")]),
+        named("empty", [("human", "What?"), ("gpt", " ")]),
+    ]
+    questions, rejected = questions_of(samples)
+    asked = {q.conversation.id: [turn.text for turn in q.conversation.turns] for q in questions}
+    assert asked == {"trail": ["first?", "one"], "greets#2": ["Hello", "then?", "reply"]}
+    assert rejected == {
+        "greets#1": "answer 1 has no question before it",
+        "only": "answer 1 has no question before it",
+        "system": "answer 1 has no question before it",
+        "empty": "answer 1 is empty",
+    }
+    assert len(questions) + len(rejected) == 6, "one fate for every answer"
+
+
+def test_two_questions_never_share_an_id() -> None:
+    two = [("human", "q1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2")]
+    one = [("human", "other"), ("gpt", "answer")]
+    questions, _ = questions_of([named("x", two), named("x#1", one), named("x", two), named("x#1~2", one)])
+    ids = [question.conversation.id for question in questions]
+    assert ids == ["x#1", "x#2", "x#1~2", "x#1~3", "x#2~2", "x#1~2~2"]
+
+
+def test_answers_are_kept_through_a_torn_line_and_only_for_the_same_run(tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path)
+    assert log.open({"checkpoint": "a"}) == {}
+    log.append(0, True, {"x": Answer("one", True), "ü": Answer("zwei\n", False)})
+    with (log.folder / "answers_00000.jsonl").open("a") as file:
+        file.write('{"id": "torn", "looking": tr')
+    log.append(0, False, {"x": Answer("blank", True)})
+    kept = {("x", True): Answer("one", True), ("ü", True): Answer("zwei\n", False), ("x", False): Answer("blank", True)}
+    assert AnswerLog(tmp_path).open({"checkpoint": "a"}) == kept
+    assert AnswerLog(tmp_path).open({"checkpoint": "b"}) == {}
 
 
 def test_only_surrounding_space_is_forgiven() -> None:
