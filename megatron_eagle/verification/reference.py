@@ -66,10 +66,9 @@ class ReferenceEagle(nn.Module):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a few steps give: each step's loss and gradient norm, the first gradients and the last weights by name."""
+    """What a few steps give: each step's loss, the first gradients and the last weights by name."""
 
     losses: list[float]
-    grad_norms: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
 
@@ -98,7 +97,6 @@ def expected_steps(
         eps=optimizer.eps,
     )
     losses: list[float] = []
-    norms: list[float] = []
     gradients: dict[str, Tensor] = {}
     for packs in steps:
         adam.zero_grad()
@@ -106,10 +104,10 @@ def expected_steps(
         loss.backward()
         if not gradients:
             gradients = {name: _gradient(p) for name, p in learning.items()}
-        norms.append(float(nn.utils.clip_grad_norm_(learning.values(), optimizer.clip_grad)))
+        nn.utils.clip_grad_norm_(learning.values(), optimizer.clip_grad)
         adam.step()
         losses.append(float(loss.detach()))
-    return Expected(losses, norms, gradients, {name: t.detach().clone() for name, t in model.state_dict().items()})
+    return Expected(losses, gradients, {name: t.detach().clone() for name, t in model.state_dict().items()})
 
 
 def square_root_average(model: ReferenceEagle, packs: Sequence[PackedBatch]) -> Tensor:
