@@ -1,7 +1,7 @@
 """Packaging of megatron-eagle: what is installed, and which packages it needs.
 
 Versions are pinned in one place, constraints.txt, exactly to what the tests were run with (docs/decisions.md).
-tests/packaging/test_versions.py holds every other mention of a version against it, and these names against the imports.
+tests/install/test_pins.py holds every other mention of a version against it, and these names against the imports.
 """
 
 from pathlib import Path

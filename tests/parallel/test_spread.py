@@ -11,7 +11,7 @@ import spread_cases as cases
 import torch
 from PIL import Image
 from spread_cases import ALL, STEPS, Outcome, make_step, with_spread
-from test_train import metrics, train, weights
+from train_cases import metrics, train, weights
 
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.reading import Tiling

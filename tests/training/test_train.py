@@ -15,58 +15,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from train_cases import losses, metrics, train, weights
 
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.conversion.torch_dist import TorchDist
 from megatron_eagle.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-def train(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Runs in every process of a world; returns this process's weights after the stage."""
-    from datetime import timedelta
-
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.training.loop import StageRun
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path), overrides)
-    platform = install()
-    chosen = recipe.stage(stage)
-    groups = initialise(recipe.stage_layout(chosen), platform, timeout=timedelta(minutes=1))
-    run = StageRun(recipe, chosen, RunFolder(Path(runs) / recipe.name), platform, groups)
-    run.train()
-    return {}
-
-
-def weights(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Runs in a world of one; every weight of a stage's newest checkpoint."""
-    from datetime import timedelta
-
-    from megatron_eagle.checkpoint.files import find_latest, load_weights
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.parallel.groups import initialise
-    from megatron_eagle.training.engine import build_chunks
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path), overrides)
-    platform = install()
-    initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
-    models = build_chunks(recipe, recipe.layout, platform)
-    if stage:
-        checkpoint = find_latest(RunFolder(Path(runs) / recipe.name).stage_checkpoints(stage))
-        load_weights(checkpoint, models)
-    return {name: tensor.detach().clone() for name, tensor in models[0].named_parameters()}
-
-
-def metrics(runs: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (runs / "small" / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(runs: Path) -> list[tuple[str, int, float, str]]:
-    return [(entry["stage"], entry["step"], entry["loss"], entry["sample_digest"]) for entry in metrics(runs)]
 
 
 def test_stage_one_changes_the_connector_and_nothing_else(small_run, worlds, tmp_path: Path) -> None:
