@@ -120,6 +120,7 @@ def test_torch_outside_megatron_is_untouched():
     assert torch.zeros(2).type(torch.int64).dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_modules_imported_before_are_treated_too():
     """In a process of its own, because the order of imports is the point."""
     program = (

@@ -110,6 +110,7 @@ def test_untied_mixture_from_three_parts(tmp_path):
     assert check(tmp_path / "in", tmp_path / "out").equal
 
 
+@pytest.mark.slow
 def test_siglip_and_dinov2_as_transformers_saves_it(tmp_path):
     """At twice the tile size that they were trained at; the proof compares logits with transformers' own modules."""
     _, _, vision, _ = write_parts(tmp_path, "eagle2-1b", rows=480)

@@ -225,6 +225,7 @@ def test_a_split_vocabulary_gives_what_the_whole_gives(two_ranks, name, case):
     torch.testing.assert_close(parts.double(), weight.grad, **close)
 
 
+@pytest.mark.slow
 def test_ranks_agree_bit_for_bit_and_shares_add_up(two_ranks):
     first, second = two_ranks
     for key in ("loss", "tokens", "hidden"):

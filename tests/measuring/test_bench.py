@@ -59,6 +59,7 @@ def test_a_run_leaves_a_report_with_a_picture_and_a_trace(report):
         assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
 
 
+@pytest.mark.slow
 def test_two_reports_are_set_beside_each_other(report, tmp_path):
     (data,) = report[0].glob("*.json")
     before = read_measurement(data)

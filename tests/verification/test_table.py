@@ -28,12 +28,14 @@ def pairs_of(row: Row) -> set:
     return set(itertools.combinations([(item.name, getattr(row, item.name)) for item in fields(row)], 2))
 
 
+@pytest.mark.slow
 def test_the_quick_table_holds_every_pair_of_options_that_can_occur() -> None:
     whole = set().union(*(pairs_of(row) for row in whole_table(4)))
     quick = set().union(*(pairs_of(row) for row in quick_table(4)))
     assert quick == whole
 
 
+@pytest.mark.slow
 def test_the_whole_table_is_the_product_of_what_is_possible() -> None:
     everything = [Row(**dict(zip(OPTIONS, values, strict=True))) for values in itertools.product(*OPTIONS.values())]
     expected = {row for row in everything if row.processes <= 2 and possible(row)}
