@@ -102,6 +102,8 @@ class _Calls(TorchFunctionMode):
         if name in _WHOLE_TO_HOST and book.has(args[0]):
             book.wait(name)
             return self._copy(args[0], on_device=False) if name == "cpu" else func(*args, **kwargs)
+        if func is torch.tensor and any(book.has(leaf) for leaf in tree_leaves(args)):
+            book.wait("tensor of tensors")  # which it reads one by one
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE:
             book.wait("tensor")
             made = func(*args, **{**kwargs, "device": HOST})
