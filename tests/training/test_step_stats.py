@@ -8,10 +8,9 @@ import pytest
 import torch
 from eagle_cases import EAGLE, pack
 from spread_cases import with_spread
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_eagle.compat.platform import install
+from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, tree_leaves
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.dry_run.walk import alone_in_the_world, coordinates
 from megatron_eagle.training.log import sample_digest
