@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_eagle.checkpoint.files import Description, find_latest, read_description
 from megatron_eagle.config.recipe import Recipe, load_recipe
 from megatron_eagle.data.build.dataset import build_dataset
-from megatron_eagle.data.sample.conversation import MARKER, ROLES
+from megatron_eagle.data.sample.conversation import ROLES
+from megatron_eagle.data.sample.markers import MARKER
 from megatron_eagle.data.sample.tokenizer import train_sentencepiece
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.demo.dataset import Quality, Split, generate

@@ -7,7 +7,6 @@ without a question before it, an answer that is empty. Every question has an id 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from megatron_eagle.data.sample.conversation import MARKER, VIDEO_MARKER
 from megatron_eagle.data.storage.shards import StoredSample
 
 
@@ -59,12 +58,6 @@ def _split(sample: StoredSample) -> Iterable[tuple[str, StoredSample | None, str
 
 def _until(sample: StoredSample, end: int) -> StoredSample:
     """``sample`` with its first ``end`` turns and the media that they show."""
-    turns = sample.conversation.turns[:end]
-    images, videos = (sum(turn.text.count(kind) for turn in turns) for kind in (MARKER, VIDEO_MARKER))
-    conversation = replace(
-        sample.conversation,
-        turns=turns,
-        images=sample.conversation.images[:images],
-        videos=sample.conversation.videos[:videos],
-    )
+    conversation = sample.conversation.before(end)
+    images, videos = len(conversation.images), len(conversation.videos)
     return StoredSample(conversation, sample.images[:images], sample.videos[:videos])

@@ -15,7 +15,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class SampleIndex:
     identity: same for the same shards. keys, ids: one per sample. image_sizes: int32 [m, 2], width and height of all
     images, upright; first_image: int64 [n + 1], where each sample's images begin. videos: float64 [v, 4], width,
     height, seconds and frames a second; first_video: int64 [n + 1]. broken: reasons, by sample number.
+    video_numbers: by sample number, of those whose videos are not numbered 1, 2, 3, ...
     """
 
     path: Location
@@ -84,6 +85,7 @@ class SampleIndex:
     videos: NDArray[np.float64]
     first_video: Ints
     broken: dict[int, str]
+    video_numbers: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -95,6 +97,7 @@ class SampleIndex:
         return Pictures(
             tuple((int(width), int(height)) for width, height in own),
             tuple(VideoInfo(int(w), int(h), float(seconds), float(rate)) for w, h, seconds, rate in videos),
+            self.video_numbers.get(sample, ()),
         )
 
 
@@ -144,6 +147,7 @@ def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
     return Pictures(
         tuple(read_size(image, max_pixels=max_pixels) for image in stored.images),
         tuple(read_info(video, max_pixels=max_pixels) for video in stored.videos),
+        stored.conversation.video_numbers,
     )
 
 
@@ -160,6 +164,11 @@ def _assemble(folder: Location, identity: str, scanned: Sequence[ScannedSample])
         videos=np.array(videos, dtype=np.float64).reshape(-1, 4),
         first_video=np.cumsum([0, *(len(sample.pictures.videos) for sample in scanned)], dtype=np.int64),
         broken={number: sample.reason for number, sample in enumerate(scanned) if sample.reason is not None},
+        video_numbers={
+            number: sample.pictures.video_numbers
+            for number, sample in enumerate(scanned)
+            if sample.pictures.video_numbers
+        },
     )
 
 
@@ -187,7 +196,9 @@ def _save(sample_index: SampleIndex) -> None:
     try:
         for name, array in _arrays(sample_index).items():
             np.save(partial / f"{name}.npy", array)
-        description = {"identity": sample_index.identity, "broken": sample_index.broken}
+        description: dict[str, Any] = {"identity": sample_index.identity, "broken": sample_index.broken}
+        if sample_index.video_numbers:
+            description["video_numbers"] = sample_index.video_numbers
         (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         with contextlib.suppress(FileExistsError):  # another process was faster; it wrote the same
@@ -216,6 +227,7 @@ def _load(folder: Location, identity: str) -> SampleIndex | None:
         videos=array["videos"],
         first_video=array["first_video"],
         broken={int(number): reason for number, reason in description["broken"].items()},
+        video_numbers={int(n): tuple(numbers) for n, numbers in description.get("video_numbers", {}).items()},
     )
 
 

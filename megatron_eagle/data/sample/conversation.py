@@ -4,11 +4,11 @@ Records look like ``{"id": ..., "image": "a.png" or [...], "conversations": [{"f
 "video" like "image". ``<image>`` in a text says where an image is shown, ``<video>`` where a video is, in the order of
 the lists; a record without any marker shows its images and videos before the first human turn (the LLaVA and InternVL
 rule), and one of videos alone may call them ``<image>`` (LLaVA-Video does); any other difference between markers and
-media is an error, never a guess. Tokens follow Eagle (NVlabs/Eagle, ``Eagle2_5/eaglevl/train``): ChatML, turn texts
-stripped, loss on the assistant's words and the <|im_end|> after them.
+media is an error, never a guess. This is the form that shards hold; ``data/build/forms`` reads the field's other forms
+into it. Tokens follow Eagle (NVlabs/Eagle, ``Eagle2_5/eaglevl/train``): ChatML, turn texts stripped, loss on the
+assistant's words and the <|im_end|> after them.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +17,15 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.config.reading import DEFAULT_SYSTEM
+from megatron_eagle.data.sample.markers import (
+    MARKER,
+    MARKERS,
+    VIDEO_MARKER,
+    Kind,
+    count_markers,
+    cut_at_markers,
+    rename_markers,
+)
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import BrokenSample
@@ -30,14 +39,22 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "observation": "observation",
 }
-MARKER = "<image>"
-VIDEO_MARKER = "<video>"
+NUMBERS: dict[Kind, str] = {"image": "image_numbers", "video": "video_numbers"}
+# Fields that hold turns or media in some form. Nobody may take them for a record's other fields.
+CONTENT_FIELDS = frozenset({
+    "image", "images", "image_list", "image_path", "image_url", "image_file", "video", "videos", "video_list",
+    "video_path", "video_url", "data", "messages", "conversation", "conversations", "system", "system_prompt", "tools",
+    "tool_calls", "functions", "audio", "audios", "document", "documents", "history",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turn:
+    """learned: whether an answer is learned; one that is not is read as context. Other turns never are."""
+
     role: Role
     text: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class Conversation:
     turns: at least one; a system turn can only be the first.
     extra: the record's other fields, kept as they are (a task's name, a source, ...).
     videos: as images.
+    image_numbers, video_numbers: number, from 1, of each in the list it came from, which is what the model reads of it;
+        empty if they are 1, 2, 3, ... The same number is the same medium, shown again.
     """
 
     id: str
@@ -56,6 +75,8 @@ class Conversation:
     turns: tuple[Turn, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     videos: tuple[str, ...] = ()
+    image_numbers: tuple[int, ...] = ()
+    video_numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(turn.role != "system" for turn in self.turns):
@@ -63,35 +84,71 @@ class Conversation:
         for number, turn in enumerate(self.turns, 1):
             if turn.role == "system" and number > 1:
                 raise BrokenSample(f"turn {number} is from system, only the first turn can be")
-            for marker in (MARKER, VIDEO_MARKER):
-                if turn.role == "assistant" and marker in turn.text:
-                    raise BrokenSample(f"turn {number}, from gpt/assistant, holds an {marker} marker")
-        for marker, what, names in ((MARKER, "images", self.images), (VIDEO_MARKER, "videos", self.videos)):
-            markers = sum(turn.text.count(marker) for turn in self.turns)
+            for kind, marker in MARKERS.items():
+                if turn.role == "assistant" and count_markers(turn.text, kind):
+                    raise BrokenSample(
+                        f"turn {number}, from gpt/assistant, holds an {marker} marker (the word itself: \\{marker})"
+                    )
+        for kind, marker in MARKERS.items():
+            what, names, numbers = f"{kind}s", self.names(kind), self.numbers(kind)
+            markers = sum(count_markers(turn.text, kind) for turn in self.turns)
             if markers != len(names):
                 relation = "more" if markers > len(names) else "fewer"
                 raise BrokenSample(f"{relation} {marker} markers than {what}: {markers} markers, {len(names)} {what}")
+            if len(numbers) != len(names) or any(number < 1 for number in numbers):
+                raise BrokenSample(f"{len(names)} {what} cannot have the numbers {list(numbers)[:8]}")
+            if len(set(zip(numbers, names, strict=True))) != len(set(numbers)):
+                raise BrokenSample(f"{what} of one number have several names: {list(numbers)[:8]}")
+
+    def names(self, kind: Kind) -> tuple[str, ...]:
+        """The names of all media of a kind, in the order of their markers."""
+        return self.images if kind == "image" else self.videos
+
+    def numbers(self, kind: Kind) -> tuple[int, ...]:
+        """The number of each medium of a kind in the list it came from, from 1."""
+        given = self.image_numbers if kind == "image" else self.video_numbers
+        return given or tuple(range(1, len(self.names(kind)) + 1))
 
     @property
-    def media(self) -> list[tuple[Literal["image", "video"], int]]:
+    def media(self) -> list[tuple[Kind, int]]:
         """Kind and number within its kind of every image and video, in the order of the markers."""
-        counts = {"image": 0, "video": 0}
-        found: list[tuple[Literal["image", "video"], int]] = []
-        for marker in re.findall(f"{MARKER}|{VIDEO_MARKER}", "\n".join(turn.text for turn in self.turns)):
-            kind: Literal["image", "video"] = "image" if marker == MARKER else "video"
-            found.append((kind, counts[kind]))
-            counts[kind] += 1
+        counts: dict[Kind, int] = {"image": 0, "video": 0}
+        found: list[tuple[Kind, int]] = []
+        for turn in self.turns:
+            for marker in cut_at_markers(turn.text, media=True)[1::2]:
+                kind: Kind = "image" if marker == MARKER else "video"
+                found.append((kind, counts[kind]))
+                counts[kind] += 1
         return found
+
+    def before(self, end: int) -> "Conversation":
+        """The first ``end`` turns with the media they show."""
+        turns = self.turns[:end]
+        shown = {kind: sum(count_markers(turn.text, kind) for turn in turns) for kind in MARKERS}
+        return replace(
+            self,
+            turns=turns,
+            images=self.images[: shown["image"]],
+            videos=self.videos[: shown["video"]],
+            image_numbers=self.image_numbers[: shown["image"]],
+            video_numbers=self.video_numbers[: shown["video"]],
+        )
 
     def to_record(self, images: Sequence[str], videos: Sequence[str] = ()) -> dict[str, Any]:
         """The record that ``parse_record`` reads back as this conversation, with other names for its media."""
-        turns = [{"from": turn.role, "value": turn.text} for turn in self.turns]
-        media = {"image": list(images), **({"video": list(videos)} if videos else {})}
+        turns = [
+            {"from": turn.role, "value": turn.text, **({} if turn.learned else {"loss": False})} for turn in self.turns
+        ]
+        media: dict[str, Any] = {"image": list(images), **({"video": list(videos)} if videos else {})}
+        for kind, name in NUMBERS.items():
+            given = self.image_numbers if kind == "image" else self.video_numbers
+            if given and given != tuple(range(1, len(given) + 1)):
+                media[name] = list(given)
         return {**self.extra, "id": self.id, **media, "conversations": turns}
 
 
 def parse_record(record: Any, *, default_id: str | None = None) -> Conversation:
-    """Checks a decoded JSON record; raises BrokenSample with the reason.
+    """Checks a decoded JSON record of a shard; raises BrokenSample with the reason.
 
     default_id: stands in for a missing id; without it a record must have one.
     """
@@ -99,12 +156,32 @@ def parse_record(record: Any, *, default_id: str | None = None) -> Conversation:
         raise BrokenSample(f"record is a JSON {type(record).__name__}, not an object")
     turns = [_parse_turn(turn, number) for number, turn in enumerate(_list_of_turns(record), 1)]
     images, videos = (_parse_names(record.get(kind), kind) for kind in ("image", "video"))
-    extra = {name: value for name, value in record.items() if name not in ("id", "image", "video", "conversations")}
+    known = ("id", "image", "video", "conversations", *NUMBERS.values())
+    extra = {name: value for name, value in record.items() if name not in known}
+    for name in extra.keys() & CONTENT_FIELDS:
+        if extra[name] not in (None, "", [], {}):
+            raise BrokenSample(f"field {name!r} is not one of a shard's record; 'data build' reads other forms")
+    numbers = [_parse_numbers(record.get(name), name) for name in NUMBERS.values()]
     turns = _place_media(turns, len(images), len(videos))
-    conversation = Conversation(record_id(record, default_id), images, tuple(turns), extra, videos)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise BrokenSample("nothing to learn: no turn from gpt/assistant")
+    conversation = Conversation(record_id(record, default_id), images, tuple(turns), extra, videos, *numbers)
+    check_learned(conversation)
     return conversation
+
+
+def check_learned(conversation: Conversation) -> None:
+    """Raises BrokenSample if no answer is learned."""
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    if not answers:
+        raise BrokenSample("nothing to learn: no turn from gpt/assistant")
+    if not any(turn.learned for turn in answers):
+        raise BrokenSample("nothing to learn: no answer is learned ('loss' or 'weight' says so)")
+
+
+def _parse_numbers(value: Any, name: str) -> tuple[int, ...]:
+    given = [] if value is None else value
+    if not isinstance(given, list) or not all(isinstance(number, int) for number in given):
+        raise BrokenSample(f"{name!r} is no list of whole numbers")
+    return tuple(given)
 
 
 def record_id(record: Any, default: str | None = None) -> str:
@@ -113,7 +190,7 @@ def record_id(record: Any, default: str | None = None) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value:
-        return _valid_unicode(value, "id")
+        return valid_unicode(value, "id")
     if value is None and default is not None:
         return default
     raise BrokenSample("record has no id" if value is None else f"id is neither text nor a whole number: {value!r}")
@@ -136,10 +213,13 @@ def _parse_turn(turn: Any, number: int) -> Turn:
         raise BrokenSample(f"turn {number} is from {name!r}; known are {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise BrokenSample(f"turn {number} has a {type(text).__name__} as its value, not text")
-    return Turn(ROLES[name], _valid_unicode(text.strip(), f"turn {number}"))
+    learned = turn.get("loss", True)
+    if not isinstance(learned, bool):
+        raise BrokenSample(f"turn {number} has a {type(learned).__name__} as its 'loss', not true or false")
+    return Turn(ROLES[name], valid_unicode(text.strip(), f"turn {number}"), learned)
 
 
-def _valid_unicode(text: str, where: str) -> str:
+def valid_unicode(text: str, where: str) -> str:
     """JSON can spell half a character (a lone surrogate), which is no text and cannot be encoded."""
     try:
         text.encode()
@@ -157,9 +237,9 @@ def _parse_names(value: Any, kind: str) -> tuple[str, ...]:
 
 def _place_media(turns: list[Turn], images: int, videos: int) -> list[Turn]:
     """Without any marker, all images and then all videos go before the first human turn's text."""
-    found = {marker: sum(turn.text.count(marker) for turn in turns) for marker in (MARKER, VIDEO_MARKER)}
-    if not images and videos and found == {MARKER: videos, VIDEO_MARKER: 0}:
-        return [replace(turn, text=turn.text.replace(MARKER, VIDEO_MARKER)) for turn in turns]
+    found = {kind: sum(count_markers(turn.text, kind) for turn in turns) for kind in MARKERS}
+    if not images and videos and found == {"image": videos, "video": 0}:
+        return [replace(turn, text=rename_markers(turn.text, lambda mark: VIDEO_MARKER)) for turn in turns]
     if any(found.values()):
         return turns
     markers = f"{MARKER}\n" * images + f"{VIDEO_MARKER}\n" * videos
@@ -201,7 +281,7 @@ def encode_conversation(
     videos: frames of each video. A frame's words are tokenised by themselves, so that tokens of text and of frames can
         be counted apart.
     """
-    writer = _Writer(tokenizer, tiles, tokens_per_tile, videos)
+    writer = _Writer(conversation, tokenizer, tiles, tokens_per_tile, videos)
     writer.turns(conversation.turns, system)
     return writer.finish()
 
@@ -220,7 +300,7 @@ def encode_prompt(
     It is exactly the beginning of what ``encode_conversation`` gives; no label is learned.
     """
     ends_with_answer = conversation.turns[-1].role == "assistant"
-    writer = _Writer(tokenizer, tiles, tokens_per_tile, videos)
+    writer = _Writer(conversation, tokenizer, tiles, tokens_per_tile, videos)
     writer.turns(conversation.turns[:-1] if ends_with_answer else conversation.turns, system)
     writer.header("assistant")
     prompt = writer.finish()
@@ -232,12 +312,15 @@ class _Writer:
 
     def __init__(
         self,
+        conversation: Conversation,
         tokenizer: Tokenizer,
         tiles: Sequence[int],
         tokens_per_tile: int,
         videos: Sequence[Sequence[ShownFrame]],
     ) -> None:
         self._tokenizer = tokenizer
+        self._numbers = conversation.numbers("image")
+        self._media = bool(conversation.images or conversation.videos)
         self._tiles, self._videos = tiles, videos
         self._tokens_per_tile = tokens_per_tile
         self._images = self._films = 0
@@ -255,19 +338,19 @@ class _Writer:
             turns = [Turn("system", system), *turns]
         for turn in turns:
             self.header(turn.role)
-            self._content(turn.text, learned=turn.role == "assistant")
+            self._content(turn.text, learned=turn.role == "assistant" and turn.learned)
 
     def header(self, role: Role) -> None:
         self._append([self._tokenizer.im_start, *self._tokenizer.encode(f"{role}\n")])
 
     def _content(self, text: str, *, learned: bool) -> None:
         # An image always ends with one newline of its own, so the one that usually follows a marker is taken with it.
-        first, *rest = re.split(f"({MARKER}|{VIDEO_MARKER})\n?", text)
-        piece = first
+        piece, *rest = cut_at_markers(text, media=self._media)
         for marker, following in zip(rest[::2], rest[1::2], strict=True):
             if marker == MARKER:
                 # Images are numbered when there are several (NVlabs/Eagle's training data preparation).
-                number = f"<image {self._images + 1}>" if len(self._tiles) > 1 else ""
+                several = len(set(self._numbers)) > 1
+                number = f"<image {self._numbers[self._images]}>" if several else ""
                 self._append(self._tokenizer.encode(piece + number), learned)
                 self._picture(self._tiles[self._images])
                 self._images += 1
@@ -277,7 +360,7 @@ class _Writer:
                     self._append(self._tokenizer.encode(frame.words))
                     self._picture(frame.tiles)
                 self._films += 1
-            piece = f"\n{following}"
+            piece = "\n" + following.removeprefix("\n")
         self._append(self._tokenizer.encode(piece), learned)
         self._append([self._tokenizer.im_end], learned)
         self._append(self._tokenizer.encode("\n"))

@@ -21,10 +21,18 @@ WORDS_KEPT = 200_000  # texts before a frame, whose tokens are remembered
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a sample has to show: (width, height) of each image, upright, and what is known of each video."""
+    """What a sample has to show: (width, height) of each image, upright, and what is known of each video.
+
+    video_numbers: as in ``Conversation``; they are part of the words before a video.
+    """
 
     sizes: tuple[tuple[int, int], ...] = ()
     videos: tuple[VideoInfo, ...] = ()
+    video_numbers: tuple[int, ...] = ()
+
+    def video_number(self, place: int) -> int:
+        """Number, from 0, of the video shown at ``place``, in the list it came from."""
+        return self.video_numbers[place] - 1 if self.video_numbers else place
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,13 @@ class VisualPlanner:
     def _assemble(
         self, tiling: Tiling, tiles: tuple[int, ...], pictures: Pictures, frames: Sequence[int]
     ) -> VisualPlan:
-        clips = tuple(self._clip(i, info, n) for i, (info, n) in enumerate(zip(pictures.videos, frames, strict=True)))
+        clips = tuple(self._clips(pictures, frames))
         tokens = sum(tiles) * self.settings.tokens_per_tile + sum(clip.tokens for clip in clips)
         return VisualPlan(tiling, tiles, clips, tokens)
+
+    def _clips(self, pictures: Pictures, frames: Sequence[int]) -> list[Clip]:
+        pairs = enumerate(zip(pictures.videos, frames, strict=True))
+        return [self._clip(pictures.video_number(place), info, count) for place, (info, count) in pairs]
 
     def _clip(self, video: int, info: VideoInfo, frames: int) -> Clip:
         s = self.settings
@@ -146,7 +158,7 @@ class VisualPlanner:
         wanted = [wanted_frames(s.reading.video, info) for info in pictures.videos]
         least = [min(s.reading.video.least_frames, most) for most in wanted]
         room = s.pack_length
-        clips = [self._clip(i, info, n) for i, (info, n) in enumerate(zip(pictures.videos, wanted, strict=True))]
+        clips = self._clips(pictures, wanted)
         words = [max(map(self._count, clip.words[1:] or clip.words)) for clip in clips]
         headers = sum(max(0, self._count(clip.words[0]) - own) for clip, own in zip(clips, words, strict=True))
         on_top = [
