@@ -23,6 +23,7 @@ TRAINER = [
     "numpy",
     "pillow",
     "psutil",
+    "pyarrow",
     "pydantic",
     "pyyaml",
     "safetensors",

@@ -17,12 +17,13 @@ def add(actions: Verbs) -> None:
         "build",
         "conversations, media with captions, or a WebDataset to Energon shards",
         "SOURCE is one of\n"
-        '  a JSONL file, each line in the LLaVA/ShareGPT form {"id", "image" and "video": path or list of paths,\n'
-        '    "conversations": [{"from", "value"}]}; paths are relative to its folder;\n'
+        '  a JSONL file or a JSON array, also in gzip, or Parquet; records are conversations {"from", "value"} or\n'
+        '    messages {"role", "content"} with images and videos as paths relative to its folder (docs/data.md);\n'
         "  a folder of images and videos, each with a caption in a .txt of the same name, or a .json with a caption\n"
-        "    or a whole record;\n"
-        "  a tar file of such files, or a folder of tar files (WebDataset).\n"
-        "Bad samples are listed in OUT/rejected.jsonl with place, id and reason; the rest is kept. After a kill,\n"
+        "    or a whole record, or with Hugging Face's metadata.jsonl;\n"
+        "  a tar or tar.gz of such files, or a folder of tar (WebDataset) or of Parquet files.\n"
+        "Bad samples are listed in OUT/rejected.jsonl with place, id and reason; the rest is kept. A record with a\n"
+        "key that is not understood is bad. Files of a folder or a tar that are not used are counted. After a kill,\n"
         "the same command goes on where it was. Many machines can share the work, each with its --part, and 'data\n"
         "join' makes one data set of it.",
         "  megatron-eagle data build samples.jsonl data/train --max-rejected 10\n"
@@ -33,6 +34,13 @@ def add(actions: Verbs) -> None:
     build.add_argument("out", type=Path, metavar="OUT")
     build.add_argument("--media-root", type=Path, default=None, help="folder of a JSONL's media (default: its own)")
     build.add_argument("--prompt", help="question that a mere caption answers (default: 'Describe this in detail.')")
+    build.add_argument(
+        "--ignore-keys",
+        type=_keys,
+        default=(),
+        metavar="A,B",
+        help="keys of records to leave out though they are not understood; 'all' for every such key",
+    )
     _add_max_rejected(build)
     build.add_argument(
         "--samples-per-shard", type=int, default=1000, help="samples of SOURCE for one tar file (default: 1000)"
@@ -76,6 +84,14 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    """A,B,C."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of keys such as a,b")
+    return names
+
+
 def _data_build(options: argparse.Namespace) -> None:
     from megatron_eagle.data.build.dataset import Part, build_dataset
     from megatron_eagle.data.build.sources import DEFAULT_PROMPT
@@ -89,9 +105,11 @@ def _data_build(options: argparse.Namespace) -> None:
         samples_per_shard=options.samples_per_shard,
         workers=options.workers,
         part=Part(*options.part) if options.part else None,
+        ignore_keys=options.ignore_keys,
     )
     what = f"{options.out}, part {options.part[0]}/{options.part[1]}" if options.part else options.out
     print(f"{what}: {_counts(report)}")
+    _print_rest(report)
     if options.part:
         print(f"when all {options.part[1]} parts are done: megatron-eagle data join {options.out}")
 
@@ -99,12 +117,26 @@ def _data_build(options: argparse.Namespace) -> None:
 def _data_join(options: argparse.Namespace) -> None:
     from megatron_eagle.data.build.dataset import join_parts
 
-    print(f"{options.out}: {_counts(join_parts(options.out, max_rejected=options.max_rejected))}")
+    report = join_parts(options.out, max_rejected=options.max_rejected)
+    print(f"{options.out}: {_counts(report)}")
+    _print_rest(report)
 
 
 def _counts(report: "BuildReport") -> str:
     before = f", {report.resumed} of {report.shards} shards were there already" if report.resumed else ""
     return f"{report.read} samples read, {report.written} written, {report.rejected} rejected{before}"
+
+
+def _print_rest(report: "BuildReport") -> None:
+    """What became of the source's files, and of ids that repeat."""
+    if report.files is not None:
+        files = report.files
+        rejected = f" + {files.rejected} in rejected samples" if files.rejected else ""
+        left = f": {', '.join(files.reasons)}" if files.left else ""
+        print(f"files: {files.total} = {files.used} used{rejected} + {files.left} left{left}")
+    if report.renamed:
+        first = report.renamed_first[:100]
+        print(f"ids: {report.renamed} repeat and were made unique by their place, such as {first!r}")
 
 
 def _data_check(options: argparse.Namespace) -> None:

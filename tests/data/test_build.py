@@ -74,7 +74,7 @@ def test_same_input_same_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
-    """Three good lines among every kind of bad one."""
+    """Four good lines, two of one id, among every kind of bad one."""
     folder = tmp_path_factory.mktemp("messy")
     whole = image_bytes((300, 200), "red", "JPEG")
     (folder / "good.jpg").write_bytes(whole)
@@ -120,7 +120,6 @@ REASONS = {
     6: ("folder", "folder", "image folder.png cannot be read: Is a directory"),
     7: ("markers", "markers", "more <image> markers than images"),
     8: ("empty", "empty", "empty conversation"),
-    9: ("duplicate", "good", "duplicate id 'good', first seen in line 1"),
     10: ("latin1", None, "not UTF-8 text: .* at byte 29"),
     12: ("outside", "outside", "outside of the media root"),
     13: ("absolute", "absolute", "outside of the media root"),
@@ -132,12 +131,12 @@ REASONS = {
     21: ("inf", "inf", "NaN or an infinite number"),
     22: ("number", "number", "turn 1 has a float as its value"),
 }
-GOOD = ["good", "also good \u00e9/..", "thin"]
+GOOD = ["good", "good@line-9", "also good \u00e9/..", "thin"]
 
 
 def test_every_bad_line_is_listed_and_the_good_ones_kept(messy, tmp_path):
     report = build_dataset(messy, tmp_path / "out", max_rejected=len(REASONS))
-    assert (report.read, report.written, report.rejected) == (21, 3, 18)
+    assert (report.read, report.written, report.rejected) == (21, 4, 17)
     entries = rejected(tmp_path / "out")
     assert [entry["line"] for entry in entries] == list(REASONS)
     for entry in entries:
@@ -149,13 +148,13 @@ def test_every_bad_line_is_listed_and_the_good_ones_kept(messy, tmp_path):
 
 def test_too_many_bad_lines_fail_and_leave_only_their_list(messy, tmp_path):
     out = tmp_path / "new" / "out"
-    with pytest.raises(UserError, match=r"18 of 21 samples are bad and 17 are allowed.*rejected\.jsonl") as caught:
-        build_dataset(messy, out, max_rejected=17)
+    with pytest.raises(UserError, match=r"17 of 21 samples are bad and 16 are allowed.*rejected\.jsonl") as caught:
+        build_dataset(messy, out, max_rejected=16)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 18
+    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 17
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    build_dataset(messy, out, max_rejected=18)
-    assert check_dataset(out) == 3
+    build_dataset(messy, out, max_rejected=17)
+    assert check_dataset(out) == 4
 
 
 def test_nothing_usable_is_an_error(tmp_path):

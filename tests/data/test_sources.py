@@ -108,9 +108,12 @@ def test_a_folder_of_tars_is_a_webdataset(tmp_path):
     for number in range(2):
         pack_tar(tmp_path / "media", tmp_path / "tars" / f"{number:03d}.tar")
     report = build_dataset(tmp_path / "tars", tmp_path / "out", max_rejected=15)
-    assert (report.read, report.written) == (24, 9)  # "pair" has an id of its own, so the second one is a duplicate
+    assert (report.read, report.written) == (24, 10)
+    # "pair" has an id of its own, so the second one gets its place.
+    assert (report.renamed, report.renamed_first) == (1, "pair@001.tar-two")
     ids = {sample.conversation.id for sample in iterate_samples(tmp_path / "out")}
-    assert ids == {f"{tar}/{key}" for tar in ("000", "001") for key in good if key != "two"} | {"pair"}
+    of_tars = {f"{tar}/{key}" for tar in ("000", "001") for key in good if key != "two"}
+    assert ids == of_tars | {"pair", "pair@001.tar-two"}
     records = make_records(tmp_path, 12)
     build_dataset(write_jsonl(tmp_path, records), tmp_path / "first", samples_per_shard=5)
     build_dataset(tmp_path / "first", tmp_path / "second", samples_per_shard=5)

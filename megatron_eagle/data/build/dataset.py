@@ -16,10 +16,10 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from megatron_eagle.data.build.shard_writer import (
     build_shard,
     read_report,
     shard_name,
+    spool_file,
     write_atomically,
 )
-from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource
+from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource, spool
+from megatron_eagle.data.build.walk import Ledger
 from megatron_eagle.data.order.sample_index import open_sample_index
 from megatron_eagle.errors import UserError
 
@@ -50,7 +52,8 @@ BLOCKS_AHEAD = 2  # of each worker, read but not yet built
 class BuildReport:
     """What became of a source: samples read (blank lines not counted), written, rejected; shards made.
 
-    resumed: shards, of these, that an earlier run had finished.
+    resumed: shards, of these, that an earlier run had finished. renamed: ids that repeat and were made unique by their
+    place; renamed_first: one of them. files: what became of the files of a folder or a tar, None without any.
     """
 
     read: int
@@ -58,6 +61,23 @@ class BuildReport:
     rejected: int
     shards: int
     resumed: int = 0
+    renamed: int = 0
+    renamed_first: str = ""
+    files: "FileReport | None" = None
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """Files of a source: used, in rejected samples, or left; reasons: "count reason (first file)" of those left."""
+
+    used: int
+    rejected: int
+    left: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return self.used + self.rejected + self.left
 
 
 @dataclass(frozen=True)
@@ -86,10 +106,11 @@ def build_dataset(
     workers: int = 1,
     part: Part | None = None,
     progress: bool = True,
+    ignore_keys: Collection[str] = (),
 ) -> BuildReport:
-    """Builds ``out_dir`` from a JSONL file, a tar file, or a folder of media or tar files (``sources.py``).
+    """Builds ``out_dir`` from a file of records, a tar, or a folder of media, tar or Parquet files (``sources.py``).
 
-    media_root: folder that a JSONL's media paths start from, its own by default. Paths that lead out of it, absolute or
+    media_root: folder that a file's media paths start from, its own by default. Paths that lead out of it, absolute or
         by "..", are rejected, so that a downloaded file cannot pull in private pictures; links inside it are followed.
     prompt: the question that a mere caption answers.
     max_rejected: rejected samples that are put up with. With more, nothing is built but ``out_dir/rejected.jsonl``.
@@ -97,13 +118,14 @@ def build_dataset(
     max_pixels: larger images and frames are rejected as decompression bombs.
     workers: processes that read and decode; the shards are the same bytes for any number.
     part: build only this part; ``join_parts`` makes the data set when all are done.
+    ignore_keys: keys of records that are left out though they are not understood; "all" for every such key.
 
     Raises UserError if too many samples are rejected, none is left, the output cannot be written, or ``out_dir``
     already holds something: a finished data set is never overwritten.
     """
     if workers < 1 or samples_per_shard < 1:
         raise UserError(f"workers={workers} and samples_per_shard={samples_per_shard} must be at least 1")
-    given = RecordSource(Path(source), None if media_root is None else Path(media_root), prompt)
+    given = RecordSource(Path(source), None if media_root is None else Path(media_root), prompt, frozenset(ignore_keys))
     own, out = part or Part(), Path(out_dir)
     _check_output(out)
     unfinished = _unfinished(out)
@@ -195,17 +217,25 @@ def _build_part(
     )
     reports: list[ShardReport] = []
     resumed = 0
+    ledger = Ledger()
+    scratch = unfinished / STATE_FOLDER / f"unpacked-{part.number}"
 
     def due() -> Iterator[Block]:
         """Blocks to build. All records are parsed, also those of other parts: ids must differ throughout."""
         nonlocal resumed
-        items = source.items()
+        items = source.items(scratch, ledger)
         for number in itertools.count():
-            block = Block(number, tuple(itertools.islice(items, samples_per_shard)))
+            finished, own = read_report(unfinished, number), number % part.parts == part.number - 1
+            spooled = spool_file(unfinished, number)
+            if own and finished is None:
+                spooled.unlink(missing_ok=True)
+                block = Block(number, tuple(spool(itertools.islice(items, samples_per_shard), spooled)))
+            else:
+                dropped = (replace(item, inline={}) for item in itertools.islice(items, samples_per_shard))
+                block = Block(number, tuple(dropped))
             if not block.items:
                 return
-            finished = read_report(unfinished, number)
-            if number % part.parts != part.number - 1:
+            if not own:
                 bar.update(block.weight)
             elif finished is not None:
                 reports.append(finished)
@@ -218,7 +248,8 @@ def _build_part(
         for block, report in built:
             reports.append(report)
             bar.update(block.weight)
-    write_atomically(_part_file(unfinished, part), json.dumps(asdict(part)))
+    left = {"files": ledger.files, "left": sum(ledger.left.values()), "reasons": ledger.lines()}
+    write_atomically(_part_file(unfinished, part), json.dumps({**asdict(part), **left}))
     return _sum(reports, resumed)
 
 
@@ -256,7 +287,24 @@ def _finished(running: dict[Future[ShardReport], Block], when: str) -> Iterator[
 def _sum(reports: list[ShardReport], resumed: int) -> BuildReport:
     rejected = sum(len(report.rejected) for report in reports)
     shards = sum(report.written > 0 for report in reports)
-    return BuildReport(sum(r.read for r in reports), sum(r.written for r in reports), rejected, shards, resumed)
+    renamed = sum(report.renamed for report in reports)
+    first = next((report.renamed_first for report in reports if report.renamed), "")
+    read, written = sum(report.read for report in reports), sum(report.written for report in reports)
+    return BuildReport(read, written, rejected, shards, resumed, renamed, first)
+
+
+def _file_report(reports: list[ShardReport], part_file: Path) -> FileReport | None:
+    """Holds the files of all samples against those found; every part has found them all."""
+    found = json.loads(part_file.read_text(encoding="utf-8"))
+    if not found["files"]:
+        return None
+    used, rejected = sum(report.files for report in reports), sum(report.files_rejected for report in reports)
+    made = FileReport(used, rejected, found["left"], tuple(found["reasons"]))
+    if made.total != found["files"]:
+        raise RuntimeError(
+            f"{found['files']} files were found, {used} are used, {rejected} in rejected samples, {found['left']} left"
+        )
+    return made
 
 
 def _finish(out: Path, max_rejected: int, resumed: int, keep: bool) -> BuildReport:
@@ -277,7 +325,7 @@ def _finish(out: Path, max_rejected: int, resumed: int, keep: bool) -> BuildRepo
     with open(unfinished / REJECTED_FILE, "w", encoding="utf-8") as file:
         for entry in (entry for report in reports for entry in report.rejected):
             file.write(json.dumps({"file": plan["source"], **entry}) + "\n")
-    total = _sum(reports, resumed)
+    total = replace(_sum(reports, resumed), files=_file_report(reports, _part_file(unfinished, every[0])))
     if total.rejected > max_rejected or not total.written:
         raise _refusal(total, max_rejected, plan["source"], unfinished, out, keep)
     write_index(unfinished, [shard_name(r.number) for r in reports if r.written])

@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.data.build.forms.draft import shorten
 from megatron_eagle.data.build.sources import Item, locate
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.images import decode_image, read_extension
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.sample.conversation import Conversation
+from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.data.storage.shards import sample_key
 from megatron_eagle.errors import BrokenSample
 
 STATE_FOLDER = ".state"
+MOST_LISTED = 200  # characters of any value in the list of rejected samples
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,20 @@ class Block:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of a block; rejected: place, id and reason of each bad sample."""
+    """What became of a block; rejected: place, id and reason of each bad sample.
+
+    files, files_rejected: of the source, in good samples and in rejected ones. renamed: ids that were made unique, as
+    [the sample's id now] of the first few, and their number.
+    """
 
     number: int
     read: int
     written: int
     rejected: list[dict[str, Any]]
+    files: int = 0
+    files_rejected: int = 0
+    renamed: int = 0
+    renamed_first: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,27 +81,41 @@ def _state_file(folder: Path, number: int) -> Path:
     return folder / STATE_FOLDER / f"shard-{number:06d}.json"
 
 
+def spool_file(folder: Path, number: int) -> Path:
+    """Where media lie that the records of a block held themselves."""
+    return folder / STATE_FOLDER / f"inline-{number:06d}"
+
+
 def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
     """Builds one shard of ``folder``; a block without a good sample leaves none, only its report."""
     partial = folder / f".{shard_name(block.number)}.partial"
-    rejected, written = [], 0
+    rejected: list[dict[str, Any]] = []
+    written = files = 0
+    renamed: list[str] = []
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
         for item in block.items:
             try:
                 if not isinstance(item.content, Conversation):
                     raise BrokenSample(item.content)
-                images = [_load_image(item, name, max_pixels) for name in item.content.images]
-                videos = [_load_video(item, name, max_pixels) for name in item.content.videos]
+                images = _load(item, "image", max_pixels)
+                videos = _load(item, "video", max_pixels)
             except BrokenSample as error:
-                rejected.append({**item.place, "id": item.claimed_id, "reason": str(error)})
+                entry = {**item.place, "id": item.claimed_id, "reason": str(error)}
+                rejected.append({name: _short(value) for name, value in entry.items()})
                 continue
             _add(tar, item.number, item.content, images, videos)
             written += 1
+            files += item.files
+            renamed += [item.content.id] if item.renamed else []
     if written:
         os.replace(partial, folder / shard_name(block.number))
     else:
         partial.unlink()
-    report = ShardReport(block.number, len(block.items), written, rejected)
+    spool_file(folder, block.number).unlink(missing_ok=True)
+    files_rejected = sum(item.files for item in block.items) - files
+    report = ShardReport(
+        block.number, len(block.items), written, rejected, files, files_rejected, len(renamed), "".join(renamed[:1])
+    )
     write_atomically(_state_file(folder, block.number), json.dumps(asdict(report)))
     return report
 
@@ -102,6 +127,21 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= MOST_LISTED else f"{value[: MOST_LISTED - 3]}..."
+    # A number may have thousands of digits, too many even to be written down.
+    return "a number of many digits" if isinstance(value, int) and value.bit_length() > 4 * MOST_LISTED // 2 else value
+
+
+def _load(item: Item, kind: Kind, max_pixels: int) -> list[_Medium]:
+    """Each medium of a kind once, by its number: one that is shown again is stored once."""
+    assert isinstance(item.content, Conversation)
+    load = _load_image if kind == "image" else _load_video
+    names = dict(zip(item.content.numbers(kind), item.content.names(kind), strict=True))
+    return [load(item, name, max_pixels) for name in names.values()]
+
+
 def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
     """An image file that has been decoded once, to be sure."""
     part = locate(item, name, "image")
@@ -110,9 +150,9 @@ def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
         decode_image(data, max_pixels=max_pixels)
         return _Medium(read_extension(data, max_pixels=max_pixels), data)
     except BrokenSample as error:
-        raise BrokenSample(f"image {name}: {error}") from error
+        raise BrokenSample(f"image {shorten(name)}: {error}") from error
     except OSError as error:
-        raise BrokenSample(f"image {name} cannot be read: {error.strerror}") from error
+        raise BrokenSample(f"image {shorten(name)} cannot be read: {error.strerror}") from error
 
 
 def _load_video(item: Item, name: str, max_pixels: int) -> _Medium:
@@ -123,7 +163,7 @@ def _load_video(item: Item, name: str, max_pixels: int) -> _Medium:
             reader.check()
             return _Medium(reader.extension, part)
     except BrokenSample as error:
-        raise BrokenSample(f"video {name}: {error}") from error
+        raise BrokenSample(f"video {shorten(name)}: {error}") from error
 
 
 def _add(
@@ -133,10 +173,19 @@ def _add(
     key = sample_key(number, conversation.id)
     image_names = [f"{place}.{image.extension}" for place, image in enumerate(images)]
     video_names = [f"v{place}.{video.extension}" for place, video in enumerate(videos)]
-    record = json.dumps(conversation.to_record(image_names, video_names), ensure_ascii=False)
+    shown_images = _shown(conversation, "image", image_names)
+    stored = conversation.to_record(shown_images, _shown(conversation, "video", video_names))
+    record = json.dumps(stored, ensure_ascii=False)
     contents = [record.encode(), *(medium.content for medium in [*images, *videos])]
     for name, content in zip(["json", *image_names, *video_names], contents, strict=True):
         info = tarfile.TarInfo(f"{key}.{name}")
         info.size = len(content) if isinstance(content, bytes) else content.size
         with io.BytesIO(content) if isinstance(content, bytes) else content.open() as file:
             tar.addfile(info, file)
+
+
+def _shown(conversation: Conversation, kind: Kind, stored: list[str]) -> list[str]:
+    """The stored name of each medium shown, in the order of the markers."""
+    numbers = conversation.numbers(kind)
+    names = dict(zip(dict.fromkeys(numbers), stored, strict=True))
+    return [names[number] for number in numbers]

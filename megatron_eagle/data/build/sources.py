@@ -1,29 +1,44 @@
-"""Where the samples of a new data set come from: conversation JSONL, media with captions beside them, WebDatasets.
+"""Where the samples of a new data set come from: files of records, media with captions beside them, WebDatasets.
 
 Every source is a numbered row of ``Item``s: a checked conversation, or the reason why there is none, and where its
 media lie. The same row comes out every time, so a build can be divided and continued by number. Nothing is decoded
-here.
+here, and every file is either part of an item or left with a reason (``walk.Ledger``).
 
-Media are grouped as a WebDataset groups them, in a folder as in a tar file: files whose names agree up to the first dot
-are one sample. ``a/cat.jpg`` with ``a/cat.txt`` is an image and its caption; ``a/cat.json`` may hold a whole record of
-the JSONL form, or a caption under one of CAPTION_FIELDS.
+A record is read by its form (``forms``). Media of a folder or a tar are grouped with a text (``groups``): ``a/cat.jpg``
+with ``a/cat.txt`` is an image and its caption; ``a/cat.json`` may hold a whole record, or a caption under one of
+CAPTION_FIELDS. A folder with ``metadata.jsonl`` is Hugging Face's image folder: its records name their files.
 """
 
 import json
 import os
-import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.data.build.containers import FoundRecord, container_of, parse_json, read_records
+from megatron_eagle.data.build.forms.caption import CAPTION_FIELDS, find_caption
+from megatron_eagle.data.build.forms.draft import shorten
+from megatron_eagle.data.build.forms.eagle import KEYS as MEDIA_FIELDS
+from megatron_eagle.data.build.forms.keys import Ignored, says_nothing
+from megatron_eagle.data.build.forms.registry import (
+    DEFAULT_PROMPT,
+    ReadRecord,
+    Rules,
+    has_turns,
+    names_media,
+    read_record,
+)
+from megatron_eagle.data.build.groups import TEXT_ENDINGS, Group, ending_of, group_files
+from megatron_eagle.data.build.walk import Ledger, WalkedTar, names_text, unpack_gzip, walk_folder, walk_tar
 from megatron_eagle.data.media.file_slice import VIDEO_ENDINGS, FileSlice
-from megatron_eagle.data.sample.conversation import Conversation, parse_record
+from megatron_eagle.data.media.sniff import HEAD, sniff
+from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.errors import BrokenSample
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-CAPTION_FIELDS = ("caption", "text")
-DEFAULT_PROMPT = "Describe this in detail."
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,9 @@ class Item:
     number: from 0, in the order of the source. place: where it stands there, for the list of rejected samples.
     claimed_id: whatever the record calls its id. content: its conversation, or the reason why it is rejected.
     root: folder that media names start from, None if all media lie in a tar file. slices: media by name, found already.
-    weight: its share of the source, for the progress bar (bytes of a JSONL, 1 elsewhere).
+    weight: its share of the source, for the progress bar (bytes of a text file, 1 elsewhere). inline: bytes of media
+    that the record held, by name. files: files of the source that it is made of. renamed: whether its id was made
+    unique.
     """
 
     number: int
@@ -43,68 +60,143 @@ class Item:
     root: Path | None
     slices: Mapping[str, FileSlice] = field(default_factory=dict)
     weight: int = 1
+    inline: Mapping[str, bytes] = field(default_factory=dict)
+    files: int = 0
+    renamed: bool = False
 
 
 @dataclass(frozen=True)
 class RecordSource:
-    """One input of ``data build``: a JSONL file, a tar file, or a folder of media or of tar files.
+    """One input of ``data build``: a file of records, a tar file, or a folder of media, of tar or of Parquet files.
 
-    media_root: folder of a JSONL's media, its own by default. prompt: the question that a mere caption answers.
+    media_root: folder of a file's media, its own by default. prompt: the question that a mere caption answers.
+    ignored: keys of records that are left out though nobody understands them.
     """
 
     path: Path
     media_root: Path | None = None
     prompt: str = DEFAULT_PROMPT
+    ignored: frozenset[str] = frozenset()
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.prompt, Ignored(self.ignored))
+
+    def _within(self, endings: tuple[str, ...]) -> list[Path]:
+        names = sorted(path for path in self.path.iterdir() if path.name.endswith(endings))
+        return [path for path in names if path.is_file() and not path.name.startswith(".")]
 
     @property
     def _tars(self) -> list[Path]:
         if self.path.is_dir():
-            return sorted(self.path.glob("*.tar"))
-        return [self.path] if self.path.suffix == ".tar" else []
+            return self._within(TAR_ENDINGS)
+        return [self.path] if container_of(self.path) in ("tar", "tar.gz") else []
+
+    @property
+    def _tables(self) -> list[Path]:
+        """Parquet files of a folder."""
+        return self._within((".parquet",)) if self.path.is_dir() else []
 
     def describe(self) -> dict[str, Any]:
-        """What must be the same when a build is continued; raises OSError if the source is not there."""
-        files = [self.path] if self.path.is_file() else self._tars
-        sizes = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        """What must be the same when a build is continued.
+
+        Raises OSError if the source is not there, and UserError if it is of a kind that is not read.
+        """
         self.path.stat()
+        files = [self.path] if self.path.is_file() else self._tars or self._tables
+        if self.path.is_file():
+            container_of(self.path)
+        sizes = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         root = None if self.media_root is None else str(self.media_root.absolute())
-        return {"source": str(self.path.absolute()), "files": sizes, "media_root": root, "prompt": self.prompt}
+        source = {"source": str(self.path.absolute()), "files": sizes, "media_root": root, "prompt": self.prompt}
+        return {**source, "ignored": sorted(self.ignored)} if self.ignored else source
 
     def size(self) -> int | None:
         """Sum of the weights, where it is known beforehand."""
-        return self.path.stat().st_size if self.path.is_file() and not self._tars else None
-
-    def items(self) -> Iterator[Item]:
-        """Every sample in order; a second one with the same id is rejected."""
-        seen: dict[str, str] = {}
-        for item in self._read():
-            reason = _reject(item.content, item.place, seen) if isinstance(item.content, Conversation) else None
-            yield item if reason is None else Item(**{**vars(item), "content": reason})
-
-    def _read(self) -> Iterator[Item]:
-        if self._tars:
-            return _tar_items(self._tars, self.prompt)
-        return _folder_items(self.path, self.prompt) if self.path.is_dir() else self._lines()
-
-    def _lines(self) -> Iterator[Item]:
-        root = self.path.parent if self.media_root is None else self.media_root
-        found = 0
+        if not self.path.is_file() or container_of(self.path) != "text":
+            return None
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                record: Any = None
-                content: Conversation | str
-                try:
-                    record = parse_json(line, "line", mark=number == 1)
-                    content = parse_record(record, default_id=f"line-{number}")
-                except BrokenSample as error:
-                    content = str(error)
-                yield Item(found, {"line": number}, _claimed_id(record), content, root, weight=len(line))
-                found += 1
+            return None if sniff(file.read(HEAD)).name == "gzip" else self.path.stat().st_size
+
+    def items(self, scratch: Path, ledger: Ledger | None = None) -> Iterator[Item]:
+        """Every sample in order; ids that repeat are made unique by the place of their sample.
+
+        scratch: folder for what must be unpacked. ledger: counts the files of a folder or of tar files.
+        """
+        seen: set[str] = set()
+        for item in self._read(scratch, Ledger() if ledger is None else ledger):
+            if not isinstance(item.content, Conversation):
+                yield item
+                continue
+            reason = _unstorable(item.content)
+            if reason is not None:
+                yield replace(item, content=reason)
+                continue
+            identity = _unique(item, item.content.id, seen)
+            seen.add(identity)
+            if identity != item.content.id:
+                item = replace(item, content=replace(item.content, id=identity), renamed=True)
+            yield item
+
+    def _read(self, scratch: Path, ledger: Ledger) -> Iterator[Item]:
+        tars = self._tars
+        if tars:
+            self._leave_strays(tars, "stray beside tar files", ledger)
+            return _tar_items(tars, self.rules, scratch, ledger)
+        if not self.path.is_dir():
+            return self._records([self.path])
+        if self._tables:
+            self._leave_strays(self._tables, "stray beside Parquet files", ledger)
+            return self._records(self._tables)
+        return _folder_items(self.path, self.rules, ledger)
+
+    def _leave_strays(self, read: list[Path], reason: str, ledger: Ledger) -> None:
+        """Counts all files of a folder that are none of those read."""
+        if not self.path.is_dir():
+            return
+        found = Ledger()
+        own = {path.name for path in read}
+        for file in walk_folder(self.path, found):
+            if file.name not in own:
+                found.leave(file.name, reason)
+        ledger.files += found.files - len(own)
+        for name, count in found.left.items():
+            ledger.leave(found.examples[name], name, count)
+
+    def _records(self, files: list[Path]) -> Iterator[Item]:
+        number = 0
+        for path in files:
+            root = path.parent if self.media_root is None else self.media_root
+            for found in read_records(path):
+                if len(files) > 1:
+                    found = replace(found, place={"table": path.name, **found.place}, name=f"{path.stem}/{found.name}")
+                yield _record_item(number, found, root, self.rules)
+                number += 1
 
 
-def _reject(conversation: Conversation, place: Mapping[str, Any], seen: dict[str, str]) -> str | None:
+def _record_item(number: int, found: FoundRecord, root: Path, rules: Rules) -> Item:
+    content: Conversation | str
+    inline: dict[str, bytes] = {}
+    try:
+        if found.reason is not None:
+            raise BrokenSample(found.reason)
+        read = read_record(found.record, rules, found.name)
+        content, inline = read.conversation, read.inline
+    except BrokenSample as error:
+        content = str(error)
+    return Item(number, found.place, _claimed_id(found.record), content, root, weight=found.weight, inline=inline)
+
+
+def _unique(item: Item, identity: str, seen: set[str]) -> str:
+    """The id, or if another sample has it, the id with its place; depends on what comes before it only."""
+    where = "-".join(f"{name}-{part}" if isinstance(part, int) else str(part) for name, part in item.place.items())
+    unique = identity
+    while unique in seen:
+        unique = f"{unique}@{where}"
+    return unique
+
+
+def _unstorable(conversation: Conversation) -> str | None:
     """Why a parsed conversation cannot be stored."""
     try:
         json.dumps(conversation.extra, ensure_ascii=False, allow_nan=False).encode()
@@ -112,21 +204,7 @@ def _reject(conversation: Conversation, place: Mapping[str, Any], seen: dict[str
         return f"a field holds text that is not Unicode: {error.reason}"
     except ValueError:
         return "a field holds NaN or an infinite number, which JSON does not have"
-    where = " ".join(f"{name} {value}" for name, value in place.items())
-    first = seen.setdefault(conversation.id, where)
-    return None if first == where else f"duplicate id {conversation.id!r}, first seen in {first}"
-
-
-def parse_json(data: bytes, what: str, *, mark: bool = False) -> Any:
-    """Decoded JSON; mark: a byte order mark may come first. Raises BrokenSample."""
-    try:
-        text = data.decode("utf-8-sig" if mark else "utf-8")
-    except UnicodeDecodeError as error:
-        raise BrokenSample(f"{what} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BrokenSample(f"{what} is not JSON: {error}") from None
+    return None
 
 
 def _claimed_id(record: Any) -> Any:
@@ -135,138 +213,237 @@ def _claimed_id(record: Any) -> Any:
     return claimed if isinstance(claimed, str | int) else None
 
 
-@dataclass
-class _Group:
-    """Files of one sample: key, and name -> where its bytes are, in the order they were found."""
-
-    key: str
-    files: dict[str, FileSlice] = field(default_factory=dict)
-
-    def read(self, ending: str) -> bytes | None:
-        """The file of this ending, or None if there is none."""
-        for name, part in self.files.items():
-            if _ending(name) == ending:
-                try:
-                    return part.read()
-                except OSError as error:
-                    raise BrokenSample(f"{name} cannot be read: {error.strerror}") from error
-        return None
-
-    def media(self, endings: tuple[str, ...]) -> list[str]:
-        return [name for name in self.files if _ending(name) in endings]
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
-
-
-def _folder_items(folder: Path, prompt: str) -> Iterator[Item]:
-    groups: dict[str, _Group] = {}
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent, name)
-            relative = str(path.relative_to(folder))
-            if name.startswith(".") or not path.is_file():
+def _folder_items(folder: Path, rules: Rules, ledger: Ledger) -> Iterator[Item]:
+    found = walk_folder(folder, ledger)
+    tables = [file.name for file in found if file.name.rpartition("/")[2] == METADATA]
+    if tables:
+        yield from _image_folder_items(folder, tables, {file.name for file in found}, rules, ledger)
+        return
+    groups = sorted(group_files(found), key=lambda group: group.key)
+    claims = _claims(groups, rules)
+    number = 0
+    for group in groups:
+        if not group.described:
+            for name in [name for name in group.files if name in claims]:
+                del group.files[name]
+            if not group.size:
                 continue
-            key = str(Path(relative).parent / name.partition(".")[0])
-            groups.setdefault(key, _Group(key)).files[relative] = FileSlice.whole(path)
-    for number, key in enumerate(sorted(groups)):
-        yield _group_item(number, groups[key], {"key": key}, key, folder, prompt)
+        item = _group_item(number, group, {"key": group.key}, group.key, folder, rules, ledger)
+        yield replace(item, files=item.files + sum(owner == group.key for owner in claims.values()))
+        number += 1
 
 
-def _tar_items(tars: list[Path], prompt: str) -> Iterator[Item]:
+def _claims(groups: list[Group], rules: Rules) -> dict[str, str]:
+    """Media without a text of their own that the record of another group shows: name -> key of that group."""
+    bare = {name for group in groups if not group.described for name in group.files}
+    claims: dict[str, str] = {}
+    for group in groups if bare else ():
+        if not any(ending_of(name) == "json" for name in group.files):
+            continue
+        try:
+            shown = _read_group(group, rules)[0].conversation
+        except BrokenSample:
+            continue
+        for name in {os.path.normpath(name) for name in (*shown.images, *shown.videos)} & bare:
+            claims.setdefault(name, group.key)
+    return claims
+
+
+def _image_folder_items(
+    folder: Path, tables: list[str], names: set[str], rules: Rules, ledger: Ledger
+) -> Iterator[Item]:
+    """Hugging Face's image folder: records of every metadata.jsonl, whose files lie in its folder."""
+    number, used = 0, set(tables)
+    for table in tables:
+        inside = os.path.dirname(table)
+        for found in read_records(folder / table):
+            found = replace(found, place={"table": table, **found.place})
+            if len(tables) > 1:
+                found = replace(found, name=f"{inside}/{found.name}")
+            item = _record_item(number, found, folder / inside, rules)
+            own: set[str] = set()
+            if isinstance(item.content, Conversation):
+                media = (*item.content.images, *item.content.videos)
+                own = {os.path.normpath(os.path.join(inside, name)) for name in media} & names - used
+                used |= own
+            yield replace(item, files=len(own))
+            number += 1
+    for name in sorted(names - used):
+        ledger.leave(name, f"not named in {METADATA}")
+
+
+def _tar_items(tars: list[Path], rules: Rules, scratch: Path, ledger: Ledger) -> Iterator[Item]:
     """Samples of tar files one after another; one that is cut off ends with a rejected sample that says so."""
     number = 0
     for tar in tars:
         # Keys need not differ from tar file to tar file.
-        prefix = f"{tar.stem}/" if len(tars) > 1 else ""
-        for group in _tar_groups(tar):
-            place = {"tar": tar.name}
-            if isinstance(group, str):
-                yield Item(number, place, None, group, None)
-            else:
-                place["key"] = group.key
-                yield _group_item(number, group, place, prefix + group.key, None, prompt)
+        stem = next(tar.name.removesuffix(ending) for ending in (*TAR_ENDINGS, "") if tar.name.endswith(ending))
+        prefix = f"{stem}/" if len(tars) > 1 else ""
+        plain = tar if container_of(tar) != "tar.gz" else unpack_gzip(tar, scratch)
+        walked = walk_tar(plain, ledger)
+        groups = group_files(walked.files)
+        broken = _cut_off(groups, walked)
+        for group in groups:
+            if group is not broken:
+                place = {"tar": tar.name, "key": group.key}
+                yield _group_item(number, group, place, prefix + group.key, None, rules, ledger)
+                number += 1
+        if walked.damage is not None:
+            after = f" after the first file of {broken.key}" if broken is not None else ""
+            reason = f"{tar.name} is cut off or damaged{after}: {walked.damage}"
+            files = broken.size if broken is not None else 0
+            yield Item(number, {"tar": tar.name}, None, reason, None, files=files)
             number += 1
 
 
-def _tar_groups(path: Path) -> Iterator[_Group | str]:
-    group: _Group | None = None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                key = f"{folder}/{name.partition('.')[0]}".removeprefix("/")
-                if group is not None and group.key != key:
-                    yield group
-                    group = None
-                group = group or _Group(key)
-                group.files[member.name] = FileSlice(path, member.offset_data, member.size)
-            if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:  # Python takes a cut-off header for the end
-                raise tarfile.ReadError("the end mark is missing")
-    except (OSError, tarfile.TarError) as error:
-        after = f" after the first file of {group.key}" if group is not None else ""
-        yield f"{path.name} is cut off or damaged{after}: {' '.join(str(error).split())}"
-        return
-    if group is not None:
-        yield group
+def _cut_off(groups: list[Group], walked: WalkedTar) -> Group | None:
+    """The group that reading ended in, part of which may be missing."""
+    if walked.damage is None:
+        return None
+    return next((group for group in groups if walked.after in group.names), None)
 
 
-def _group_item(number: int, group: _Group, place: dict[str, Any], name: str, root: Path | None, prompt: str) -> Item:
+def _group_item(
+    number: int, group: Group, place: dict[str, Any], name: str, root: Path | None, rules: Rules, ledger: Ledger
+) -> Item:
     record: Any = None
     content: Conversation | str
+    inline: dict[str, bytes] = {}
+    files = group.size
+    slices = {**group.files, **{file.partition(f"{group.key}.")[2]: part for file, part in group.files.items()}}
     try:
-        record = _record(group, prompt)
-        content = parse_record(record, default_id=name)
+        record = _json_of(group)
+        read, unnamed = _read_group(group, rules, name, record)
+        content, inline = read.conversation, read.inline
+        files -= len(unnamed)
+        ledger.leave(unnamed[0] if unnamed else "", "not named by its record", len(unnamed))
     except BrokenSample as error:
         content = str(error)
-    slices = {**group.files, **{file.partition(f"{group.key}.")[2]: part for file, part in group.files.items()}}
-    return Item(number, place, _claimed_id(record), content, root, slices)
+    return Item(number, place, _claimed_id(record), content, root, slices, inline=inline, files=files)
 
 
-def _record(group: _Group, prompt: str) -> dict[str, Any]:
-    """A record of the JSONL form; media it does not name itself are all those of its group."""
-    text, described = group.read("txt"), group.read("json")
-    record = {} if described is None else parse_json(described, f"{group.key}.json")
+def _json_of(group: Group) -> Any:
+    data = group.read("json")
+    return None if data is None else parse_json(data, f"{group.key}.json")
+
+
+def _read_group(
+    group: Group, rules: Rules, name: str | None = None, record: Any = None
+) -> tuple[ReadRecord, list[str]]:
+    """The conversation of a group, and its media that the record does not show; raises BrokenSample.
+
+    Media that the record does not name itself are all those of its group.
+    """
+    if group.refused:
+        raise BrokenSample("; ".join(list(group.refused.values())[:3]))
+    record = _json_of(group) if record is None else record
+    record = {} if record is None else record
     if not isinstance(record, dict):
         raise BrokenSample(f"{group.key}.json is a JSON {type(record).__name__}, not an object")
-    images, videos = group.media(IMAGE_ENDINGS), group.media(VIDEO_ENDINGS)
-    if "image" not in record and "video" not in record:
+    media = {file: _kind(file, part) for file, part in group.files.items() if ending_of(file) not in TEXT_ENDINGS}
+    names = names_media(record, rules) if has_turns(record) else _names_media(record)
+    images, videos = ([file for file, kind in media.items() if kind == wanted] for wanted in ("image", "video"))
+    _refuse_unknown(group, media, named=names)
+    if not names:
         record = {**record, "image": images, "video": videos}
-    if "conversations" in record:
-        return record
-    caption = next((record.pop(name) for name in CAPTION_FIELDS if isinstance(record.get(name), str)), None)
-    if text is not None:
-        try:
-            caption = text.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenSample(f"{group.key}.txt is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not images and not videos:
-        raise BrokenSample(f"neither an image nor a video among {', '.join(group.files)}")
+    text = _text_of(group)
+    if has_turns(record):
+        if text is not None:
+            raise BrokenSample(f"{_name_of(group, 'txt')} beside a record with turns: which is the text?")
+    else:
+        record = _captioned(record, text, group, rules)
+    read = read_record(record, rules, group.key if name is None else name)
+    shown = {*read.conversation.images, *read.conversation.videos}
+    short = {file: file.partition(f"{group.key}.")[2] for file in media}
+    return read, [file for file in media if file not in shown and short[file] not in shown]
+
+
+def _names_media(record: Mapping[str, Any]) -> bool:
+    return any(not says_nothing(record.get(key)) for key in MEDIA_FIELDS)
+
+
+def _kind(name: str, part: FileSlice) -> str:
+    """What a file is: by its content, and by its ending where the content does not tell."""
+    try:
+        with part.open() as file:
+            content = sniff(file.read(HEAD))
+    except OSError as error:
+        raise BrokenSample(f"{name} cannot be read: {error.strerror}") from error
+    if content.kind == "other":
+        return content.name
+    if content.kind is not None:
+        return content.kind
+    ending = ending_of(name)
+    return "image" if ending in IMAGE_ENDINGS else "video" if ending in VIDEO_ENDINGS else ""
+
+
+def _refuse_unknown(group: Group, media: Mapping[str, str], named: bool) -> None:
+    unknown = {file: kind for file, kind in media.items() if kind not in ("image", "video")}
+    if not unknown:
+        return
+    if not named and len(unknown) == len(media) and not group.described:
+        raise BrokenSample(f"neither an image nor a video among {names_text(group.names)}")
+    file, kind = next(iter(unknown.items()))
+    what = f"is {kind}, which is not decoded" if kind else "is neither an image nor a video"
+    raise BrokenSample(f"{file} {what}" + (f" ({names_text(group.names)})" if len(unknown) > 1 else ""))
+
+
+def _name_of(group: Group, ending: str) -> str:
+    return next(name for name in group.files if ending_of(name) == ending)
+
+
+def _text_of(group: Group) -> str | None:
+    text = group.read("txt")
+    try:
+        return None if text is None else text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BrokenSample(f"{group.key}.txt is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _captioned(record: dict[str, Any], text: str | None, group: Group, rules: Rules) -> dict[str, Any]:
+    """The record of a caption, with turns."""
+    caption = find_caption(record)
+    if not _names_media(record):
+        raise BrokenSample(f"neither an image nor a video among {names_text(group.names)}")
+    if text is not None and caption is not None and text.strip() != caption.strip():
+        raise BrokenSample(f"two captions: {group.key}.txt and {group.key}.json differ")
+    caption = caption if text is None else text
     if caption is None or not caption.strip():
         raise BrokenSample(f"no caption: neither {group.key}.txt nor {' or '.join(CAPTION_FIELDS)} in {group.key}.json")
-    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": caption}]
-    return {**record, "conversations": turns}
+    turns = [{"from": "human", "value": rules.prompt}, {"from": "gpt", "value": caption}]
+    return {**{name: value for name, value in record.items() if name not in CAPTION_FIELDS}, "conversations": turns}
 
 
 def locate(item: Item, name: str, what: str) -> FileSlice:
     """Where a medium lies; paths that lead out of the root, absolute or by "..", are refused. Raises BrokenSample."""
     if name in item.slices:
         return item.slices[name]
+    shown = shorten(name)
     if item.root is None:
-        raise BrokenSample(f"{what} {name} is not among the files of its sample: {', '.join(item.slices)}")
+        raise BrokenSample(f"{what} {shown} is not among the files of its sample: {names_text(list(item.slices))}")
     if "\0" in name:
-        raise BrokenSample(f"{what} path {name!r} holds a NUL character")
+        raise BrokenSample(f"{what} path {shorten(repr(name))} holds a NUL character")
     root = os.path.abspath(item.root)
     path = os.path.abspath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
-        raise BrokenSample(f"{what} {name} lies outside of the media root {root}")
+        raise BrokenSample(f"{what} {shown} lies outside of the media root {root}")
     try:
         return FileSlice.whole(Path(path))
     except FileNotFoundError:
-        raise BrokenSample(f"{what} {name} is missing") from None
+        raise BrokenSample(f"{what} {shown} is missing") from None
     except OSError as error:
-        raise BrokenSample(f"{what} {name} cannot be read: {error.strerror}") from error
+        raise BrokenSample(f"{what} {shown} cannot be read: {error.strerror}") from error
+
+
+def spool(items: Iterable[Item], file: Path) -> Iterator[Item]:
+    """Items whose inline media lie in a file, so that a block of them is small; the file is made only if needed."""
+    for item in items:
+        if not item.inline:
+            yield item
+            continue
+        slices = dict(item.slices)
+        with open(file, "ab") as spooled:
+            for name, data in item.inline.items():
+                slices[name] = FileSlice(file, spooled.tell(), len(data))
+                spooled.write(data)
+        yield replace(item, inline={}, slices=slices)

@@ -1,0 +1,16 @@
+"""OpenAI, Hugging Face, LLaMA-Factory, ms-swift: ``messages``, a list of ``{"role", "content"}``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_eagle.data.build.forms.draft import Said
+from megatron_eagle.data.build.forms.keys import Ignored
+from megatron_eagle.data.build.forms.turns import read_turns
+
+NAME = "messages"
+KEYS = frozenset({"messages"})
+
+
+def read(record: Mapping[str, Any], ignored: Ignored) -> tuple[Said, ...]:
+    """The turns of a record; raises BrokenSample."""
+    return read_turns(record["messages"], "messages", ignored)
