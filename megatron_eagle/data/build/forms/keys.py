@@ -27,6 +27,8 @@ HARMLESS = frozenset({
     "question_id", "question_type", "answer_type", "image_id", "video_id", "ann_id", "annotation_id",
     "conversation_id", "sha256", "md5", "hash",
 })  # fmt: skip
+# Within what is about a sample, these would be turns in the wrong place.
+TURN_FIELDS = frozenset({"content", "value", "query", "response", "instruction", "output", "human", "assistant"})
 HARMLESS_IN_TURN = frozenset({"id", "turn_id", "index", "timestamp"})
 MEDIA_ENDINGS = (
     "jpg",
@@ -87,7 +89,7 @@ def check_kept(value: Any, key: str, where: str, shown: Collection[str] = ()) ->
     """
     names = {path.rpartition("/")[2] for path in shown}
     for path, part in _walk(value, key):
-        if path.rpartition(".")[2] in CONTENT_FIELDS and path != key and not says_nothing(part):
+        if path.rpartition(".")[2].lower() in CONTENT_FIELDS | TURN_FIELDS and path != key and not says_nothing(part):
             raise BrokenSample(f"{where}: {shorten(path)!r} is not read there; --ignore-keys {key} leaves it out")
         if isinstance(part, bytes):
             raise BrokenSample(f"{where}: {shorten(path)!r} holds {len(part)} bytes, which are not shown")
