@@ -198,8 +198,8 @@ def test_the_image_folder_of_hugging_face(tmp_path):
     assert (report.read, report.written, report.rejected) == (4, 2, 2)
     stored = [(s.images[0], texts(s.conversation)) for s in iterate_samples(tmp_path / "out")]
     assert stored == [(RED, ["<image>\nWhich?", "Red."]), (GREEN, ["<image>\nWhich?", "Green."])]
-    assert (report.files.used, report.files.rejected, report.files.left) == (3, 0, 2)
-    assert report.files.reasons == ("2 not named in metadata.jsonl (3.jpg)",)
+    assert (report.files.used, report.files.rejected, report.files.left) == (3, 1, 1)
+    assert report.files.reasons == ("1 not named in metadata.jsonl (4.jpg)",)
 
 
 def test_tar_gz(tmp_path, capsys):

@@ -233,6 +233,13 @@ def all_found(item):
     return all(data == PICTURE for data in media)
 
 
+def full_name(item, name):
+    """The path of a picture, which a sample of a tar may call by what follows its key."""
+    key = item.place["key"]
+    whole = f"{key}.{name}"
+    return whole if item.root is None and not name.startswith(f"{key}.") and whole in item.slices else name
+
+
 def source_adds_up(rng, folder):
     source, count = write_source(rng, folder)
     items, ledger = source_items(source)
@@ -241,8 +248,7 @@ def source_adds_up(rng, folder):
     assert ledger.files == count == sum(item.files for item in items) + left, (count, ledger, items)
     # By names and words: every file that is not in a rejected sample and not left is seen in a sample.
     # In a tar a sample shows files of its own group only, and may call them by what follows its key.
-    groups = {item.number: item.number if source.is_file() else 0 for item in good}
-    seen = {(groups[item.number], name) for item in good for name in (*item.content.images, *item.content.videos)}
+    seen = {full_name(item, name) for item in good for name in (*item.content.images, *item.content.videos)}
     words = [word for item in good for turn in item.content.turns for word in WORD.findall(turn.text)]
     rejected = sum(item.files for item in items if item not in good)
     used = count - left - rejected

@@ -63,7 +63,7 @@ def test_media_under_two_keys_are_refused(pair):
     ("key", "value"),
     [
         ("Image", "a.jpg"), ("image_path", "a.jpg"), ("pictures", ["a.jpg"]), ("img", "a.jpg"), ("IMAGES", ["a.jpg"]),
-        ("media", {"image": "a.jpg"}), ("frames", ["a.jpg"]), ("system_message", "Be brief."), ("answer", "Yes."),
+        ("media", {"image": "a.jpg"}), ("frames", ["a.jpg"]), ("system_message", "Be brief."), ("solution", "Yes."),
         ("context", "Once upon a time."), ("url", "https://example.org/a.jpg"), ("weight", 0.5), ("anything", 0),
     ],
 )  # fmt: skip

@@ -153,10 +153,20 @@ def test_links_in_a_tar_are_what_they_point_to(tmp_path):
     ]  # fmt: skip
     report = build_dataset(write_tar(tmp_path / "x.tar", members), tmp_path / "out", max_rejected=3, progress=False)
     stored = {sample.conversation.id: sample.images for sample in iterate_samples(tmp_path / "out")}
-    assert stored == {"1": (RED,), "2": (RED,), "d/3": (RED,)}
+    assert stored == {"1": (RED,), "x": (RED,), "d/3": (RED,)}
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
     assert "4.jpg is a link to /etc/passwd, which is not in it" in rejected and "5.jpg is a link" in rejected
     assert (report.files.used, report.files.rejected, report.files.left) == (6, 6, 0)
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_a_short_name_is_not_taken_for_another_files(tmp_path, as_tar):
+    """0.0.png is "0.png" after its key, and 0.png is there, too."""
+    files = {"0.png": image_bytes((4, 4), "red"), "0.0.png": image_bytes((8, 4), "blue"), "0.txt": "Both."}
+    source = write_tar(tmp_path / "x.tar", list(files.items())) if as_tar else write_files(tmp_path / "src", files)
+    build_dataset(source, tmp_path / "out", progress=False)
+    (sample,) = iterate_samples(tmp_path / "out")
+    assert sorted(sample.images) == sorted([files["0.png"], files["0.0.png"]])
 
 
 def test_names_that_repeat_in_a_tar_are_refused(tmp_path):

@@ -248,7 +248,12 @@ def _build_part(
         for block, report in built:
             reports.append(report)
             bar.update(block.weight)
-    left = {"files": ledger.files, "left": sum(ledger.left.values()), "reasons": ledger.lines()}
+    left = {
+        "files": ledger.files,
+        "shared": ledger.shared,
+        "left": sum(ledger.left.values()),
+        "reasons": ledger.lines(),
+    }
     write_atomically(_part_file(unfinished, part), json.dumps({**asdict(part), **left}))
     return _sum(reports, resumed)
 
@@ -298,7 +303,8 @@ def _file_report(reports: list[ShardReport], part_file: Path) -> FileReport | No
     found = json.loads(part_file.read_text(encoding="utf-8"))
     if not found["files"]:
         return None
-    used, rejected = sum(report.files for report in reports), sum(report.files_rejected for report in reports)
+    used = found["shared"] + sum(report.files for report in reports)
+    rejected = sum(report.files_rejected for report in reports)
     made = FileReport(used, rejected, found["left"], tuple(found["reasons"]))
     if made.total != found["files"]:
         raise RuntimeError(

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_eagle.data.build.containers import FoundRecord, container_of, parse_json, read_records
 from megatron_eagle.data.build.forms.caption import CAPTION_FIELDS, find_caption
 from megatron_eagle.data.build.forms.draft import shorten
+from megatron_eagle.data.build.forms.eagle import FILE_NAME
 from megatron_eagle.data.build.forms.eagle import KEYS as MEDIA_FIELDS
 from megatron_eagle.data.build.forms.keys import Ignored, says_nothing
 from megatron_eagle.data.build.forms.registry import (
@@ -254,6 +255,7 @@ def _image_folder_items(
 ) -> Iterator[Item]:
     """Hugging Face's image folder: records of every metadata.jsonl, whose files lie in its folder."""
     number, used = 0, set(tables)
+    ledger.shared = len(tables)
     for table in tables:
         inside = os.path.dirname(table)
         for found in read_records(folder / table):
@@ -261,15 +263,20 @@ def _image_folder_items(
             if len(tables) > 1:
                 found = replace(found, name=f"{inside}/{found.name}")
             item = _record_item(number, found, folder / inside, rules)
-            own: set[str] = set()
-            if isinstance(item.content, Conversation):
-                media = (*item.content.images, *item.content.videos)
-                own = {os.path.normpath(os.path.join(inside, name)) for name in media} & names - used
-                used |= own
+            own = {os.path.normpath(os.path.join(inside, name)) for name in _named(item, found.record)} & names - used
+            used |= own
             yield replace(item, files=len(own))
             number += 1
     for name in sorted(names - used):
         ledger.leave(name, f"not named in {METADATA}")
+
+
+def _named(item: Item, record: Any) -> list[str]:
+    """The files of a record of an image folder, also of one that is rejected."""
+    if isinstance(item.content, Conversation):
+        return [*item.content.images, *item.content.videos]
+    name = record.get(FILE_NAME) if isinstance(record, dict) else None
+    return [name] if isinstance(name, str) else []
 
 
 def _tar_items(tars: list[Path], rules: Rules, scratch: Path, ledger: Ledger) -> Iterator[Item]:
@@ -310,7 +317,8 @@ def _group_item(
     content: Conversation | str
     inline: dict[str, bytes] = {}
     files = group.size
-    slices = {**group.files, **{file.partition(f"{group.key}.")[2]: part for file, part in group.files.items()}}
+    # A file goes by its path, and by what follows the key in it unless that is another one's path.
+    slices = {**{file.partition(f"{group.key}.")[2]: part for file, part in group.files.items()}, **group.files}
     try:
         record = _json_of(group)
         read, unnamed = _read_group(group, rules, name, record)
@@ -355,7 +363,8 @@ def _read_group(
     read = read_record(record, rules, group.key if name is None else name)
     shown = {*read.conversation.images, *read.conversation.videos}
     short = {file: file.partition(f"{group.key}.")[2] for file in media}
-    return read, [file for file in media if file not in shown and short[file] not in shown]
+    named = {file for file in media if file in shown or (short[file] in shown and short[file] not in media)}
+    return read, [file for file in media if file not in named]
 
 
 def _names_media(record: Mapping[str, Any]) -> bool:

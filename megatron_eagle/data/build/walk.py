@@ -4,9 +4,10 @@ Nothing is passed over in silence. A link within a tar is the file it points to;
 refused, since whoever unpacks it keeps only the last.
 """
 
+import contextlib
+import gzip
 import os
 import posixpath
-import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -16,16 +17,19 @@ from pathlib import Path
 
 from megatron_eagle.data.build.groups import FoundFile
 from megatron_eagle.data.media.file_slice import FileSlice
-from megatron_eagle.errors import UserError
 
 LINKS = 40  # symbolic links that may point to one another
 
 
 @dataclass
 class Ledger:
-    """What became of the files of a source; ``files`` are used, part of a rejected sample, or left with a reason."""
+    """What became of the files of a source; ``files`` are used, part of a rejected sample, or left with a reason.
+
+    shared: those that are used, but part of no sample alone.
+    """
 
     files: int = 0
+    shared: int = 0
     left: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
@@ -126,20 +130,16 @@ def _resolve(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo], slice
 
 
 def unpack_gzip(path: Path, scratch: Path) -> Path:
-    """A tar.gz as a plain tar in a folder, for files in it are read in place; raises UserError if it is damaged."""
-    import gzip
-
+    """A tar.gz as a plain tar in a folder, for files in it are read in place; of a damaged one what can be read."""
     unpacked = scratch / f"unpacked-{path.name}.tar"
     scratch.mkdir(parents=True, exist_ok=True)
     partial = unpacked.with_name(f"{unpacked.name}.{os.getpid()}")
     try:
-        with gzip.open(path, "rb") as source, open(partial, "wb") as copy:
-            try:
-                shutil.copyfileobj(source, copy, 1 << 20)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                # What there is of it is a tar that is cut off, which is reported as one.
-                if not copy.tell():
-                    raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        # What there is of a damaged one is a tar that is cut off, which is reported as one.
+        damaged = contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile)
+        with gzip.open(path, "rb") as source, open(partial, "wb") as copy, damaged:
+            while data := source.read1(1 << 20):
+                copy.write(data)
         os.replace(partial, unpacked)
     finally:
         partial.unlink(missing_ok=True)
