@@ -182,6 +182,10 @@ def test_a_damaged_parquet_file(tmp_path):
     (tmp_path / "x.parquet").write_bytes(data[:-100])
     with pytest.raises(UserError, match="x.parquet: no readable Parquet file"):
         build_dataset(tmp_path / "x.parquet", tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+    (tmp_path / "x.parquet").write_bytes(data[:40] + bytes(60) + data[100:])
+    found = contents(source_items(tmp_path / "x.parquet")[0])
+    assert any(str(one).startswith("damaged after row") for one in found)
 
 
 def test_the_image_folder_of_hugging_face(tmp_path):

@@ -101,6 +101,7 @@ def test_naming_a_shown_medium_again_is_fine():
     assert conversation(asks("What?", image="x/a.jpg", source="coco/a.jpg", image_id="a.jpg")).images == ("x/a.jpg",)
 
 
+WORDS = {"type": "text", "text": "?"}
 PART_IMAGES = [
     {"type": "image", "image": "a.jpg"}, {"type": "image", "path": "a.jpg"}, {"type": "image", "url": "a.jpg"},
     {"type": "image_url", "image_url": {"url": "a.jpg", "detail": "high"}}, {"type": "image_url", "image_url": "a.jpg"},
@@ -119,7 +120,13 @@ def test_parts(part):
 
 
 def test_parts_keep_their_places_and_may_be_slots():
-    content = [{"type": "text", "text": "First "}, {"type": "image"}, " then ", {"type": "video"}, {"type": "image"}]
+    content = [
+        {"type": "text", "text": "First "},
+        {"type": "image"},
+        {"text": " then "},
+        {"type": "video"},
+        {"type": "image"},
+    ]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
     made = conversation({"messages": turns, "images": AB, "videos": ["v.mp4"]})
     assert texts(made)[0] == "First <image> then <video><image>" and made.images == ("a.jpg", "b.jpg")
@@ -133,13 +140,14 @@ def test_parts_keep_their_places_and_may_be_slots():
     ("content", "fields", "why"),
     [
         ([{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "<image>?"}], {}, "holds <image> beside media"),
-        ([{"type": "image", "image": "a.jpg"}, "?"], {"images": ["b.jpg"]}, "beside the turns and in them"),
-        ([{"type": "image"}, "?"], {}, "more <image> markers than images"),
-        ([{"type": "audio", "audio": "a.wav"}, "?"], {}, "turn 1 part 1 is of type 'audio'"),
-        ([{"type": "image", "image": "a.jpg", "max_pixels": 9}, "?"], {}, "turn 1 part 1: "),
-        ([{"type": "video", "video": "v.mp4", "fps": 1}, "?"], {}, "turn 1 part 1: "),
+        ([{"type": "image", "image": "a.jpg"}, WORDS], {"images": ["b.jpg"]}, "beside the turns and in them"),
+        ([{"type": "image"}, WORDS], {}, "more <image> markers than images"),
+        ([{"type": "audio", "audio": "a.wav"}, WORDS], {}, "turn 1 part 1 is of type 'audio'"),
+        ([{"type": "image", "image": "a.jpg", "max_pixels": 9}, WORDS], {}, "turn 1 part 1: "),
+        ([{"type": "video", "video": "v.mp4", "fps": 1}, WORDS], {}, "turn 1 part 1: "),
         ([{"type": "text", "text": "?", "cache": 1}], {}, "key 'cache' is not understood"),
         ([3], {}, "turn 1 part 1 is a int"),
+        (["a.jpg", "What?"], {}, "turn 1 part 1 is a str"),
         ([{"type": "image_url", "image_url": {"url": "https://x.org/a.jpg"}}], {}, "is a URL; only files are read"),
     ],
 )

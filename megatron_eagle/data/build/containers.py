@@ -88,8 +88,11 @@ def container_of(path: Path) -> str:
         except (EOFError, zlib.error, gzip.BadGzipFile):
             head = b""  # damaged: reading it says where
         return "tar.gz" if sniff(head).name == "tar" or path.name.endswith((".tar.gz", ".tgz")) else "text"
-    if name in ("tar", "Parquet"):
-        return name.lower()
+    if name == "Parquet":
+        _open_table(path).close()
+        return "parquet"
+    if name == "tar":
+        return name
     if path.suffix == ".tar":
         return "tar"  # of the old kind without a mark, or damaged
     if sniff(head).kind is not None:
@@ -296,21 +299,29 @@ class _Text:
             return value
 
 
-def _read_rows(path: Path) -> Iterator[FoundRecord]:
+def _open_table(path: Path) -> Any:
+    """A Parquet file; raises UserError, in one line, if it is none that can be read."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path} is a Parquet file, which needs pyarrow: pip install pyarrow") from None
-    number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no readable Parquet file: {' '.join(str(error).split())}") from None
+
+
+def _read_rows(path: Path) -> Iterator[FoundRecord]:
+    number = 0
+    with _open_table(path) as file:
+        import pyarrow
+
+        try:
             for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield FoundRecord({"row": number}, f"row-{number}", row, None)
-    except (pyarrow.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())
-        if not number:
-            raise UserError(f"{path}: no readable Parquet file: {why}") from None
-        yield FoundRecord({"after": f"row {number}"}, f"after-{number}", None, f"damaged after row {number}: {why}")
+        except (pyarrow.ArrowException, OSError) as error:
+            why = f"damaged after row {number}: {' '.join(str(error).split())}"
+            yield FoundRecord({"after": f"row {number}"}, f"after-{number}", None, why)

@@ -105,8 +105,8 @@ class RecordSource:
         """
         self.path.stat()
         files = [self.path] if self.path.is_file() else self._tars or self._tables
-        if self.path.is_file():
-            container_of(self.path)
+        for file in files:
+            container_of(file)
         sizes = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         root = None if self.media_root is None else str(self.media_root.absolute())
         source = {"source": str(self.path.absolute()), "files": sizes, "media_root": root, "prompt": self.prompt}

@@ -97,8 +97,6 @@ def _read_content(content: Any, where: str, ignored: Ignored) -> tuple[Piece, ..
 
 
 def _read_part(part: Any, where: str, ignored: Ignored) -> Piece:
-    if isinstance(part, str):
-        return part
     if not isinstance(part, dict):
         raise BrokenSample(f"{where} is a {type(part).__name__}, not an object")
     given = ignored.without(part, keep=("type",))
