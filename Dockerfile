@@ -27,6 +27,7 @@ RUN pip install --no-cache-dir \
     megatron-energon==7.4.1 \
     pillow==13.0.0 \
     psutil==7.2.2 \
+    pyarrow==26.0.1 \
     pydantic==2.14.3 \
     pyyaml==6.0.3 \
     safetensors==0.8.0 \
