@@ -11,10 +11,11 @@ def test_kernel_and_pieces_agree_on_a_cut_pack(ring: int) -> None:
     from megatron_eagle.parallel.context import Context, ContextShard, PackMask
 
     generator = torch.Generator().manual_seed(ring)
-    borders = torch.tensor([0, 5, 41, 64], dtype=torch.int32)
+    borders = (0, 5, 41, 64)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
     for rank in range(ring):
         share = ContextShard(ring, rank=rank)
-        pack, held = PackMask.of(borders, Context(share)), share.positions(64)
+        pack, held = PackMask.of(cu_seqlens, borders, Context(share)), share.positions(64)
         results = []
         query, key, value, upstream = (torch.randn(64, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
         for attend in (_attend_in_kernel, _attend_by_pieces):
