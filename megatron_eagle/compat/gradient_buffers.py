@@ -47,6 +47,6 @@ def let_go_of_gradients() -> None:
     whose threads wake up a hundred times a second.
     """
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__qualname__ == _HOOK:
+        if type(thing) is FunctionType and thing.__qualname__ == _HOOK:  # isinstance asks things that warn
             for cell in thing.__closure__ or ():
                 cell.cell_contents = None
