@@ -1,3 +1,5 @@
+"""The numbers of stripes; imports no torch, because recipes are checked before anything else is loaded."""
+
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass

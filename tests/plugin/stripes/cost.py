@@ -1,3 +1,5 @@
+"""What a tile of stripes costs in operations and bytes, for the planner."""
+
 from megatron_eagle.model.cost import EncoderRun, Flops, Held, Rate
 from stripes.config import Config
 

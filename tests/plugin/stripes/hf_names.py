@@ -1,3 +1,5 @@
+"""What the weights of stripes are called in an exported model, and how they are recognised there."""
+
 from collections.abc import Collection, Mapping
 from typing import Any
 

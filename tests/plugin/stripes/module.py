@@ -1,3 +1,5 @@
+"""The smallest encoder: the mean colour of each stripe of a tile, through one linear layer."""
+
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 

@@ -1,3 +1,5 @@
+"""Stripes in plain PyTorch, which ``verify`` holds the module against."""
+
 from typing import Any
 
 from torch import Tensor, nn
