@@ -61,8 +61,9 @@ def _train(options: argparse.Namespace) -> None:
     become_part_of_a_run(options.processes)
     watch = _open_watch(options.stacks, options.hang)
     from megatron_eagle.training.loop import train_stage
+    from megatron_eagle.training.non_finite import NonFinite
     from megatron_eagle.training.run_folder import RunFolder
-    from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, StoppedEarly
+    from megatron_eagle.training.watchdog import NON_FINITE_EXIT_CODE, STOPPED_EXIT_CODE, StoppedEarly
 
     try:
         train_stage(
@@ -71,6 +72,9 @@ def _train(options: argparse.Namespace) -> None:
     except StoppedEarly as stopped:
         print_once(f"megatron-eagle: {stopped}")
         sys.exit(STOPPED_EXIT_CODE)
+    except NonFinite as found:
+        print_once(f"megatron-eagle: {found}")
+        sys.exit(NON_FINITE_EXIT_CODE)
     finally:
         watch.close()
     if options.trace_platform:

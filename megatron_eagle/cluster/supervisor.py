@@ -5,7 +5,7 @@ The batch script does what only Slurm's commands can (requeue, exclude a node); 
 - the last step was reached: the chain goes on;
 - asked to stop (time limit, preemption), or ended from outside (a dead node): again, while it comes forward;
 - failed (a rank died, a hang, a bad node): again, within the budget of failures;
-- refused (a mistake in the recipe, a full disk): not again, a restart cannot mend it.
+- refused (a mistake in the recipe, a full disk, a loss that is no number): not again, a restart cannot mend it.
 """
 
 import re
@@ -24,7 +24,13 @@ from megatron_eagle.cluster.events import (
     newest_step,
     read_events,
 )
-from megatron_eagle.training.watchdog import HANG_EXIT_CODE, SILENT, STACKS_FOLLOW, STOPPED_EXIT_CODE
+from megatron_eagle.training.watchdog import (
+    HANG_EXIT_CODE,
+    NON_FINITE_EXIT_CODE,
+    SILENT,
+    STACKS_FOLLOW,
+    STOPPED_EXIT_CODE,
+)
 
 USER_ERROR = 2  # exit code of the command line after a UserError
 BAD_NODE = 4  # exit code of ``megatron-eagle doctor``
@@ -154,9 +160,10 @@ def find_cause(code: int, asked: bool, log: str, stacks: dict[int, str]) -> Find
     too_early = first is not None and first["end"].startswith("User defined signal 1")  # before it could catch it
     if asked or too_early or code == STOPPED_EXIT_CODE:
         return Finding("stopped", "asked to stop (time limit, preemption or an operator)")
-    if code == USER_ERROR:
+    if code in (USER_ERROR, NON_FINITE_EXIT_CODE):
         said = _OURS.findall(log)
-        return Finding("refused", said[-1] if said else "exit code 2: a mistake in the recipe or the arguments")
+        mistake = f"exit code {code}: a mistake in the recipe or the arguments, or a loss that is no number"
+        return Finding("refused", said[-1] if said else mistake)
     if first is None:
         return Finding("failed", f"exit code {code}")
     what = _say(first)

@@ -27,7 +27,7 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.parallel.groups import Groups
-from megatron_eagle.training.optimizer import build_optimizer, build_scheduler
+from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 
@@ -67,9 +67,12 @@ class Engine:
         return torch.stack(losses).double().sum()
 
     def update(self) -> float:
-        """Clip the gradients and step; returns their norm before clipping."""
+        """Clip the gradients and step; returns their norm before clipping. No weight changes if that is not finite."""
         self.scheduler.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
+        try:
+            _, grad_norm, _ = self.optimizer.step()
+        except NonFiniteGradients as found:
+            return found.norm
         return float(grad_norm or 0.0)
 
     def gradient_owners(self) -> list[DistributedDataParallel]:

@@ -38,6 +38,7 @@ from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog
+from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.run_folder import RunFolder
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected
@@ -58,7 +59,8 @@ def train_stage(
 
     fallback: pass over checkpoints whose files are damaged; without it a damaged newest one is an error.
 
-    Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step.
+    Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step; NonFinite if a loss or a
+    gradient is no number.
     """
     stage = recipe.stage(stage_name)
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
@@ -186,16 +188,21 @@ class StageRun:
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
         self.step += 1
         self.rejected_total += stats.rejected
-        if not math.isfinite(stats.loss):
-            ids = [identity for batch in result.batches for identity in batch.sample_ids]
-            self.saver.finish()  # every process is here
-            raise RuntimeError(
-                f"{self.stage.name} step {self.step}: loss is {stats.loss}; samples of this replica: {ids}"
-            )
+        if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process
+            raise NonFinite(self._explain_non_finite(step, result, stats.loss))
         if log:
             log.step(self._record(step.engine, result, stats, rejected, time.perf_counter() - started))
         self.watch.step_done()
         return stats.stop
+
+    def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:
+        with self._doing("looking for what is not finite"):
+            self.saver.finish()
+            found = explain(step.engine, step.normalise(result.batches), self.groups)
+        where = f"{self.stage.name} step {self.step}"
+        samples = [identity for batch in result.batches for identity in batch.sample_ids]
+        last_good = find_latest(self.run_folder.stage_checkpoints(self.stage.name))
+        return describe(where, loss, result.grad_norm, found, samples, last_good)
 
     @contextmanager
     def _doing(self, operation: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ which every process holds and whose state is therefore cut over all of them. Eac
 gradients over its own processes, so every parameter counts once in the norm that both are clipped by.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,28 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_eagle.compat.gradient_buffers import count_padding_as_content
 from megatron_eagle.config.recipe import OptimizerSettings, Stage
 from megatron_eagle.training.spread_encoder import SpreadEncoder
+
+
+class NonFiniteGradients(Exception):
+    """The norm of a step's gradients is not finite; weights and moments are as before the step."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"gradient norm {norm}")
+        self.norm = norm
+
+
+class FiniteOptimizer(ChainedOptimizer):
+    """A chain that raises NonFiniteGradients instead of stepping on gradients that are not finite.
+
+    Megatron checks that only where it scales the loss (fp16), and otherwise clips by NaN: every weight is NaN then. The
+    norm is a number of the host at this point, and the same on every process, so that asking costs nothing.
+    """
+
+    def get_grad_norm(self) -> float:
+        norm = float(super().get_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise NonFiniteGradients(norm)
+        return norm
 
 
 def build_optimizer(
@@ -59,7 +82,7 @@ def build_optimizer(
     if encoder is not None and encoder.buffers is not None:
         groups = {"pg_collection": encoder.megatron_groups(), "use_gloo_process_groups": False}
         chain += _make([encoder.buffers], config, overrides, **groups)
-    return ChainedOptimizer(chain)
+    return FiniteOptimizer(chain)
 
 
 def _make(

@@ -23,6 +23,7 @@ from typing import TextIO
 
 STOPPED_EXIT_CODE = 85  # "saved, and to be continued"; any number nothing else uses
 HANG_EXIT_CODE = 86
+NON_FINITE_EXIT_CODE = 87  # a loss or gradient that is no number: the same start would end the same way
 STACKS_FOLLOW = "Timeout ("  # how faulthandler begins
 SILENT = "ranks that wrote no stacks: "
 STEPS_REMEMBERED = 64
