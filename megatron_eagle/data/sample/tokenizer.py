@@ -128,8 +128,8 @@ def _check_ids(tokenizer: Any, folder: Path) -> None:
     for token in written:
         if known[token["content"]] != token["id"]:
             raise UserError(
-                f"{folder / 'tokenizer.json'} gives {token['content']} the id {token['id']}, the tokenizers library reads "
-                f"{known[token['content']]}: ids of added tokens follow one another, each once"
+                f"{folder / 'tokenizer.json'} gives {token['content']} the id {token['id']}, the tokenizers library "
+                f"reads {known[token['content']]}: ids of added tokens follow one another, each once"
             )
     for token in (IM_START, IM_END, *EAGLE_TOKENS):
         ids = tokenizer.encode(token, add_special_tokens=False).ids
