@@ -45,6 +45,7 @@ _EAGLE_VALUES = {
     "use_thumbnail": True,
     "pad2square": False,
     "keep_aspect_ratio": False,
+    "pre_feature_reduction": False,
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
 }

@@ -22,7 +22,7 @@ _HARMLESS_NAMES = """
     task_specific_params temperature tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache
 """
-HARMLESS = frozenset(_HARMLESS_NAMES.split())
+HARMLESS = frozenset((*_HARMLESS_NAMES.split(), "transformers.js_config"))
 # What does nothing as long as it is off.
 _OFF = ("add_cross_attention", "is_decoder", "is_encoder_decoder", "tf_legacy_loss", "tie_encoder_decoder", "use_mrope")
 

@@ -429,6 +429,45 @@ def released(tmp_path, change, shape="eagle2-1b", **options):
     return recognise(SafetensorsFolder(tmp_path / "hf").infos, said, "hf")
 
 
+# What transformers 4.37 wrote into every part of a config.json, those of NVIDIA's first releases among them.
+NOTHING = """
+    _name_or_path architectures bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size
+    decoder_start_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    prefix problem_type sep_token_id suppress_tokens task_specific_params tokenizer_class my_rope_scaling
+"""
+OFF = """
+    add_cross_attention do_sample early_stopping is_decoder is_encoder_decoder output_attentions output_hidden_states
+    output_scores remove_invalid_values return_dict_in_generate tf_legacy_loss tie_encoder_decoder torchscript
+    use_bfloat16
+"""
+OF_4_37 = {
+    **dict.fromkeys(NOTHING.split()),
+    **dict.fromkeys(OFF.split(), False),
+    **{"chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "encoder_no_repeat_ngram_size": 0, "pruned_heads": {}},
+    **{"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20},
+    **{"min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1},
+    **{"repetition_penalty": 1.0, "return_dict": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0},
+    **{"transformers_version": "4.37.2", "attn_implementation": "flash_attention_2", "_attn_implementation": "x"},
+}
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES)
+def test_configs_as_nvidia_publishes_them_are_read(tmp_path, shape):
+    def as_published(said):
+        text = said.get("text_config") or said["llm_config"]
+        vision = said["vision_config"]
+        tied = text["tie_word_embeddings"]
+        text.update({**OF_4_37, "rope_theta": text["rope_theta"], "rope_scaling": None, "tie_word_embeddings": tied})
+        del text["rope_parameters"]
+        (vision.get("siglip_vision_config") or vision).update({**OF_4_37, "drop_path_rate": 0.1})
+        said.update(pre_feature_reduction=False, mlp_checkpoint=False, keep_aspect_ratio=False, efficient_loss=True)
+        said.update(_commit_hash=None, transformers_version=None, loss_version="efficient_v2_cp_head")
+
+    config, _ = released(tmp_path, as_published, shape)
+    assert replace(config.language, initializer_range=0.1) == cases.reduced(shape).language
+    assert config.encoders == cases.reduced(shape).encoders
+
+
 def setting(**changes):
     return lambda said: said.update(changes)
 
