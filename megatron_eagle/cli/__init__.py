@@ -26,7 +26,8 @@ from megatron_eagle.cli import (
     train,
     verify,
 )
-from megatron_eagle.cli.common import print_once
+from megatron_eagle.cli.common import Parser, print_once
+from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import LostContact, UserError
 
 USER_ERROR = 2
@@ -70,14 +71,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if strange or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+        first = next(iter(strange), "").partition("=")[0]
+        near = meant(first, _option_names(parser) - {first})
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}{near}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
+def _option_names(parser: argparse.ArgumentParser) -> set[str]:
+    """Of a parser and all its verbs."""
+    names = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*(_option_names(verb) for verb in action.choices.values()))
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-eagle",
         description="Trains Eagle 2 and Eagle 2.5 vision-language models on Megatron-Core.",
         epilog="'megatron-eagle VERB --help' explains a verb and shows an example.",

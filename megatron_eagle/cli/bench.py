@@ -11,6 +11,8 @@ from megatron_eagle.cli.common import (
     add_recipe_arguments,
     become_part_of_a_run,
     open_platform,
+    positive_int,
+    tokens,
     verb,
 )
 
@@ -32,15 +34,20 @@ def add(verbs: Verbs) -> None:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")
-    parser.add_argument("--steps", type=int, default=5, help="steps to measure, after one to warm up (default: 5)")
-    parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
-    parser.add_argument("--batch", type=int, default=None, help="packs in a step, instead of the recipe's")
     parser.add_argument(
-        "--layers", type=int, default=None, help="decoder layers, instead of the model's, evenly over the stages"
+        "--steps", type=positive_int, default=5, help="steps to measure, after one to warm up (default: 5)"
+    )
+    parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
+    parser.add_argument("--batch", type=positive_int, default=None, help="packs in a step, instead of the recipe's")
+    parser.add_argument(
+        "--layers",
+        type=positive_int,
+        default=None,
+        help="decoder layers, instead of the model's, evenly over the stages",
     )
     parser.add_argument("--packs", choices=("synthetic", "data"), default="synthetic", help="default: synthetic")
     parser.add_argument(
-        "--tokens-per-sample", type=float, default=2000.0, help="mean length of synthetic samples (default: 2000)"
+        "--tokens-per-sample", type=tokens, default=2000.0, help="mean length of synthetic samples (default: 2000)"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/reports"), help="folder of the report")
     parser.add_argument("--compare", type=Path, default=None, help="JSON of an earlier report to set beside")
@@ -53,12 +60,9 @@ def add(verbs: Verbs) -> None:
 def _bench(options: argparse.Namespace) -> None:
     platform = open_platform(options)
     from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
 
-    if options.steps < 1:
-        raise UserError(f"--steps {options.steps}: at least one step has to be measured")
     recipe, reduced = _reduced(load_recipe(options.recipe, options.overrides), options)
     stage, hardware = recipe.stage(options.stage), load_hardware(options.gpu)
     if options.calibrate:
@@ -90,10 +94,12 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", list[str]]:
     """The recipe with the stage and model that were asked for, and what differs from it."""
+    from megatron_eagle.config.findings import refusing
+
     stage, reduced = recipe.stage(options.stage), []
     if options.batch and options.batch != stage.batch:
         reduced.append(f"{options.batch} packs a step instead of {stage.batch}")
-        stage = replace(stage, batch=options.batch)
+        stage = recipe.with_stage(stage.name, batch=options.batch).stage(stage.name)
     model = recipe.model
     if options.layers:
         reduced.append(f"{options.layers} decoder layers instead of {model.eagle().language.num_hidden_layers}")
@@ -101,4 +107,5 @@ def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", l
         stage = replace(stage, layout=replace(recipe.stage_layout(stage), layers_per_stage=None))
     # Data are drawn by the seed and the number of the stage, which is the first now.
     seed = recipe.data_seed(recipe.stage(options.stage))
-    return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage), seed=seed), reduced
+    with refusing(type(recipe)):
+        return replace(recipe, model=model, stages=(stage,), layout=recipe.stage_layout(stage), seed=seed), reduced

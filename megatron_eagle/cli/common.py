@@ -1,14 +1,65 @@
 """What the verbs share: how one is declared, the arguments of everything that trains, starting processes."""
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from megatron_eagle.config.numbers import Range
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are written out, and a wrong one is said in one line; those of the verbs are of this class as well."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """End with 2 after one line."""
+        print_once(f"{self.prog}: {message} (see --help)")
+        sys.exit(2)
+
+
+class Number:
+    """The ``type`` of an option that takes a number: what ``Range`` is given says which."""
+
+    def __init__(self, low: float, high: float = math.inf, *, above: bool = False, whole: bool = False) -> None:
+        self.range = Range(low, high, above=above, whole=whole)
+
+    def __call__(self, text: str) -> int | float:
+        """The number; argparse's own error with the range."""
+        try:
+            number = _read(text, whole=self.range.whole)
+            if number is None:
+                raise ValueError(self.range.refusal(text))
+            return self.range(number)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _read(text: str, *, whole: bool) -> int | float | None:
+    """The number that is written there; None if it is none, or one with a leading zero, where it should be whole."""
+    if whole:
+        return int(text) if re.fullmatch(r"[-+]?(0|[1-9](_?[0-9]){0,99})", text, re.ASCII) else None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+positive_int = Number(1, whole=True)
+count = Number(0, whole=True)
+tokens = Number(1, 1e9)  # of a sample
+not_negative = Number(0)
+fraction = Number(0, 1)
+seconds = Number(0, 1e7, above=True)  # four months; waiting longer overflows somewhere
 
 
 class Verbs(Protocol):
@@ -54,7 +105,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """How the processes of a run are started and watched."""
     parser.add_argument(
         "--processes",
-        type=int,
+        type=positive_int,
         default=None,
         metavar="N",
         help="start N processes on this machine; without it this is one process, or one of torchrun's or srun's",

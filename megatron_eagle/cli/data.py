@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eagle.cli import data_build
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, count, not_negative, positive_int, verb
 
 if TYPE_CHECKING:
     from megatron_eagle.config.recipe import Recipe, Stage
@@ -56,7 +56,7 @@ def _add_inspect(actions: Verbs) -> None:
     )
     _add_recipe(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--shown", type=int, default=12, metavar="N", help="samples to show (default: 12)")
+    parser.add_argument("--shown", type=count, default=12, metavar="N", help="samples to show (default: 12)")
     parser.set_defaults(run=_data_inspect)
 
 
@@ -70,9 +70,9 @@ def _add_digest(actions: Verbs) -> None:
         "  megatron-eagle data digest tiny --dp 2 --packs 100\n",
     )
     _add_recipe(parser)
-    parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
-    parser.add_argument("--packs", type=int, default=100, metavar="K", help="packs to read (default: 100)")
-    parser.add_argument("--workers", type=int, default=0, help="reader processes of a rank (default: 0)")
+    parser.add_argument("--dp", type=positive_int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
+    parser.add_argument("--packs", type=positive_int, default=100, metavar="K", help="packs to read (default: 100)")
+    parser.add_argument("--workers", type=count, default=0, help="reader processes of a rank (default: 0)")
     parser.set_defaults(run=_data_digest)
 
 
@@ -89,14 +89,22 @@ def _add_pack_report(actions: Verbs) -> None:
     )
     _add_recipe(parser, nargs="?")
     parser.add_argument(
-        "--lognormal", type=float, nargs=2, metavar=("MEDIAN", "SIGMA"), help="lengths drawn from this, not a recipe's"
+        "--lognormal",
+        type=not_negative,
+        nargs=2,
+        metavar=("MEDIAN", "SIGMA"),
+        help="lengths drawn from this, not a recipe's",
     )
     parser.add_argument(
-        "--samples", type=int, help="draw so many, with replacement (default: an epoch; lognormal: 10^6)"
+        "--samples", type=positive_int, help="draw so many, with replacement (default: an epoch; lognormal: 10^6)"
     )
-    parser.add_argument("--pack-length", type=int, help="tokens of a pack (default: the stage's; lognormal: 16384)")
-    parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks (default: 64)")
-    parser.add_argument("--attention-parity", type=int, help="see docs/data.md (default: the recipe's, or 65000)")
+    parser.add_argument(
+        "--pack-length", type=positive_int, help="tokens of a pack (default: the stage's; lognormal: 16384)"
+    )
+    parser.add_argument("--ranks", type=positive_int, default=64, help="data-parallel ranks (default: 64)")
+    parser.add_argument(
+        "--attention-parity", type=positive_int, help="see docs/data.md (default: the recipe's, or 65000)"
+    )
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw it")
     parser.set_defaults(run=_data_pack_report)
 
@@ -185,7 +193,7 @@ def _data_pack_report(options: argparse.Namespace) -> None:
     if options.lognormal:
         median, sigma = options.lognormal
         length = options.pack_length or 16384
-        settings = DataSettings(sources=(BlendSource("lognormal"),), pack_length=length)
+        settings = DataSettings(sources=(BlendSource("lognormal"),), pack_length=length, tokens_per_tile=1)
         tokens = lognormal_lengths(options.samples or 1_000_000, median, sigma, length)
         tiles = np.zeros_like(tokens)
         title = f"lognormal lengths, median {median:g}, sigma {sigma:g}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, count, positive_int, verb
 
 if TYPE_CHECKING:
     from megatron_eagle.data.build.dataset import BuildReport
@@ -43,9 +43,12 @@ def add(actions: Verbs) -> None:
     )
     _add_max_rejected(build)
     build.add_argument(
-        "--samples-per-shard", type=int, default=1000, help="samples of SOURCE for one tar file (default: 1000)"
+        "--samples-per-shard",
+        type=positive_int,
+        default=1000,
+        help="samples of SOURCE for one tar file (default: 1000)",
     )
-    build.add_argument("--workers", type=int, default=1, help="processes that read and decode (default: 1)")
+    build.add_argument("--workers", type=positive_int, default=1, help="processes that read and decode (default: 1)")
     build.add_argument("--part", type=_part, metavar="I/N", help="build only part I of N; then 'data join OUT'")
     build.set_defaults(run=_data_build)
     join = verb(
@@ -72,16 +75,16 @@ def add(actions: Verbs) -> None:
 
 def _add_max_rejected(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-rejected", type=int, default=0, help="fail when more samples than this are bad (default: 0)"
+        "--max-rejected", type=count, default=0, help="fail when more samples than this are bad (default: 0)"
     )
 
 
 def _part(text: str) -> tuple[int, int]:
     """I/N."""
     number, _, parts = text.partition("/")
-    if not (number.isdigit() and parts.isdigit()):
+    if not (number and parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/16")
-    return int(number), int(parts)
+    return int(positive_int(number)), int(positive_int(parts))
 
 
 def _keys(text: str) -> tuple[str, ...]:

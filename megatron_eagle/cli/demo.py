@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, not_negative, positive_int, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -24,9 +24,12 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder that holds the run folders (default: runs)"
     )
-    parser.add_argument("--processes", type=int, default=2, help="Megatron processes (default: 2)")
+    parser.add_argument("--processes", type=positive_int, default=2, help="Megatron processes (default: 2)")
     parser.add_argument(
-        "--setup-seconds", type=float, default=0.0, help="seconds already spent on the environment, for the summary"
+        "--setup-seconds",
+        type=not_negative,
+        default=0.0,
+        help="seconds already spent on the environment, for the summary",
     )
     parser.set_defaults(run=_demo)
 

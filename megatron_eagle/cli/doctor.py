@@ -6,7 +6,15 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, add_launch_arguments, become_part_of_a_run, open_platform, verb
+from megatron_eagle.cli.common import (
+    Verbs,
+    add_launch_arguments,
+    become_part_of_a_run,
+    not_negative,
+    open_platform,
+    seconds,
+    verb,
+)
 
 
 def add(verbs: Verbs) -> None:
@@ -21,9 +29,9 @@ def add(verbs: Verbs) -> None:
         "  srun --nodes 16 --ntasks-per-node 8 ... megatron-eagle doctor --folder /shared/runs\n",
     )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder that all nodes must share")
-    parser.add_argument("--min-free-gb", type=float, default=1.0, metavar="GB", help="space it must have free")
+    parser.add_argument("--min-free-gb", type=not_negative, default=1.0, metavar="GB", help="space it must have free")
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for a process"
+        "--timeout", type=seconds, default=120.0, metavar="SECONDS", help="how long to wait for a process"
     )
     parser.add_argument(
         "--nodes", default="", metavar="A,B", help="all nodes in the order of their ranks, to name one that is silent"

@@ -9,6 +9,7 @@ from megatron_eagle.cli.common import (
     add_recipe_arguments,
     become_part_of_a_run,
     open_platform,
+    positive_int,
     print_once,
     verb,
 )
@@ -32,7 +33,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for the results (default: <runs>/<name>/evaluation)"
     )
-    parser.add_argument("--answer-tokens", type=int, default=16, help="longest answer in tokens (default: 16)")
+    parser.add_argument("--answer-tokens", type=positive_int, default=16, help="longest answer in tokens (default: 16)")
     add_launch_arguments(parser)
     parser.set_defaults(run=_evaluate)
 

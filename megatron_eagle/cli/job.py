@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Number, Verbs, count, positive_int, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -23,11 +23,15 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--job", required=True, metavar="ID", help="Slurm's number of the job")
     parser.add_argument("--log", type=Path, required=True, help="the job's log, where causes are looked for")
     parser.add_argument("--nodes", default="", help="begin: Slurm's list of the nodes")
-    parser.add_argument("--code", type=int, default=0, help="end: exit code of the srun")
+    parser.add_argument(
+        "--code", type=Number(-255, 255, whole=True), default=0, help="end: exit code of the srun"
+    )
     parser.add_argument("--asked", action="store_true", help="end: the job had been asked to stop")
     parser.add_argument("--stacks", type=Path, default=Path(), metavar="FOLDER", help="end: where hung processes wrote")
-    parser.add_argument("--failures", type=int, default=10, metavar="N", help="restarts allowed after failures")
-    parser.add_argument("--without-progress", type=int, default=3, metavar="N", help="idle starts allowed in a row")
+    parser.add_argument("--failures", type=count, default=10, metavar="N", help="restarts allowed after failures")
+    parser.add_argument(
+        "--without-progress", type=positive_int, default=3, metavar="N", help="idle starts allowed in a row"
+    )
     parser.set_defaults(run=_job)
 
 

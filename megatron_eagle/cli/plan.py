@@ -1,10 +1,9 @@
 """``megatron-eagle plan``: memory, time and balance of a recipe, before it runs."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, fraction, positive_int, tokens, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -22,15 +21,19 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, or the name of one that comes along")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. layout.tp=2")
-    parser.add_argument("--gpus", type=int, default=None, help="number of GPUs (default: what each stage names)")
+    parser.add_argument(
+        "--gpus", type=positive_int, default=None, help="number of GPUs (default: what each stage names)"
+    )
     parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
     parser.add_argument("--stage", default=None, help="plan this stage only")
     parser.add_argument(
-        "--tokens-per-sample", type=float, default=None, help="mean length of made-up samples (default: 2000)"
+        "--tokens-per-sample", type=tokens, default=None, help="mean length of made-up samples (default: 2000)"
     )
-    parser.add_argument("--visual", type=float, default=None, help="share of their tokens that are tiles (0.8)")
-    parser.add_argument("--batch", type=int, default=None, help="packs in a step, instead of the recipe's")
-    parser.add_argument("--pack-length", type=int, default=None, help="tokens of a pack, instead of the recipe's")
+    parser.add_argument("--visual", type=fraction, default=None, help="share of their tokens that are tiles (0.8)")
+    parser.add_argument("--batch", type=positive_int, default=None, help="packs in a step, instead of the recipe's")
+    parser.add_argument(
+        "--pack-length", type=positive_int, default=None, help="tokens of a pack, instead of the recipe's"
+    )
     parser.add_argument("--ranks", action="store_true", help="also list the memory of every pipeline stage")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--search", action="store_true", help="find the ten best layouts")
@@ -61,11 +64,11 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.planning.search import search
 
     recipe = load_recipe(options.recipe, options.overrides)
-    changes = {"batch": options.batch, "pack_length": options.pack_length}
-    changed = {name: value for name, value in changes.items() if value is not None}
-    recipe = replace(recipe, stages=tuple(replace(stage, **changed) for stage in recipe.stages))
+    names = [recipe.stage(options.stage).name] if options.stage else [stage.name for stage in recipe.stages]
+    for name in names:
+        recipe = recipe.with_stage(name, batch=options.batch, pack_length=options.pack_length)
     check_if_there(recipe)
-    stages = [recipe.stage(options.stage)] if options.stage else list(recipe.stages)
+    stages = [recipe.stage(name) for name in names]
     for stage in stages:
         if not (options.gpus or stage.gpus):
             raise UserError(f"stage '{stage.name}' names no number of GPUs: give --gpus")

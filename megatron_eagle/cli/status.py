@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, seconds, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -18,7 +18,7 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, <runs>/<name of the recipe>")
     parser.add_argument("--watch", action="store_true", help="refresh until the chain has ended")
-    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="how often to refresh")
+    parser.add_argument("--every", type=seconds, default=10.0, metavar="SECONDS", help="how often to refresh")
     parser.set_defaults(run=_status)
 
 

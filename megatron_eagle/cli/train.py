@@ -12,8 +12,10 @@ from megatron_eagle.cli.common import (
     add_launch_arguments,
     add_recipe_arguments,
     become_part_of_a_run,
+    not_negative,
     open_platform,
     print_once,
+    seconds,
     verb,
 )
 
@@ -40,7 +42,8 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--hang",
-        default="20,300,1800,10",
+        type=_hang,
+        default=(20.0, 300.0, 1800.0, 10.0),
         metavar="F,A,O,G",
         help="a hang is no step for F times the median step, at least A seconds; O seconds for all else; G of grace",
     )
@@ -81,19 +84,22 @@ def _train(options: argparse.Namespace) -> None:
         print_once(platform.report())
 
 
-def _open_watch(stacks: Path | None, hang: str) -> "Watchdog":
+def _hang(text: str) -> tuple[float, ...]:
+    """F,A,O,G."""
+    parts = text.split(",")
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"four numbers F,A,O,G are wanted (got {text!r})")
+    return (*map(seconds, parts[:3]), not_negative(parts[3]))
+
+
+def _open_watch(stacks: Path | None, hang: tuple[float, ...]) -> "Watchdog":
     """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs."""
-    from megatron_eagle.errors import UserError
     from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
     if stacks is None:
         watch = Watchdog()
         watch.stop_on(signal.SIGUSR1)
         return watch
-    try:
-        limits = HangLimits(*(float(part) for part in hang.split(",")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--hang {hang}: four numbers above 0 are wanted ({error})") from None
-    watch = Watchdog(limits, stacks, rank=int(os.environ["RANK"]))
+    watch = Watchdog(HangLimits(*hang), stacks, rank=int(os.environ["RANK"]))
     watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
     return watch

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, count, positive_int, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -19,10 +19,12 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="cover every pair of options instead of their product")
     parser.add_argument(
-        "--sample", type=int, default=None, metavar="N", help="run N rows of the table, drawn at random"
+        "--sample", type=positive_int, default=None, metavar="N", help="run N rows of the table, drawn at random"
     )
-    parser.add_argument("--seed", type=int, default=0, help="what --sample draws with (default: 0)")
-    parser.add_argument("--processes", type=int, default=None, help="largest world (default: 4 quick, 8 otherwise)")
+    parser.add_argument("--seed", type=count, default=0, help="what --sample draws with (default: 0)")
+    parser.add_argument(
+        "--processes", type=positive_int, default=None, help="largest world (default: 4 quick, 8 otherwise)"
+    )
     parser.add_argument(
         "--recipe", type=Path, default=None, help="check this recipe's layouts on its own data, at reduced width"
     )

@@ -4,17 +4,16 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from annotated_types import Ge
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.findings import checked
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import AboveZero, Count, Flag, NotNegative, Positive
 from megatron_eagle.config.shipped import file_or_name, shipped_folder
-from megatron_eagle.errors import UserError
+from megatron_eagle.config.yaml_file import read_yaml
 
 TEMPLATES = shipped_folder("slurm")  # <kind>.sbatch
-Seconds = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,19 +41,19 @@ class Restarts:
     exclude_bad_nodes: leave out a node that a failure was traced to, while enough others remain.
     """
 
-    failures: Annotated[int, Ge(0)] = 10
+    failures: Count = 10
     without_progress: Positive = 3
-    exclude_bad_nodes: bool = True
+    exclude_bad_nodes: Flag = True
 
 
 @dataclass(frozen=True, config=STRICT)
 class Hang:
     """``training.watchdog.HangLimits`` explains each; seconds."""
 
-    factor: Seconds = 20.0
-    at_least: Seconds = 300.0
-    otherwise: Seconds = 1800.0
-    grace: Annotated[float, Ge(0)] = 10.0
+    factor: AboveZero = 20.0
+    at_least: AboveZero = 300.0
+    otherwise: AboveZero = 1800.0
+    grace: NotNegative = 10.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,12 +74,12 @@ class Profile:
 
     name: str
     tasks_per_node: Positive | None = None
-    gpus_per_node: Annotated[int, Ge(0)] = 0
-    gpu_request: bool = True
+    gpus_per_node: Count = 0
+    gpu_request: Flag = True
     cpus_per_task: Positive | None = None
     partition: str | None = None
     account: str | None = None
-    needs_account: bool = False
+    needs_account: Flag = False
     nodes: dict[str, Positive] = field(default_factory=dict)
     time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = "04:00:00"
     stop_seconds: Positive = 300
@@ -91,9 +90,9 @@ class Profile:
     python: str = "python"
     sbatch: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
-    preflight: bool = True
-    min_free_gb: Annotated[float, Ge(0)] = 1.0
-    preflight_seconds: Seconds = 120.0
+    preflight: Flag = True
+    min_free_gb: NotNegative = 1.0
+    preflight_seconds: AboveZero = 120.0
     restarts: Restarts = field(default_factory=Restarts)
     hang: Hang = field(default_factory=Hang)
 
@@ -118,17 +117,4 @@ def shipped_profiles() -> dict[str, Path]:
 def load_profile(name_or_path: str) -> Profile:
     """A YAML file, or the name of one in ``slurm/profiles``; UserError is one line."""
     path = file_or_name(name_or_path, "cluster profile", shipped_profiles())
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read cluster profile {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        return TypeAdapter(Profile).validate_python(raw)
-    except ValidationError as error:
-        findings = (
-            ".".join(map(str, item["loc"])) + ": " * bool(item["loc"]) + item["msg"].removeprefix("Value error, ")
-            for item in error.errors()
-        )
-        raise UserError(f"{path}: {'; '.join(findings)}") from None
+    return checked(Profile, read_yaml(path, "cluster profile"), path)

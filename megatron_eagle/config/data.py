@@ -5,12 +5,12 @@ Numbers and checks only, no I/O; ``data/order`` and ``data/stream`` read them. `
 
 from dataclasses import asdict, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import AboveZero, Positive
 from megatron_eagle.config.pack_costs import PackCosts
 from megatron_eagle.config.reading import ReadingSettings, Tiling
 
@@ -25,8 +25,8 @@ class BlendSource:
     """
 
     path: str
-    weight: Annotated[float, Gt(0)] = 1.0
-    repeat: Annotated[float, Gt(0)] | None = None
+    weight: AboveZero = 1.0
+    repeat: AboveZero | None = None
 
     def __post_init__(self) -> None:
         if self.repeat is not None and self.weight != 1.0:

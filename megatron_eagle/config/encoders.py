@@ -18,6 +18,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_eagle.config.findings import Refused, findings_of
+from megatron_eagle.config.numbers import shown
+from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import UserError
 
 BUILT_IN = "megatron_eagle.model.encoders"
@@ -100,7 +103,8 @@ def encoder_spec(kind: str) -> EncoderSpec:
     outside = [entry for entry in _entry_points() if entry.name == kind]
     places = [f"{BUILT_IN}.{kind}"] * (kind in _built_in()) + [entry.value for entry in outside]
     if not places:
-        raise ValueError(f"encoder kind '{kind}' does not exist; there are {', '.join(encoder_kinds())}")
+        names = f"{', '.join(encoder_kinds())}{meant(kind, encoder_kinds())}"
+        raise ValueError(f"encoder kind {shown(kind)} does not exist; there are {names}")
     if len(set(places)) > 1:
         raise ValueError(f"encoder kind '{kind}' exists {len(places)} times: {', '.join(places)}")
     found = outside[0].load() if outside else importlib.import_module(places[0]).SPEC
@@ -118,8 +122,8 @@ def encoder_config(settings: dict[str, Any]) -> EncoderConfig:
     try:
         return TypeAdapter(encoder_spec(kind).config).validate_python(numbers)
     except ValidationError as error:
-        found = (f"{'.'.join(map(str, item['loc'])) or kind}: {item['msg']}" for item in error.errors())
-        raise ValueError(f"encoder '{kind}': {'; '.join(found)}") from None
+        found = findings_of(error, encoder_spec(kind).config)
+        raise Refused([(where, f"encoder '{kind}': {words}") for where, words in found]) from None
 
 
 def _built_in() -> list[str]:

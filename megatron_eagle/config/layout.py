@@ -3,14 +3,14 @@
 Process groups are made from it in ``parallel/groups.py``; the model turns it into Megatron's TransformerConfig.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from megatron_eagle.config.numbers import Flag, Positive
+
 STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -35,7 +35,7 @@ class Layout:
     cp: Positive = 1
     ulysses: Positive = 1
     vpp: Positive | None = None
-    sequence_parallel: bool = False
+    sequence_parallel: Flag = False
     encoder: Literal["tensor", "spread"] = "tensor"
     encoder_chunk: Positive | None = None
     layers_per_stage: tuple[Positive, ...] | None = None

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.encoders import EncoderConfig, encoder_config
-from megatron_eagle.config.layout import STRICT, Layout, Positive
+from megatron_eagle.config.layout import STRICT, Layout
+from megatron_eagle.config.numbers import AboveZero, Flag, NotNegative, Positive
 
 VOCABULARY_MULTIPLE = 128
 
@@ -31,11 +32,11 @@ class QwenConfig:
     num_attention_heads: Positive
     num_key_value_heads: Positive
     vocab_size: Positive
-    tie_word_embeddings: bool
+    tie_word_embeddings: Flag
     max_position_embeddings: Positive = 32768
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    initializer_range: float = 0.02
+    rms_norm_eps: NotNegative = 1e-6
+    rope_theta: AboveZero = 1e6
+    initializer_range: NotNegative = 0.02
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -77,7 +78,7 @@ class EagleConfig:
     tile_size: Positive
     encoders: tuple[dict[str, Any], ...]
     language: QwenConfig
-    connector_layer_norm_eps: float = field(default=1e-5)
+    connector_layer_norm_eps: NotNegative = field(default=1e-5)
 
     def __post_init__(self) -> None:
         if not self.encoders:

@@ -5,14 +5,14 @@ the gradient of its inputs, and as many for that of its weights if they train. N
 """
 
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.encoders import encoder_config, encoder_spec
-from megatron_eagle.config.layout import STRICT, Layout, Positive
+from megatron_eagle.config.layout import STRICT, Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig, mixture_channels, tokens_per_tile
+from megatron_eagle.config.numbers import NotNegative, Positive
 from megatron_eagle.errors import UserError
 
 
@@ -21,7 +21,7 @@ class PackCosts:
     """In tokens of the language model; ``ReadingSettings`` explains both. The defaults: Qwen2.5-7B, no encoders."""
 
     attention_parity: Positive = 65_000
-    tile_cost: Annotated[float, Ge(0)] = 0.0
+    tile_cost: NotNegative = 0.0
 
 
 def model_costs(config: EagleConfig, layout: Layout, trainable: Collection[str]) -> PackCosts:

@@ -9,6 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from megatron_eagle.config.numbers import shown
+from megatron_eagle.config.schema import meant
+
 _FOLDER = Path(__file__).parents[1] / "data" / "order" / "rules"
 
 
@@ -20,7 +23,8 @@ def packing_rules() -> tuple[str, ...]:
 def known_rule(name: str) -> str:
     """``name`` itself; ValueError with those there are if it is none of them."""
     if name not in packing_rules():
-        raise ValueError(f"packing rule '{name}' does not exist; there are {', '.join(packing_rules())}")
+        names = f"{', '.join(packing_rules())}{meant(name, packing_rules())}"
+        raise ValueError(f"packing rule {shown(name)} does not exist; there are {names}")
     return name
 
 

@@ -5,12 +5,12 @@ Only what a knob may be is decided here. What is done with it lies beside the pi
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import AboveZero, Count, Flag, NotNegative, Positive
 from megatron_eagle.config.packing_rules import PackingName
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -56,7 +56,7 @@ class VideoSettings:
     """
 
     sampling: Literal["fps", "uniform"] = "fps"
-    fps: Annotated[float, Gt(0)] = 2.0
+    fps: AboveZero = 2.0
     max_frames: Positive = 512
     least_frames: Positive = 8
     frame_tiles: Positive = 1
@@ -113,13 +113,13 @@ class ReadingSettings:
     max_tiles_per_pack: Positive | None = None
     order: Literal["planned", "buffer"] = "planned"
     packing: PackingName = "balanced"
-    packing_delta: Annotated[int, Ge(0)] | None = None
-    degrade: bool = False
+    packing_delta: Count | None = None
+    degrade: Flag = False
     decoder: Literal["pillow", "dali"] = "pillow"
     video: VideoSettings = field(default_factory=VideoSettings)
     plan_window: Positive = 1_000_000
     attention_parity: Positive | None = None
-    tile_cost: Annotated[float, Ge(0)] | None = None
+    tile_cost: NotNegative | None = None
     reader_timeout: Positive = 600
     packing_buffer: Positive = 512
     shuffle_buffer: Positive = 1000
@@ -127,7 +127,7 @@ class ReadingSettings:
     max_pixels: Positive = MAX_PIXELS
     max_rejected_in_a_row: Positive = 1000
     system: str = DEFAULT_SYSTEM
-    workers: Annotated[int, Ge(0)] = 0
+    workers: Count = 0
 
     def __post_init__(self) -> None:
         if self.packing_delta is not None and self.packing != "balanced":

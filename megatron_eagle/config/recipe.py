@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Gt, Le
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.data import BlendSource, DataSettings
-from megatron_eagle.config.layout import STRICT, Layout, Positive
+from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.findings import Refused, Where, checked, findings_of, refusing, words_of
+from megatron_eagle.config.layout import STRICT, Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
+from megatron_eagle.config.numbers import AboveZero, BelowOne, Count, Flag, Fraction, NotNegative, Positive, shown
 from megatron_eagle.config.overrides import apply_overrides
 from megatron_eagle.config.pack_costs import model_costs
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.config.reading import ReadingSettings
+from megatron_eagle.config.schema import KeysOf, meant
 from megatron_eagle.config.shipped import file_or_name, shipped_recipes
+from megatron_eagle.config.yaml_file import read_yaml
 from megatron_eagle.errors import UserError
 
 Part = Literal["vision", "connector", "language"]
-Rate = Annotated[float, Gt(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,7 +48,7 @@ class ModelSettings:
     preset: str
     tile_size: Positive | None = None
     encoders: tuple[dict[str, Any], ...] | None = None
-    language: dict[str, Any] = field(default_factory=dict)
+    language: Annotated[dict[str, Any], KeysOf(QwenConfig)] = field(default_factory=dict)
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     recompute: Literal["none", "selective", "full", "offload"] = "none"
     kernels: Literal["triton", "torch"] | None = None
@@ -58,16 +60,38 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ValueError(f"preset '{self.preset}' does not exist; there are {', '.join(sorted(PRESETS))}")
+            names = f"{', '.join(sorted(PRESETS))}{meant(self.preset, PRESETS)}"
+            raise Refused([(("preset",), f"preset {shown(self.preset)} does not exist; there are {names}")])
+        findings = self._encoder_findings()
+        try:
+            self._language()
+        except ValidationError as error:
+            findings += [(("language", *where), words) for where, words in findings_of(error, QwenConfig)]
+        if findings:
+            raise Refused(findings)
+
+    def _encoder_findings(self) -> list[tuple[Where, str]]:
+        found: list[tuple[Where, str]] = []
+        for number, settings in enumerate(self.encoders or ()):
+            try:
+                encoder_config(settings)
+            except Refused as refused:
+                found += [(("encoders", number, *where), words) for where, words in refused.findings]
+            except ValueError as error:
+                found.append((("encoders", number), str(error)))
+        return found
+
+    def _language(self) -> QwenConfig:
+        base = PRESETS[self.preset].language
+        return TypeAdapter(QwenConfig).validate_python({**asdict(base), **self.language})
 
     def eagle(self) -> EagleConfig:
         """The preset with the replacements applied."""
         base = PRESETS[self.preset]
-        language = TypeAdapter(QwenConfig).validate_python({**asdict(base.language), **self.language})
         return EagleConfig(
             tile_size=self.tile_size or base.tile_size,
             encoders=self.encoders if self.encoders is not None else base.encoders,
-            language=language,
+            language=self._language(),
             connector_layer_norm_eps=base.connector_layer_norm_eps,
         )
 
@@ -84,13 +108,13 @@ class TokenizerSettings:
 class OptimizerSettings:
     """AdamW. Defaults are those of the released Eagle 2.5 scripts (NVlabs/Eagle, Eagle2_5/shell)."""
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Ge(0)] = 0.05
-    clip_grad: Annotated[float, Ge(0)] = 1.0
-    distributed: bool = True
-    overlap: bool = False
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
+    eps: AboveZero = 1e-8
+    weight_decay: NotNegative = 0.05
+    clip_grad: NotNegative = 1.0
+    distributed: Flag = True
+    overlap: Flag = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,16 +137,16 @@ class Stage:
     steps: Positive
     pack_length: Positive
     batch: Positive
-    learning_rate: Rate
+    learning_rate: AboveZero
     blend: tuple[BlendSource, ...]
-    part_learning_rates: dict[Part, Rate] = field(default_factory=dict)
+    part_learning_rates: dict[Part, AboveZero] = field(default_factory=dict)
     warmup_fraction: Fraction = 0.03
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: Fraction = 0.0
     loss_normaliser: Literal["global", "pack"] = "global"
     checkpoint_every: Positive = 250
     keep_checkpoints: Positive = 2
-    async_save: bool = True
+    async_save: Flag = True
     layout: Layout | None = None
     gpus: Positive | None = None
 
@@ -142,7 +166,7 @@ class Stage:
 class LogSettings:
     """tensorboard: write event files beside metrics.jsonl; wandb_project: also send them to Weights & Biases."""
 
-    tensorboard: bool = True
+    tensorboard: Flag = True
     wandb_project: str | None = None
 
 
@@ -159,7 +183,7 @@ class Recipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     log: LogSettings = field(default_factory=LogSettings)
     precision: Literal["fp32", "bf16"] = "bf16"
-    seed: Annotated[int, Ge(0)] = 1234
+    seed: Count = 1234
     collective_timeout_minutes: Positive = 10
 
     def __post_init__(self) -> None:
@@ -176,15 +200,21 @@ class Recipe:
                 layout.check_pack_length(stage.pack_length)
                 self.data_settings(stage)
             except ValueError as error:
-                words = _first_lines(error) if isinstance(error, ValidationError) else str(error)
-                raise ValueError(f"stage '{stage.name}': {words}") from None
+                raise ValueError(f"stage '{stage.name}': {words_of(error, DataSettings)}") from None
 
     def stage(self, name: str) -> Stage:
         """The stage called ``name``; UserError lists the stages there are."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise UserError(f"stage '{name}' does not exist; the recipe has {', '.join(s.name for s in self.stages)}")
+        names = [stage.name for stage in self.stages]
+        raise UserError(f"stage '{name}' does not exist; the recipe has {', '.join(names)}{meant(name, names)}")
+
+    def with_stage(self, name: str, **changes: Any) -> "Recipe":
+        """This recipe with values of one stage replaced, where they are not None; UserError if they cannot work."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        with refusing(Recipe):
+            return replace(self, stages=tuple(replace(s, **given) if s.name == name else s for s in self.stages))
 
     def stage_before(self, stage: Stage) -> Stage | None:
         """The stage whose weights ``stage`` starts from, None for the first."""
@@ -224,36 +254,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     path: a YAML file, or the name of a recipe that comes with the package ("eagle2-9b").
     """
     path = file_or_name(path, "recipe", shipped_recipes())
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping of keys, it holds a {type(raw).__name__}")
-    apply_overrides(raw, overrides)
-    try:
-        return TypeAdapter(Recipe).validate_python(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_lines(error)}") from None
-
-
-def _first_lines(error: ValidationError) -> str:
-    """All of pydantic's findings on one line: where, what, and the value that was refused."""
-    findings = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error":
-            findings.append(f"{where}: {message}" if item["loc"] else message)
-        elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            findings.append(f"{where}: no such key")
-        elif item["type"] in ("missing", "missing_argument"):
-            findings.append(f"{where}: this key is needed")
-        else:
-            findings.append(f"{where}: {message} (got {item['input']!r})")
-    return "; ".join(findings)
+    raw = read_yaml(path, "recipe")
+    apply_overrides(raw, overrides, Recipe)
+    return checked(Recipe, raw, path)
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:

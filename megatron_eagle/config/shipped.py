@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import UserError
 
 Folder = Literal["recipes", "slurm"]
@@ -42,7 +43,9 @@ def file_or_name(given: str | Path, kind: str, shipped: Mapping[str, Path]) -> P
     if text not in shipped:
         if path.is_file():
             return path
-        raise UserError(f"there is no {kind} '{text}': give a file, or one of {', '.join(sorted(shipped))}")
+        raise UserError(
+            f"there is no {kind} '{text}': give a file, or one of {', '.join(sorted(shipped))}{meant(text, shipped)}"
+        )
     if path.is_file():
         raise UserError(
             f"{kind} '{text}' is also a file of this folder: for the file give its whole path, or rename it"

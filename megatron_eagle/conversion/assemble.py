@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.config.encoders import encoder_spec
+from megatron_eagle.config.encoders import encoder_config, encoder_spec
 from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_configs, mixture_channels
 from megatron_eagle.conversion.released import (
     Dialect,
@@ -192,6 +192,12 @@ def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor
 def _fit(made: Assembled, prefix: str, settings: dict[str, Any], tile_size: int) -> dict[str, Any]:
     """An encoder's settings at ``tile_size``, and those of its tensors changed that this changes."""
     numbers, changes = encoder_hf_names(settings["kind"]).fit(made.infos, prefix, settings, tile_size)
+    try:
+        encoder_config(numbers).check_tile_size(tile_size)
+    except ValueError as error:
+        raise UserError(
+            f"{encoder_spec(settings['kind']).title} cannot see tiles of {tile_size} pixels: {error}"
+        ) from None
     for name, (shape, change) in changes.items():
         made.replace(name, TensorInfo(shape, made.infos[name].dtype), change)
     return numbers

@@ -7,19 +7,15 @@ ones utilisation is stated against; the planner computes times with the *achieva
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
 
 import yaml
-from annotated_types import Gt, Le
-from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.findings import checked
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import AboveZero, Flag, NotNegative, Positive, Share
 from megatron_eagle.config.shipped import file_or_name
-from megatron_eagle.errors import UserError
-
-Rate = Annotated[float, Gt(0)]
-Share = Annotated[float, Gt(0), Le(1)]
+from megatron_eagle.config.yaml_file import read_yaml
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,22 +36,22 @@ class Hardware:
     """
 
     name: str
-    peak_flops: Rate
+    peak_flops: AboveZero
     products: Share
     attention: Share
     convolutions: Share
-    memory_bytes: Rate
-    reserved_bytes: Annotated[float, Gt(-1)]
-    memory_bytes_per_second: Rate
+    memory_bytes: AboveZero
+    reserved_bytes: NotNegative
+    memory_bytes_per_second: AboveZero
     memory_share: Share
     gpus_per_node: Positive
-    inside_bytes_per_second: Rate
-    outside_bytes_per_second: Rate
+    inside_bytes_per_second: AboveZero
+    outside_bytes_per_second: AboveZero
     link_share: Share
-    latency: Rate
-    launch: Rate
-    launches_ahead: bool
-    checkpoint_bytes_per_second: Rate
+    latency: AboveZero
+    launch: AboveZero
+    launches_ahead: Flag
+    checkpoint_bytes_per_second: AboveZero
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -86,16 +82,7 @@ def shipped_hardware() -> dict[str, Path]:
 def load_hardware(name: str) -> Hardware:
     """A profile by name (``h100``) or a YAML file of one's own; UserError says what is wrong with it."""
     path = file_or_name(name, "hardware profile", shipped_hardware())
-    try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read hardware profile {path}: {error.strerror}") from None
-    try:
-        return TypeAdapter(Hardware).validate_python(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"hardware profile {name}: {where + ': ' if where else ''}{first['msg']}") from None
+    return checked(Hardware, read_yaml(path, "hardware profile"), f"hardware profile {name}")
 
 
 def hardware_as_yaml(hardware: Hardware) -> str:

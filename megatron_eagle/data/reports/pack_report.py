@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from megatron_eagle.data.order.balance_ranks import (
 )
 from megatron_eagle.data.order.packing import pack_samples
 from megatron_eagle.data.order.sample_index import Ints
+from megatron_eagle.errors import UserError
 
 RANKS = 64
 PACKS_PER_RANK = (1, 4, 16)
@@ -71,7 +73,15 @@ class PackingResult:
 
 
 def lognormal_lengths(samples: int, median: float, sigma: float, length: int, seed: int = 0) -> Ints:
-    """int64 [samples]: a long-tailed distribution; what would be longer than a pack is drawn again."""
+    """int64 [samples]: a long-tailed distribution; what is below 16 or would be longer than a pack is drawn again.
+
+    UserError if that is nearly all.
+    """
+    normal = NormalDist(math.log(median), sigma) if median > 0 and sigma > 0 else None
+    within = normal.cdf(math.log(length)) - normal.cdf(math.log(16)) if normal else float(median >= 16)
+    within = within if 16 <= length and (normal or median <= length) else 0.0
+    if within < 0.01:
+        raise UserError(f"of lengths with median {median:g} and sigma {sigma:g}, {within:.2%} are from 16 to {length}")
     generator = np.random.default_rng(seed)
     found = np.zeros(0, np.int64)
     while len(found) < samples:

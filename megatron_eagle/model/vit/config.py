@@ -5,8 +5,9 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.encoders import KernelRole
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.model import divides
+from megatron_eagle.config.numbers import NotNegative, Positive
 
 SHUFFLE = 2  # side of the square of tokens that PixelShuffle joins (``ps_version: v2`` of the released models)
 
@@ -28,7 +29,7 @@ class VitConfig:
     num_attention_heads: Positive
     image_size: Positive
     patch_size: Positive
-    layer_norm_eps: float
+    layer_norm_eps: NotNegative
 
     def __post_init__(self) -> None:
         if self.image_size % (SHUFFLE * self.patch_size):

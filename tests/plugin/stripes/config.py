@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import Positive
 
 
 @dataclass(frozen=True, config=STRICT)

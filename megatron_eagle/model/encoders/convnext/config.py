@@ -6,8 +6,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.encoders import KernelRole
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.model import divides
+from megatron_eagle.config.numbers import Finite, NotNegative, Positive
 
 STEM = 4  # side of the squares of pixels that the first convolution takes in
 STRIDE = 32  # the stem shrinks by 4, each of the three later stages by 2
@@ -26,8 +27,8 @@ class Config:
     depths: FourSizes = (3, 4, 30, 3)
     hidden_sizes: FourSizes = (384, 768, 1536, 3072)
     image_size: Positive = 512
-    layer_norm_eps: float = 1e-5
-    layer_scale_init_value: float = 1e-6
+    layer_norm_eps: NotNegative = 1e-5
+    layer_scale_init_value: Finite = 1e-6
 
     def __post_init__(self) -> None:
         if self.image_size % STRIDE:

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import Finite, NotNegative, Positive
 from megatron_eagle.model.vit.config import VitConfig
 
 
@@ -24,8 +25,8 @@ class Config(VitConfig):
     num_attention_heads: Positive = 16
     image_size: Positive = 448
     patch_size: Positive = 14
-    layer_norm_eps: float = 1e-6
-    layerscale_value: float = 1.0
+    layer_norm_eps: NotNegative = 1e-6
+    layerscale_value: Finite = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

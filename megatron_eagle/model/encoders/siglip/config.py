@@ -5,7 +5,8 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.encoders import KernelRole
-from megatron_eagle.config.layout import STRICT, Positive
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.config.numbers import NotNegative, Positive
 from megatron_eagle.model.vit.config import VitConfig
 
 
@@ -22,4 +23,4 @@ class Config(VitConfig):
     num_attention_heads: Positive = 16
     image_size: Positive = 448
     patch_size: Positive = 14
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: NotNegative = 1e-6
