@@ -58,12 +58,13 @@ def add(verbs: Verbs) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    platform = open_platform(options)
     from megatron_eagle.config.recipe import load_recipe
+
+    recipe, reduced = _reduced(load_recipe(options.recipe, options.overrides), options)  # a typo needs no PyTorch
+    platform = open_platform(options)
     from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
 
-    recipe, reduced = _reduced(load_recipe(options.recipe, options.overrides), options)
     stage, hardware = recipe.stage(options.stage), load_hardware(options.gpu)
     if options.calibrate:
         become_part_of_a_run(options.processes)

@@ -217,7 +217,14 @@ def _data_pack_report(options: argparse.Namespace) -> None:
         tile_cost=settings.tile_cost,
     )
     title += f": {len(tokens)} samples, {tokens.mean():.0f} tokens on average, packs of {length}"
+    longer = int((tokens > length).sum())
+    if longer == len(tokens):
+        raise UserError(
+            f"none of {longer} samples fits into a pack of {length} tokens, the shortest has {tokens.min()}"
+        )
     print(f"{title}, attention parity {bounds.attention_parity}, {bounds.tile_cost:.4g} tokens a tile")
+    if longer:
+        print(f"{longer} samples are longer than a pack and left out")
     results = compare_packings(tokens, tiles, bounds, options.ranks)
     print(table(results, options.ranks))
     if degraded:

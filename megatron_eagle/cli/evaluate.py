@@ -39,11 +39,11 @@ def add(verbs: Verbs) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    platform = open_platform(options)
     from megatron_eagle.config.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
+    platform = open_platform(options)
     become_part_of_a_run(options.processes)
     from megatron_eagle.evaluation.score import evaluate
     from megatron_eagle.training.run_folder import RunFolder

@@ -23,9 +23,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--job", required=True, metavar="ID", help="Slurm's number of the job")
     parser.add_argument("--log", type=Path, required=True, help="the job's log, where causes are looked for")
     parser.add_argument("--nodes", default="", help="begin: Slurm's list of the nodes")
-    parser.add_argument(
-        "--code", type=Number(-255, 255, whole=True), default=0, help="end: exit code of the srun"
-    )
+    parser.add_argument("--code", type=Number(-255, 255, whole=True), default=0, help="end: exit code of the srun")
     parser.add_argument("--asked", action="store_true", help="end: the job had been asked to stop")
     parser.add_argument("--stacks", type=Path, default=Path(), metavar="FOLDER", help="end: where hung processes wrote")
     parser.add_argument("--failures", type=count, default=10, metavar="N", help="restarts allowed after failures")

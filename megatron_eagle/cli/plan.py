@@ -44,10 +44,12 @@ def add(verbs: Verbs) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from megatron_eagle.config.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
     from megatron_eagle.compat.platform import install
 
     install()
-    from megatron_eagle.config.recipe import load_recipe
     from megatron_eagle.data.sample.tokenizer import check_if_there
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import load_hardware
@@ -63,7 +65,6 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.planning.samples import Mix, samples_of
     from megatron_eagle.planning.search import search
 
-    recipe = load_recipe(options.recipe, options.overrides)
     names = [recipe.stage(options.stage).name] if options.stage else [stage.name for stage in recipe.stages]
     for name in names:
         recipe = recipe.with_stage(name, batch=options.batch, pack_length=options.pack_length)

@@ -56,11 +56,11 @@ def add(verbs: Verbs) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    platform = open_platform(options)
     from megatron_eagle.config.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
     recipe.stage(options.stage)
+    platform = open_platform(options)
     become_part_of_a_run(options.processes)
     watch = _open_watch(options.stacks, options.hang)
     from megatron_eagle.training.loop import train_stage

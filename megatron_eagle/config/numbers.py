@@ -29,7 +29,7 @@ def shown(value: object, most: int = 60) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python writes
-        text = f"a {type(value).__name__} too long to be shown"
+        text = f"<{type(value).__name__}, too long to be shown>"
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 

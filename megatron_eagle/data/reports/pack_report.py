@@ -79,7 +79,7 @@ def lognormal_lengths(samples: int, median: float, sigma: float, length: int, se
     """
     normal = NormalDist(math.log(median), sigma) if median > 0 and sigma > 0 else None
     within = normal.cdf(math.log(length)) - normal.cdf(math.log(16)) if normal else float(median >= 16)
-    within = within if 16 <= length and (normal or median <= length) else 0.0
+    within = within if length >= 16 and (normal or median <= length) else 0.0
     if within < 0.01:
         raise UserError(f"of lengths with median {median:g} and sigma {sigma:g}, {within:.2%} are from 16 to {length}")
     generator = np.random.default_rng(seed)
