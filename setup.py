@@ -13,7 +13,6 @@ LINES = (line.partition("#")[0].strip() for line in (HERE / "constraints.txt").r
 PINS = {name.lower(): version for name, _, version in (line.partition("==") for line in LINES if line)}
 
 TRAINER = [
-    "annotated-types",
     "av",
     "jinja2",
     "markupsafe",

@@ -122,8 +122,7 @@ def encoder_config(settings: dict[str, Any]) -> EncoderConfig:
     try:
         return TypeAdapter(encoder_spec(kind).config).validate_python(numbers)
     except ValidationError as error:
-        found = findings_of(error, encoder_spec(kind).config)
-        raise Refused([(where, f"encoder '{kind}': {words}") for where, words in found]) from None
+        raise Refused(findings_of(error, encoder_spec(kind).config), f"encoder '{kind}'") from None
 
 
 def _built_in() -> list[str]:

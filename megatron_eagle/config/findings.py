@@ -25,10 +25,13 @@ _WANTED = {
 
 
 class Refused(ValueError):
-    """What is wrong below a value, for a check that pydantic does not make: its findings keep their places."""
+    """What is wrong below a value, for a check that pydantic does not make: its findings keep their places.
 
-    def __init__(self, findings: Sequence[tuple[Where, str]]) -> None:
-        super().__init__(one_line(findings, None))
+    about: what the value is, for a message that does not say where it stands.
+    """
+
+    def __init__(self, findings: Sequence[tuple[Where, str]], about: str = "") -> None:
+        super().__init__(f"{about}{': ' * bool(about)}{one_line(findings, None)}")
         self.findings = tuple(findings)
 
 
