@@ -19,7 +19,19 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("code", [IMPORT, VERB], ids=["import", "verb"])
+TYPO = """
+from megatron_eagle.cli import main
+for arguments in (["recipe", {recipe}, "stages.stage1.stesp=1"], ["plan", {recipe}, "layout.tpp=2"],
+                  ["plan", {recipe}, "--gpus", "0"], ["train", {recipe}, "--stage", "stage9"],
+                  ["bench", {recipe}, "--stage", "stage1", "--batch", "1e3"], ["data", "digest", {recipe}, "--dp", "0"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 2, (arguments, end.code)
+""".format(recipe=repr(str(RECIPE)))
+
+
+@pytest.mark.parametrize("code", [IMPORT, VERB, TYPO], ids=["import", "verb", "typo"])
 def test_nothing_heavy_is_imported(code: str) -> None:
     found = f"import sys\n{code}\nprint('FOUND', [name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
