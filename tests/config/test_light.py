@@ -23,7 +23,8 @@ TYPO = """
 from megatron_eagle.cli import main
 for arguments in (["recipe", {recipe}, "stages.stage1.stesp=1"], ["plan", {recipe}, "layout.tpp=2"],
                   ["plan", {recipe}, "--gpus", "0"], ["train", {recipe}, "--stage", "stage9"],
-                  ["bench", {recipe}, "--stage", "stage1", "--batch", "1e3"], ["data", "digest", {recipe}, "--dp", "0"]):
+                  ["bench", {recipe}, "--stage", "stage1", "--batch", "1e3"],
+                  ["data", "digest", {recipe}, "--dp", "0"]):
     try:
         main(arguments)
     except SystemExit as end:

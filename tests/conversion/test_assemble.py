@@ -90,6 +90,8 @@ def test_untied_mixture_from_three_parts(tmp_path):
     parts = [tmp_path / "clip.safetensors", tmp_path / "qwen", tmp_path / "paligemma"]
     with pytest.raises(UserError, match=r"the encoders give \[4, 256\] tokens per tile"):
         hf_to_megatron(parts, tmp_path / "wrong", NO_LOGITS, tile_size=32)
+    with pytest.raises(UserError, match=r"a SigLIP cannot see tiles of 40 pixels: .*image_size=40 cannot be cut"):
+        hf_to_megatron(parts, tmp_path / "odd", NO_LOGITS, tile_size=40)
     hf_to_megatron(parts, tmp_path / "in", NO_LOGITS, tile_size=256)
     megatron_to_hf(tmp_path / "in", tmp_path / "out", NO_LOGITS)
     made = load_file(tmp_path / "out" / "model.safetensors")
