@@ -76,6 +76,7 @@ def at(recipe: Recipe, *path: str) -> object:
         (["stages.s1.decay=cosin"], "(got 'cosin'); did you mean cosine?"),
         (["stages.s1.trainable=[visoin]"], "(got 'visoin'); did you mean vision?"),
         (["stages.s1.part_learning_rates={conector: 1}"], "stages.s1.part_learning_rates.conector: one of vision, "),
+        ([f"layout.key{n}_of_many_wrong_ones={n}" for n in range(40)], "; and 3"),
         (["precision=fp8", "seed=-1", "layout.tp=0"], "; precision: one of fp32, bf16 is wanted"),
     ],
 )
