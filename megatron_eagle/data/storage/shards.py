@@ -72,12 +72,12 @@ def shard_counts(path: Location | str) -> dict[str, int]:
     """Samples of each shard, by file name; raises UserError if this is no prepared data set."""
     file = locate_dataset(path) / INFO_FILE
     try:
-        counts = json.loads(read_text(file))["shard_counts"]
+        counts = {str(name): int(count) for name, count in json.loads(read_text(file))["shard_counts"].items()}
     except FileNotFoundError:
         raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' (no {INFO_FILE})") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    return dict(counts)
+    return counts
 
 
 def dataset_identity(path: Location | str) -> str:
