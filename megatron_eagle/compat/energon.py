@@ -12,11 +12,13 @@ Leaned on, in ``megatron.energon``:
   of a sample lies in a shard. Energon reads whole files; a video is too large for that;
 - the tables ``samples`` and ``sample_parts`` of ``.nv-meta/index.sqlite``, whose tar files are numbered in the order of
   ``.info.json``, and ``SHARD.idx``, int64 where each sample begins and the last one ends: what a check of all bytes
-  holds against the shards. Energon's own readers believe them.
+  holds against the shards. Energon's own readers believe them, and end in an error whose words are known here.
 """
 
 import itertools
+import re
 import sqlite3
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,3 +150,14 @@ def sample_borders(shard: Path) -> list[int]:
     data = Path(f"{shard}.idx").read_bytes()
     whole = len(data) // 8 * 8
     return [int(border) for border in np.frombuffer(data[:whole], dtype="<i8")] + [-1] * (whole != len(data))
+
+
+def damaged_shard(error: ValueError | OSError | tarfile.TarError) -> str | None:
+    """What Energon's reader, here or in another process, says of a damaged shard or index, in a line; None if it is
+    another error."""
+    if isinstance(error, tarfile.TarError):
+        return str(error).strip().splitlines()[-1]
+    found = re.search(
+        r"(Unexpected end of tar file|Inconsistent sample base name): .*|No such file .*\.tar'", str(error)
+    )
+    return found[0] if found else None
