@@ -88,7 +88,7 @@ def test_a_buffered_stream_says_which_shard(world, tmp_path, workers):
     settings = make_settings(folder, pack_length=8192, order="buffer", packing_buffer=8, shuffle_buffer=8)
     stream = PackStream(settings, tokenizer, workers=workers)
     with pytest.raises(
-        UserError, match=rf"a shard of \S+ is damaged: .*nexpected end of \w+.*; 'megatron-eagle data check.*"
+        UserError, match=r"a shard of \S+ is damaged: .*nexpected end of \w+.*; 'megatron-eagle data check.*"
     ) as caught:
         for _ in range(20):
             next(stream)
