@@ -9,16 +9,26 @@ Leaned on, in ``megatron.energon``:
   position holds the names of the classes that read, so ours keeps its own;
 - the attribute ``pin_memory`` of a loader, which cannot be given when it is made;
 - ``cache.file_store.WebdatasetFileStore`` with ``sqlite_reader.get_sample_part`` and ``tar_filepaths``: where a file
-  of a sample lies in a shard. Energon reads whole files; a video is too large for that.
+  of a sample lies in a shard. Energon reads whole files; a video is too large for that;
+- the tables ``samples`` and ``sample_parts`` of ``.nv-meta/index.sqlite``, whose tar files are numbered in the order of
+  ``.info.json``, and ``SHARD.idx``, int64 where each sample begins and the last one ends: what a check of all bytes
+  holds against the shards. Energon's own readers believe them, and end in an error whose words are known here.
 """
 
+import itertools
+import re
+import sqlite3
+import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from megatron.energon import PackingDataset, SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
 from megatron.energon.cache.file_store import WebdatasetFileStore
 from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.config import INDEX_SQLITE_FILENAME, MAIN_FOLDER_NAME
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from megatron.energon.metadataset.metadataset_v2 import BlendDatasetReference, MetadatasetBlend
 
@@ -84,3 +94,70 @@ class ShardFiles:
         """Where that file lies: its shard, the first byte in it, and how many they are."""
         entry = self._store.sqlite_reader.get_sample_part(key, ending)
         return self._store.tar_filepaths[entry.tar_file_id], entry.raw_byte_offset, entry.raw_byte_size
+
+
+@dataclass(frozen=True)
+class IndexedSample:
+    """A sample of a shard as Energon's index has it; files: (name ending, first byte of its content, bytes)."""
+
+    key: str
+    begin: int
+    end: int
+    files: tuple[tuple[str, int, int], ...]
+
+
+class ShardIndex:
+    """What Energon's index says of the samples of each shard; closed as a context. Every call may raise
+    ``sqlite3.Error``, if the index cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        file = (folder / MAIN_FOLDER_NAME / INDEX_SQLITE_FILENAME).absolute()
+        # A disk that is read only has no place for sqlite's locks.
+        self._database = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)
+
+    def __enter__(self) -> "ShardIndex":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def samples(self, shard: int) -> list[IndexedSample]:
+        """Those of shard number ``shard``, in order."""
+        rows = self._database.execute(
+            "SELECT s.sample_key, s.byte_offset, s.byte_size, p.part_name, p.content_byte_offset, p.content_byte_size "
+            "FROM samples AS s JOIN sample_parts AS p "
+            "ON p.tar_file_id = s.tar_file_id AND p.sample_index = s.sample_index "
+            "WHERE s.tar_file_id = ? ORDER BY s.sample_index, p.content_byte_offset",
+            (shard,),
+        )
+        return [
+            IndexedSample(key, begin, begin + size, tuple((name, first, bytes_) for *_, name, first, bytes_ in own))
+            for (key, begin, size), own in itertools.groupby(rows, key=lambda row: row[:3])
+        ]
+
+    def count(self) -> int:
+        """Samples of all shards."""
+        return int(self._database.execute("SELECT COUNT(*) FROM samples").fetchone()[0])
+
+    def shard_of(self, key: str) -> int | None:
+        """Number of the shard that holds a sample."""
+        row = self._database.execute("SELECT tar_file_id FROM samples WHERE sample_key = ?", (key,)).fetchone()
+        return None if row is None else int(row[0])
+
+
+def sample_borders(shard: Path) -> list[int]:
+    """Where each sample of a shard begins and the last one ends, by the file beside it; raises OSError."""
+    data = Path(f"{shard}.idx").read_bytes()
+    whole = len(data) // 8 * 8
+    return [int(border) for border in np.frombuffer(data[:whole], dtype="<i8")] + [-1] * (whole != len(data))
+
+
+def damaged_shard(error: ValueError | OSError | tarfile.TarError) -> str | None:
+    """What Energon's reader, here or in another process, says of a damaged shard or index, in a line; None if it is
+    another error."""
+    if isinstance(error, tarfile.TarError):
+        return str(error).strip().splitlines()[-1]
+    found = re.search(
+        r"(Unexpected end of tar file|Inconsistent sample base name): .*|No such file .*\.tar'", str(error)
+    )
+    return found[0] if found else None

@@ -75,6 +75,56 @@ def test_contract_files_by_random_access(tmp_path):
 
 
 @contract(
+    "Energon's index.sqlite or .idx changed: data/reports/shard_check.py holds every shard against them, whose numbers "
+    "follow .info.json"
+)
+def test_contract_what_the_index_has_of_a_shard(tmp_path):
+    from megatron_eagle.compat.energon import IndexedSample, ShardIndex, sample_borders
+
+    make_dataset(tmp_path)
+    with ShardIndex(tmp_path) as index:
+        first = IndexedSample("first", 0, 1024, (("txt", 512, 5),))
+        assert index.samples(0) == [first, IndexedSample("second", 1024, 2048, (("txt", 1536, 6),))]
+        assert (index.samples(1), index.count(), index.shard_of("second"), index.shard_of("third")) == ([], 2, 0, None)
+    assert sample_borders(tmp_path / "shard_0.tar") == [0, 1024, 2048]
+
+
+@contract("Energon's reader has other words for a damaged shard: data/stream/streams.py makes a line of them")
+def test_contract_words_for_a_damaged_shard(tmp_path):
+    from megatron_eagle.compat.energon import damaged_shard, load_blend, open_loader
+
+    def read():
+        packs = Keeping().build_train_datasets(
+            **load_blend([(str(tmp_path), 1.0)], WORKERS, max_samples_per_sequence=100),
+            worker_config=WORKERS,
+            batch_size=None,
+            shuffle_buffer_size=None,
+        )
+        next(iter(open_loader(packs, pin_memory=False, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)))
+
+    make_dataset(tmp_path)
+    shard = tmp_path / "shard_0.tar"
+    whole, borders = shard.read_bytes(), (tmp_path / "shard_0.tar.idx").read_bytes()
+    said = []
+    for data, index in (
+        (whole[:1024], borders),
+        (whole[:1540], borders),
+        (whole, borders[:8] + borders[16:] + borders[16:]),
+        (None, borders),
+    ):
+        (tmp_path / "shard_0.tar.idx").write_bytes(index)
+        shard.unlink(missing_ok=True)
+        if data is not None:
+            shard.write_bytes(data)
+        with pytest.raises((ValueError, OSError, tarfile.TarError)) as caught:
+            read()
+        said.append(damaged_shard(caught.value))
+    assert said[0] == "Unexpected end of tar file: shard_0.tar" and "unexpected end of data" in said[1]
+    assert said[2] == "Inconsistent sample base name: first vs second" and said[3].startswith("No such file")
+    assert damaged_shard(ValueError("a bug")) is None
+
+
+@contract(
     "Energon's MetadatasetBlend, PackingDataset or loader changed, or a progress bar is drawn again: "
     "data/stream/streams.py reads, packs and continues by them"
 )

@@ -32,6 +32,7 @@ from megatron_eagle.data.build.shard_writer import (
     Block,
     ShardReport,
     build_shard,
+    checksums_file,
     read_report,
     shard_name,
     spool_file,
@@ -40,6 +41,7 @@ from megatron_eagle.data.build.shard_writer import (
 from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource, spool
 from megatron_eagle.data.build.walk import Ledger
 from megatron_eagle.data.order.sample_index import open_sample_index
+from megatron_eagle.data.storage.checksums import write_checksums
 from megatron_eagle.errors import UserError
 
 REJECTED_FILE = "rejected.jsonl"
@@ -326,8 +328,9 @@ def _finish(out: Path, max_rejected: int, resumed: int, keep: bool) -> BuildRepo
         raise UserError(f"{out} cannot be joined: part {', '.join(missing)} is missing or unfinished")
     numbers = sorted(int(path.stem.removeprefix("shard-")) for path in (unfinished / STATE_FOLDER).glob("shard-*.json"))
     reports = [report for number in numbers if (report := read_report(unfinished, number)) is not None]
-    if numbers != list(range(len(numbers))):
-        raise UserError(f"{unfinished}: finished blocks are {numbers}, there must be {len(numbers)} in a row")
+    finished = [report.number for report in reports]
+    if finished != list(range(len(numbers))):
+        raise UserError(f"{unfinished}: finished blocks are {finished}, there must be {len(numbers)} in a row")
     with open(unfinished / REJECTED_FILE, "w", encoding="utf-8") as file:
         for entry in (entry for report in reports for entry in report.rejected):
             file.write(json.dumps({"file": plan["source"], **entry}) + "\n")
@@ -336,6 +339,8 @@ def _finish(out: Path, max_rejected: int, resumed: int, keep: bool) -> BuildRepo
         raise _refusal(total, max_rejected, plan["source"], unfinished, out, keep)
     write_index(unfinished, [shard_name(r.number) for r in reports if r.written])
     check_dataset(unfinished, total.written)
+    good = [report.number for report in reports if report.written]
+    write_checksums(unfinished, [(shard_name(number), checksums_file(unfinished, number)) for number in good])
     open_sample_index(unfinished)
     shutil.rmtree(unfinished / STATE_FOLDER)
     (out / REJECTED_FILE).unlink(missing_ok=True)

@@ -1,16 +1,19 @@
 """One block of samples -> one shard: media looked at, good samples into a tar file, bad ones into its list.
 
-A block's result is a tar file and, written last, a small file of counts and rejected samples, which says that the shard
-is finished. Both depend on the block alone, so blocks may be built by any process, on any machine, in any order.
+A block's result is a tar file with its checksums and, written last, a small file of counts and rejected samples, which
+says that the shard is finished. All three depend on the block alone, so blocks may be built by any process, on any
+machine, in any order.
 """
 
+import contextlib
 import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from megatron_eagle.data.build.forms.draft import shorten
 from megatron_eagle.data.build.sources import Item, locate
@@ -19,6 +22,7 @@ from megatron_eagle.data.media.images import decode_image, read_extension
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.markers import Kind
+from megatron_eagle.data.storage.checksums import SummedWriter
 from megatron_eagle.data.storage.shards import sample_key
 from megatron_eagle.errors import BrokenSample
 
@@ -70,7 +74,9 @@ def shard_name(number: int) -> str:
 
 
 def read_report(folder: Path, number: int) -> ShardReport | None:
-    """The report of a block that is finished, or None."""
+    """The report of a block that is finished, or None; without checksums, as once, it has to be built again."""
+    if not checksums_file(folder, number).exists():
+        return None
     try:
         return ShardReport(**json.loads(_state_file(folder, number).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -79,6 +85,11 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
 
 def _state_file(folder: Path, number: int) -> Path:
     return folder / STATE_FOLDER / f"shard-{number:06d}.json"
+
+
+def checksums_file(folder: Path, number: int) -> Path:
+    """Where the checksums of a shard wait for those of the others."""
+    return folder / STATE_FOLDER / f"checksums-{number:06d}"
 
 
 def spool_file(folder: Path, number: int) -> Path:
@@ -92,7 +103,7 @@ def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
     rejected: list[dict[str, Any]] = []
     written = files = 0
     renamed: list[str] = []
-    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+    with _open_tar(partial) as (summed, tar):
         for item in block.items:
             try:
                 if not isinstance(item.content, Conversation):
@@ -103,7 +114,7 @@ def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
                 entry = {**item.place, "id": item.claimed_id, "reason": str(error)}
                 rejected.append({name: _short(value) for name, value in entry.items()})
                 continue
-            _add(tar, item.number, item.content, images, videos)
+            _add(tar, summed, item.number, item.content, images, videos)
             written += 1
             files += item.files
             renamed += [item.content.id] if item.renamed else []
@@ -111,6 +122,7 @@ def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
         os.replace(partial, folder / shard_name(block.number))
     else:
         partial.unlink()
+    checksums_file(folder, block.number).write_bytes(summed.members())
     spool_file(folder, block.number).unlink(missing_ok=True)
     files_rejected = sum(item.files for item in block.items) - files
     report = ShardReport(
@@ -118,6 +130,15 @@ def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
     )
     write_atomically(_state_file(folder, block.number), json.dumps(asdict(report)))
     return report
+
+
+@contextlib.contextmanager
+def _open_tar(path: Path) -> Iterator[tuple[SummedWriter, tarfile.TarFile]]:
+    with open(path, "wb") as file:
+        summed = SummedWriter(file)
+        # Of a file that is written, tarfile asks for write and tell alone.
+        with tarfile.open(fileobj=cast(BinaryIO, summed), mode="w", format=tarfile.GNU_FORMAT) as tar:
+            yield summed, tar
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -167,7 +188,12 @@ def _load_video(item: Item, name: str, max_pixels: int) -> _Medium:
 
 
 def _add(
-    tar: tarfile.TarFile, number: int, conversation: Conversation, images: list[_Medium], videos: list[_Medium]
+    tar: tarfile.TarFile,
+    summed: SummedWriter,
+    number: int,
+    conversation: Conversation,
+    images: list[_Medium],
+    videos: list[_Medium],
 ) -> None:
     """Entries have no dates or owners, so that bytes depend on content only."""
     key = sample_key(number, conversation.id)
@@ -182,6 +208,7 @@ def _add(
         info.size = len(content) if isinstance(content, bytes) else content.size
         with io.BytesIO(content) if isinstance(content, bytes) else content.open() as file:
             tar.addfile(info, file)
+        summed.end_member()
 
 
 def _shown(conversation: Conversation, kind: Kind, stored: list[str]) -> list[str]:

@@ -78,7 +78,8 @@ def _lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSett
     tiles = _tiles(sample_index, settings)
     tokens = text + tiles * settings.tokens_per_tile
     frames = np.zeros(len(sample_index), np.int64)
-    unparsed = {sample: "cannot be parsed" for sample in np.flatnonzero(text == BROKEN_TOKENS).tolist()}
+    without_text = np.flatnonzero(text == BROKEN_TOKENS).tolist()
+    unparsed = {sample: f"cannot be parsed ({sample_index.keys[sample]})" for sample in without_text}
     rejected = {**unparsed, **sample_index.broken}
     most_tiles = settings.reading.max_tiles_per_pack
     one_by_one = (tokens > settings.pack_length) | (np.diff(np.asarray(sample_index.first_video)) > 0)

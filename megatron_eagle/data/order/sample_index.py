@@ -120,26 +120,26 @@ def open_sample_index(path: Location | str) -> SampleIndex:
     found = _load(folder, identity)
     if found is not None:
         return found
-    scanned = [sample for shard in shard_counts(path) for sample in scan_shard(folder / shard)]
+    scanned = [sample for shard, count in shard_counts(path).items() for sample in scan_shard(folder / shard, count)]
     made = _assemble(folder, identity, scanned)
     with contextlib.suppress(OSError):  # a read-only data set: this process keeps it in memory
         _save(made)
     return made
 
 
-def scan_shard(shard: Location) -> Iterator[ScannedSample]:
-    """Every sample of a tar file; only headers of its media are looked at.
+def scan_shard(shard: Location, count: int) -> Iterator[ScannedSample]:
+    """Every sample of a tar file, ``count`` or more; only headers of its media are looked at.
 
     All sizes are let through: they are facts, and which ones are too large is for the reader to say.
     """
-    for key, entry in iterate_entries(shard):
+    for key, entry in iterate_entries(shard, count):
         sample_id = key
         try:
             stored = parse_entry(entry)
             sample_id = stored.conversation.id
             yield ScannedSample(key, sample_id, read_pictures(stored, sys.maxsize), None)
         except BrokenSample as error:
-            yield ScannedSample(key, sample_id, Pictures(), str(error))
+            yield ScannedSample(key, sample_id, Pictures(), f"{error} ({shard.name}: {key})")
 
 
 def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
@@ -256,8 +256,8 @@ def text_tokens(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) ->
 
 
 def _count(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) -> Iterator[int]:
-    for shard in shard_counts(sample_index.path):
-        for _, entry in iterate_entries(sample_index.path / shard, endings=("json",)):
+    for shard, count in shard_counts(sample_index.path).items():
+        for _, entry in iterate_entries(sample_index.path / shard, count, endings=("json",)):
             try:
                 conversation = parse_conversation(entry)
                 tiles = [0] * len(conversation.images)

@@ -72,12 +72,12 @@ def shard_counts(path: Location | str) -> dict[str, int]:
     """Samples of each shard, by file name; raises UserError if this is no prepared data set."""
     file = locate_dataset(path) / INFO_FILE
     try:
-        counts = json.loads(read_text(file))["shard_counts"]
+        counts = {str(name): int(count) for name, count in json.loads(read_text(file))["shard_counts"].items()}
     except FileNotFoundError:
         raise UserError(f"{path}: not a data set made by 'megatron-eagle data build' (no {INFO_FILE})") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    return dict(counts)
+    return counts
 
 
 def dataset_identity(path: Location | str) -> str:
@@ -93,8 +93,8 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
 
     A held-out split must be whole, so a broken sample is a UserError here, not a skip.
     """
-    for shard in shard_counts(path):
-        for key, entry in iterate_entries(locate_dataset(path) / shard):
+    for shard, count in shard_counts(path).items():
+        for key, entry in iterate_entries(locate_dataset(path) / shard, count):
             try:
                 yield parse_entry(entry)
             except BrokenSample as error:
@@ -104,21 +104,23 @@ def iterate_samples(path: Path | str) -> Iterator[StoredSample]:
 Entry = dict[str, bytes | FileSlice]
 
 
-def iterate_entries(shard: Location, endings: Collection[str] | None = None) -> Iterator[tuple[str, Entry]]:
+def iterate_entries(shard: Location, count: int, endings: Collection[str] | None = None) -> Iterator[tuple[str, Entry]]:
     """(key, files by name ending) of each sample of a tar file, where a sample's files lie next to each other.
 
-    Videos are not read, only their places. endings: the files that are read, all without it. Raises UserError if the
-    tar file cannot be read.
+    Videos are not read, only their places. count: samples that are due; a tar file with a damaged header, or one that
+    is cut off between two members, would merely seem shorter. endings: the files that are read, all without it. Raises
+    UserError if the tar file cannot be read, or has fewer samples.
     """
     key = ""
     entry: Entry = {}
+    seen = 0
     try:
         with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 member_key, _, ending = member.name.partition(".")
                 if member_key != key and entry:
                     yield key, entry
-                    entry = {}
+                    entry, seen = {}, seen + 1
                 key = member_key
                 if ending.rpartition(".")[2] in VIDEO_ENDINGS:
                     entry[ending] = FileSlice(shard, member.offset_data, member.size)
@@ -127,6 +129,13 @@ def iterate_entries(shard: Location, endings: Collection[str] | None = None) -> 
                 file = tar.extractfile(member) if wanted else None
                 entry[ending] = file.read() if file is not None else b""
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{shard}: cannot be read: {' '.join(str(error).split())}") from error
+        after = f" after sample {key}" if key else ""
+        raise UserError(f"{shard}: cannot be read{after}: {' '.join(str(error).split())}") from error
     if entry:
         yield key, entry
+        seen += 1
+    if seen < count:
+        raise UserError(
+            f"{shard}: ends after {seen} of {count} samples, the last is {key!r}; 'megatron-eagle data check "
+            f"{shard.parent}' says more"
+        )

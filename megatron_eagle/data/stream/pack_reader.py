@@ -1,6 +1,7 @@
 """PackReader: fetches the samples of a planned pack through Energon's index and makes the pack of them."""
 
 import contextlib
+import sqlite3
 import tarfile
 from collections.abc import Iterator
 
@@ -40,7 +41,7 @@ class PackReader(Dataset[PackedBatch]):
             try:
                 segments.append(self._segment(sample))
             except BrokenSample as error:
-                rejected.append((sample.id, str(error)))
+                rejected.append((sample.id, f"{error}{self._where(sample)}"))
         s = self._settings
         if segments:
             batch = assemble_pack(segments, s.pack_length, self._tokenizer.pad)
@@ -51,6 +52,8 @@ class PackReader(Dataset[PackedBatch]):
 
     def _segment(self, sample: PlannedSample) -> Segment:
         stored = self._fetch(sample)
+        if stored.conversation.id != sample.id:
+            raise BrokenSample(f"sample {stored.conversation.id!r} is in its place: the shard was changed")
         segment, plan = tokenise(stored, self._planner)
         if (len(segment.tokens), plan.total_tiles) != (sample.tokens, sample.tiles):
             raise BrokenSample(
@@ -74,6 +77,14 @@ class PackReader(Dataset[PackedBatch]):
         with _delivered(sample, ending):
             return FileSlice(*self._shards_of(sample).locate(sample.key, ending))
 
+    def _where(self, sample: PlannedSample) -> str:
+        """The shard of a sample and its key there, which ``data check`` speaks of."""
+        try:
+            shard, _, _ = self._shards_of(sample).locate(sample.key, "json")
+        except (KeyError, OSError, sqlite3.Error):
+            return f" ({sample.key})"
+        return f" ({shard.name}: {sample.key})"
+
     def _shards_of(self, sample: PlannedSample) -> ShardFiles:
         if sample.path not in self._shards:
             self._shards[sample.path] = ShardFiles(sample.path)
@@ -87,5 +98,5 @@ def _delivered(sample: PlannedSample, ending: str) -> Iterator[None]:
         yield
     except KeyError:
         raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, sqlite3.Error) as error:
         raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error

@@ -8,13 +8,14 @@ Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks
 
 import gc
 import json
+import tarfile
 from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, reraise_exception
 
-from megatron_eagle.compat.energon import load_blend, open_loader
+from megatron_eagle.compat.energon import damaged_shard, load_blend, open_loader
 from megatron_eagle.compat.energon_state import decode_state, encode_state
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -161,7 +162,7 @@ class PackStream(Iterator[PackedBatch]):
             self._packs = iter(self._loader)
         rejected: list[tuple[str, str]] = []
         while len(rejected) < self._settings.reading.max_rejected_in_a_row:
-            pack = next(self._packs)
+            pack = self._read(self._packs)
             rejected += pack.rejected
             if pack.batch is not None:
                 pack.batch.rejected = rejected
@@ -171,6 +172,18 @@ class PackStream(Iterator[PackedBatch]):
             f"{len(rejected)} samples in a row are broken, the last is {sample_id!r}: {reason} "
             f"(sources: {', '.join(source.path for source in self._settings.sources)})"
         )
+
+    def _read(self, packs: Iterator[PackSample]) -> PackSample:
+        try:
+            return next(packs)
+        except (ValueError, OSError, tarfile.TarError) as error:
+            said = damaged_shard(error)
+            if said is None:
+                raise
+            sources = ", ".join(source.path for source in self._settings.sources)
+            raise UserError(
+                f"a shard of {sources} is damaged: {said}; 'megatron-eagle data check' says more"
+            ) from error
 
     def state(self) -> bytes:
         """The position after the pack returned last, as JSON, to be kept with the model's checkpoint."""
