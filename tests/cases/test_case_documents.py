@@ -1,4 +1,4 @@
-"""Documents: pages are pictures of what was put into the PDF, numbered, cut and degraded as images, or refused by name."""
+"""Documents: pages are the pictures put into the PDF, numbered, cut and degraded as images, or refused by name."""
 
 import json
 import sys

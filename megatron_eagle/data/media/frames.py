@@ -40,7 +40,7 @@ class VideoInfo:
 
 
 def cut_clip(film: VideoInfo, stretch: Stretch) -> VideoInfo:
-    """The clip of a film that holds the frames which begin in [start, end): it begins and ends with a frame.
+    """The clip of a film that holds the frames which begin in [start, end), by its frame rate.
 
     A clip too short for any is the one frame that is on the screen at its start. Raises BrokenSample if the clip is not
     in the film; one that ends up to SPARE_END seconds after the film ends with it.
