@@ -1,5 +1,6 @@
 """Documents: pages are the pictures put into the PDF, numbered, cut and degraded as images, or refused by name."""
 
+import io
 import json
 import sys
 from collections import Counter
@@ -58,8 +59,6 @@ def made(folder: Path, *records: dict, rejected: int = 0, **files: bytes) -> Pat
 
 
 def as_png() -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.new("RGB", (90, 40), "red").save(buffer, "PNG")
     return buffer.getvalue()
@@ -206,6 +205,7 @@ def test_a_document_that_is_refused(tmp_path, data, reason):
 def test_the_raw_writer_writes_what_is_read(tmp_path):
     (sample,) = iterate_samples(made(tmp_path, asks("?", document="c.pdf"), **{"c.pdf": raw(SMALL)}))
     assert decode_image(sample.images[0]).size == (209, 105)  # 100x50 points at 150 dots an inch, rounded up
+    assert Image.open(io.BytesIO(sample.images[0])).mode == "L", "white: no colours are stored"
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,9 @@ def _pictures(pdfium: Any, page: Any) -> Iterator[tuple[int, int]]:
 
 
 def _encoded(picture: Image.Image) -> bytes:
+    red, green, blue = (band.tobytes() for band in picture.split())
+    if red == green == blue:  # most pages are black on white: a third of the bytes, the same picture
+        picture = picture.getchannel(0)
     png = io.BytesIO()
     picture.save(png, "PNG")
     if png.tell() <= MAX_PNG:
