@@ -232,6 +232,10 @@ def test_too_many_pages_and_pixels_and_bytes(tmp_path, monkeypatch):
     assert "pixels, the limit is 50000" in (tmp_path / "out" / "rejected.jsonl").read_text()
 
 
+def test_a_document_under_the_key_of_an_image(tmp_path):
+    assert why(tmp_path, asks("?", image="a.pdf")) == "image a.pdf: a PDF, whose key is 'document'"
+
+
 def test_a_missing_document_and_one_outside(tmp_path):
     assert why(tmp_path / "1", asks("?", document="gone.pdf")) == "document gone.pdf is missing"
     assert "lies outside of the media root" in why(tmp_path / "2", asks("?", document="../a.pdf"))

@@ -19,6 +19,7 @@ from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.frames import Stretch, cut_clip
 from megatron_eagle.data.media.images import decode_image, read_extension
 from megatron_eagle.data.media.pages import read_pages
+from megatron_eagle.data.media.sniff import HEAD, sniff
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.markers import Kind
@@ -162,6 +163,8 @@ def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
     part = locate(item, name, "image")
     try:
         data = part.read()
+        if sniff(data[:HEAD]).kind == "document":
+            raise BrokenSample("a PDF, whose key is 'document'")
         decode_image(data, max_pixels=max_pixels)
         return _Medium(read_extension(data, max_pixels=max_pixels), data)
     except BrokenSample as error:
