@@ -270,6 +270,7 @@ def test_inline_documents(tmp_path):
         assert [number_of(page) for page in sample.images] == [1, 2]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_shards(tmp_path):
     out = made(tmp_path, *(asks("?", document="a.pdf") for _ in range(5)))
     build_dataset(tmp_path / "x.jsonl", tmp_path / "two", workers=2, samples_per_shard=1, progress=False)
@@ -381,6 +382,7 @@ def test_a_document_that_keeps_too_few_pages_is_dropped(world):
     assert 0 in found.rejected and "a pack holds 480" in found.rejected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_one_digest_for_any_number_of_ranks_and_workers(world):
     tokenizer, documents, _ = world
