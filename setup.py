@@ -34,6 +34,7 @@ TRAINER = [
     "tqdm",
     "transformers",
 ]
+DOCUMENTS = ["pypdfium2"]
 TRITON = "triton"  # has wheels for this platform only, and so have our kernels
 DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
 
@@ -77,7 +78,9 @@ setup(
     extras_require={
         # Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.
         "gpu": [pinned("transformer-engine", extra="[pytorch]"), pinned("nvidia-dali-cuda130")],
-        "dev": list(map(pinned, DEV)),
+        # Documents are read when a data set is built; training needs no renderer.
+        "documents": list(map(pinned, DOCUMENTS)),
+        "dev": list(map(pinned, [*DEV, *DOCUMENTS])),
     },
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[

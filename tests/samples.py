@@ -15,6 +15,14 @@ from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
+
+def pdf_bytes(pictures: list[Image.Image], dots: int = 72) -> bytes:
+    """A PDF of one picture a page, ``dots`` pixels an inch, written by Pillow."""
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "PDF", save_all=True, append_images=pictures[1:], resolution=dots, quality=95)
+    return buffer.getvalue()
+
+
 COLOURS = ["red", "green", "blue", "yellow"]
 
 

@@ -1,7 +1,8 @@
 """From conversations to questions: one for each answer, with everything that was said before it and nothing after.
 
 What cannot be asked is found here, by name, before anything is generated: a conversation without an answer, an answer
-without a question before it, an answer that is empty. Every question has an id of its own.
+without a question before it, an answer that is empty, an answer marked as not to be learned (``loss: false``), which is
+context of later ones. Every question has an id of its own.
 """
 
 from collections.abc import Iterable
@@ -48,6 +49,9 @@ def _split(sample: StoredSample) -> Iterable[tuple[str, StoredSample | None, str
     for number, end in enumerate(ends, 1):
         identity = conversation.id if len(ends) == 1 else f"{conversation.id}#{number}"
         turns = conversation.turns[:end]
+        if not turns[-1].learned:
+            yield identity, None, f"answer {number} is context only ('loss' or 'weight' says so)"
+            continue
         if not any(turn.role == "user" for turn in turns):
             yield identity, None, f"answer {number} has no question before it"
         elif not turns[-1].text.strip():

@@ -12,6 +12,7 @@ from megatron_eagle.errors import BrokenSample
 
 DOC = Path(__file__).parents[2] / "docs" / "data.md"
 TEXT = base64.b64encode(RED).decode()
+PDF = base64.b64encode(b"%PDF-1.7\n" + bytes(60)).decode()
 USER, ASSISTANT = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 FILM = {"path": "v.mp4", "start": 0, "end": 1}
 
@@ -58,7 +59,39 @@ ROWS = {
         [asks("?", video={"bytes": b"\x1aE\xdf\xa3"}), asks("?", video=f"data:;base64,{TEXT}")],
     ),
     "a URL": ([], [asks("?", image=f"{kind}://x/a.jpg") for kind in ("https", "s3", "file")]),
-    "`video`: {`path`": ([], [asks("?", video=FILM)]),
+    "`video`: {`path`": (
+        [asks("?", video=v) for v in (FILM, {"video": "v", "start_time": 1, "end_time": 2}, {"path": "v", "start": 3})]
+        + [asks("?", video={"path": "v", "video_start": 1.5, "video_end": 2})],
+        [asks("?", video=FILM | {"end": 0}), asks("?", video=FILM | {"start": "0"}), asks("?", image=FILM)],
+    ),
+    "`document`, `documents`": (
+        [asks("?", document="a.pdf"), asks("?", documents=["a.pdf", "b.pdf"]), with_turn(2, document="a.pdf")]
+        + [
+            {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, ASSISTANT]}
+            for part in (
+                {"type": "document", "document": "a.pdf"},
+                {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{PDF}"}},
+                {"type": "input_file", "filename": "a.pdf", "file_data": f"data:application/pdf;base64,{PDF}"},
+            )
+        ],
+        [asks("?", document="a.pdf", documents=["a.pdf"]), asks("?", document=f"data:image/png;base64,{TEXT}")],
+    ),
+    "{`path`, `pages`}": (
+        [asks("?", document={"path": "a.pdf", "pages": pages}) for pages in ("3-7,9", 3, [3, 4], "1", " 2 - 3 , 5")],
+        [
+            asks("?", document={"path": "a.pdf", "pages": pages})
+            for pages in (0, "0-1", "3-2", "4,3", [3, 3], "1-", "-1", "a", True, 1.0, [], "", {}, "9" * 50, [[1]])
+        ]
+        + [asks("?", image={"path": "a.png", "pages": 1}), asks("?", video={"path": "a.mp4", "pages": 1})],
+    ),
+    "`<document>`": (
+        [
+            asks("<document>?", document="a.pdf"),
+            asks("<document-2><document-1>", documents=["a.pdf", "b.pdf"]),
+            asks("<document>words</document>", image="a.png"),
+        ],
+        [asks("<document><document>", document="a.pdf"), asks("<document-2>", document="a.pdf")],
+    ),
     "{`lmdb_file`": ([], [asks("?", image={"lmdb_file": "f", "lmdb_key": "k"})]),
     "`<image>`, `<video>`": ([asks("<image><video>", image="a", video="b"), asks("?", image="a", video="b")], []),
     "`<image-2>`": ([asks("<image-2><image-2><video-1>", image=["a", "b"], video="c")], []),
@@ -79,7 +112,7 @@ ROWS = {
         [with_turn(1, weight=0.5)],
     ),
     "an answer without": ([], [asks("?", "\u200b "), says(("human", "?"))]),
-    "`audio`": ([], [asks("?", **{key: ["x"]}) for key in ("audio", "document", "chosen", "rejected")]),
+    "`audio`": ([], [asks("?", **{key: ["x"]}) for key in ("audio", "chosen", "rejected")]),
     "about the sample": ([asks("?", task="a", source="b", license="c")], [asks("?", metadata={"image": "a.png"})]),
     "any other key": ([], [asks("?", strange=1)]),
 }

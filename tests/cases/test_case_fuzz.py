@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 from form_samples import link, source_items, write_files, write_tar
-from samples import image_bytes, write_video
+from PIL import Image
+from samples import image_bytes, pdf_bytes, write_video
 
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.build.sources import RecordSource, locate
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.pages import read_pages
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.errors import BrokenSample
@@ -24,15 +27,18 @@ from megatron_eagle.errors import BrokenSample
 FAST_RECORDS, FAST_SOURCES = 240, 60
 RECORDS, SOURCES, BATCH = 15_000, 5_000, 1_000
 PICTURES, FILMS = [f"m{n}.png" for n in range(6)], [f"f{n}.mp4" for n in range(2)]
-NAME, WORD = re.compile(r"\b[mf]\d+\.(?:png|mp4)\b"), re.compile(r"\bw\d+w\b")
+DOCUMENTS, START = [f"d{n}.pdf" for n in range(2)], 0.1  # of two pages; of a clip
+NAME, WORD = re.compile(r"\b[mfd]\d+\.(?:png|mp4|pdf)\b"), re.compile(r"\bw\d+w\b")
 KEYS = [
     "image", "images", "image_list", "Image", "image_path", "pictures", "video", "videos", "video_list", "data",
     "media", "conversations", "messages", "conversation", "turns", "from", "role", "value", "content", "text",
     "caption", "system", "tools", "query", "response", "instruction", "output", "history", "loss", "weight", "type",
     "path", "url", "bytes", "file_name", "human", "assistant", "extra", "data_", "document", "image_numbers",
+    "documents", "pages", "start", "end", "image_documents",
 ]  # fmt: skip
 ABOUT = ["source", "note", "metadata", "task"]  # keys that say something about a sample
 MARKS = ["<image>", "<video>", "<image-1>", "<image-2>", "<video-1>", "\\<image>", "\\<video>", "\\<image-1>", ""]
+MARKS += ["<document>", "<document-1>", "\\<document>"]
 LOOKALIKES = ["<image1>", "<Image>", "<ImageHere>", "<|vision_start|>", "<image_placeholder>", "<image 1>"]
 
 
@@ -40,15 +46,20 @@ def make_record(rng):
     """A record of some form with pictures, films and words of its own, mostly good."""
     words = iter(rng.sample(range(1000), 12))
     images, films = rng.sample(PICTURES, rng.randint(0, 3)), rng.sample(FILMS, rng.choice([0, 0, 1]))
-    marks = ["<image>"] * len(images) + ["<video>"] * len(films)
+    documents = rng.sample(DOCUMENTS, rng.choice([0, 0, 0, 1, 2]))
+    marks = ["<image>"] * len(images) + ["<video>"] * len(films) + ["<document>"] * len(documents)
     match rng.randrange(4):
         case 0:
             marks = []
         case 1:
             marks = [f"<image-{n + 1}>" for n in range(len(images))] + [f"<video-{n + 1}>" for n in range(len(films))]
+            marks += [f"<document-{n + 1}>" for n in range(len(documents))]
             rng.shuffle(marks)
     texts = [f"{''.join(marks)} w{next(words)}w?", f"w{next(words)}w.", f"w{next(words)}w?", f"w{next(words)}w."]
-    media = {rng.choice(["image", "images", "image_list"]): images, rng.choice(["video", "videos"]): films}
+    clips = [{"path": name, "start": START} if rng.random() < 0.3 else name for name in films]
+    media = {rng.choice(["image", "images", "image_list"]): images, rng.choice(["video", "videos"]): clips}
+    if documents:
+        media[rng.choice(["document", "documents"])] = documents
     roles = ["human", "gpt", "human", "gpt"]
     turns = [{"from": role, "value": text} for role, text in zip(roles, texts, strict=True)]
     record = {"conversations": turns, **media}
@@ -59,16 +70,18 @@ def make_record(rng):
             if rng.random() < 0.5:
                 parts = [{"type": "image_url", "image_url": {"url": name}} for name in images]
                 parts += [{"type": "video", "video": name} for name in films]
+                parts += [{"type": "document", "document": {"path": name, "pages": "1-2"}} for name in documents]
                 messages[0]["content"] = [*parts, {"type": "text", "text": f"w{next(words)}w?"}]
                 media = {}
             record = {"messages": messages, **media}
         case 1:
-            lists = [{"type": "image", "image_list": images}, {"type": "video", "video_list": films}]
-            record = {"conversations": turns, "data": lists}
+            lists = [{"type": "image", "image_list": images}, {"type": "video", "video_list": clips}]
+            record = {"conversations": turns, "data": lists, "documents": documents}
         case 2:
-            record = {"query": texts[0], "response": texts[1], "history": [], "images": images, "videos": films}
+            record = {"query": texts[0], "response": texts[1], "history": [], "images": images, "videos": clips}
+            record["document"] = documents
         case 3:
-            turns[0] |= {"value": f"w{next(words)}w?", "image": images}
+            turns[0] |= {"value": f"w{next(words)}w?", "image": images, "document": documents}
             record = {"conversations": turns, "videos": films}
     if rng.random() < 0.3:
         record["system"] = f"w{next(words)}w!"
@@ -127,6 +140,13 @@ def strings(value, about=False):
             yield from strings(part, about)
 
 
+def starts(value):
+    """How often the start of a clip is in a record, beside keys about the sample."""
+    if isinstance(value, dict):
+        return sum(starts(part) for key, part in value.items() if key not in ABOUT)
+    return sum(map(starts, value)) if isinstance(value, list) else value == START
+
+
 def held(record):
     """(how often each medium, how often each word) is in a record.
 
@@ -145,6 +165,8 @@ def check_sample(record, conversation, media):
     shown = Counter(media)
     text = "\n".join(turn.text for turn in conversation.turns)
     said = Counter(WORD.findall(text))
+    assert all(shown[name] == shown[f"{name} page 2"] for name in DOCUMENTS), record
+    assert not starts(record) or any(conversation.video_clips), (record, conversation)
     shown.update(NAME.findall(text))  # a name that has become somebody's words is read as them
     # A medium without any own place in the turns may be shown more often than it is listed: <image-1> twice.
     assert all(shown[name] >= count for name, count in had.items()), (record, conversation)
@@ -162,6 +184,11 @@ def records_add_up(folder, count, seed):
         write_video(folder / name, 3 + number)
     for name in [*PICTURES, *FILMS]:
         names[(folder / name).read_bytes()] = name
+    for name in DOCUMENTS:
+        pages = [Image.new("RGB", (20, 20 + int(name[1])), colour) for colour in ("red", "blue")]
+        (folder / name).write_bytes(pdf_bytes(pages))
+        first, second = read_pages(FileSlice.whole(folder / name), ())
+        names |= {first: name, second: f"{name} page 2"}
     records = {f"r{n}": mutate(rng, make_record(rng)) for n in range(count)}
     lines = [json.dumps({**record, "id": identity}) for identity, record in records.items()]
     (folder / "x.jsonl").write_text("\n".join(lines) + "\n")
@@ -170,7 +197,9 @@ def records_add_up(folder, count, seed):
     assert report.read == count == report.written + len(listed) and len(listed) == report.rejected
     stored = 0
     for sample in iterate_samples(folder / "out"):
-        media = [names[data] for data in sample.images] + [names[video.read()] for video in sample.videos]
+        media = [names[data] for data in sample.images] + [
+            names[video if isinstance(video, bytes) else video.read()] for video in sample.videos
+        ]
         check_sample(records[sample.conversation.id], sample.conversation, media)
         stored += 1
     assert stored == report.written

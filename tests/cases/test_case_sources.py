@@ -121,7 +121,7 @@ def iso(brand, *others):
         ("two.heic", iso(b"heic", b"mif1"), "two.heic is HEIF, which is not decoded"),
         ("two.avif", iso(b"avif", b"mif1"), "two.avif is AVIF, which is not decoded"),
         ("two.jpg", iso(b"mif1", b"avif"), "two.jpg is AVIF, which is not decoded"),
-        ("two.pdf", b"%PDF-1.7\n", "two.pdf is PDF, which is not decoded"),
+        ("two.psd", b"8BPS\0\1", "two.psd is Photoshop, which is not decoded"),
         ("two.npy", b"\x93NUMPY\x01\0", "two.npy is NumPy, which is not decoded"),
         ("two.xyz", b"who knows", "two.xyz is neither an image nor a video"),
         ("two.cls", b"3", "two.cls is neither an image nor a video"),

@@ -68,6 +68,17 @@ def test_a_question_ends_with_its_own_answer_and_what_cannot_be_asked_is_named()
     assert len(questions) + len(rejected) == 6, "one fate for every answer"
 
 
+def test_an_answer_that_is_not_learned_is_context_of_the_next() -> None:
+    turns = [("human", "q1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2"), ("human", "q3"), ("gpt", "a3")]
+    record = {"id": "x", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    record["conversations"][1]["loss"] = record["conversations"][5]["loss"] = False
+    questions, rejected = questions_of([StoredSample(parse_record(record), ())])
+    assert [q.conversation.id for q in questions] == ["x#2"]
+    assert [turn.text for turn in questions[0].conversation.turns] == ["q1", "a1", "q2", "a2"]
+    why = "is context only ('loss' or 'weight' says so)"
+    assert rejected == {"x#1": f"answer 1 {why}", "x#3": f"answer 3 {why}"}
+
+
 def test_two_questions_never_share_an_id() -> None:
     two = [("human", "q1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2")]
     one = [("human", "other"), ("gpt", "answer")]

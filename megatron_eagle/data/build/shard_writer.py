@@ -15,10 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from megatron_eagle.data.build.document_pages import with_pages
 from megatron_eagle.data.build.forms.draft import shorten
 from megatron_eagle.data.build.sources import Item, locate
 from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.frames import Stretch, cut_clip
 from megatron_eagle.data.media.images import decode_image, read_extension
+from megatron_eagle.data.media.pages import read_pages
+from megatron_eagle.data.media.sniff import HEAD, sniff
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.markers import Kind
@@ -108,13 +112,15 @@ def build_shard(block: Block, folder: Path, max_pixels: int) -> ShardReport:
             try:
                 if not isinstance(item.content, Conversation):
                     raise BrokenSample(item.content)
-                images = _load(item, "image", max_pixels)
-                videos = _load(item, "video", max_pixels)
+                pictures = _load_pictures(item, item.content, max_pixels)
+                videos = _load_videos(item, item.content, max_pixels)
             except BrokenSample as error:
                 entry = {**item.place, "id": item.claimed_id, "reason": str(error)}
                 rejected.append({name: _short(value) for name, value in entry.items()})
                 continue
-            _add(tar, summed, item.number, item.content, images, videos)
+            content = with_pages(item.content, {number: len(pictures[number]) for number in item.documents})
+            images = [image for own in pictures.values() for image in own]
+            _add(tar, summed, item.number, content, images, videos)
             written += 1
             files += item.files
             renamed += [item.content.id] if item.renamed else []
@@ -155,12 +161,22 @@ def _short(value: Any) -> Any:
     return "a number of many digits" if isinstance(value, int) and value.bit_length() > 4 * MOST_LISTED // 2 else value
 
 
-def _load(item: Item, kind: Kind, max_pixels: int) -> list[_Medium]:
-    """Each medium of a kind once, by its number: one that is shown again is stored once."""
-    assert isinstance(item.content, Conversation)
-    load = _load_image if kind == "image" else _load_video
-    names = dict(zip(item.content.numbers(kind), item.content.names(kind), strict=True))
-    return [load(item, name, max_pixels) for name in names.values()]
+def _load_pictures(item: Item, conversation: Conversation, max_pixels: int) -> dict[int, list[_Medium]]:
+    """Each image once, by its number: one that is shown again is stored once; of a document all its pages."""
+    names = dict(zip(conversation.numbers("image"), conversation.images, strict=True))
+    return {
+        number: _load_pages(item, number, name, max_pixels)
+        if number in item.documents
+        else [_load_image(item, name, max_pixels)]
+        for number, name in names.items()
+    }
+
+
+def _load_videos(item: Item, conversation: Conversation, max_pixels: int) -> list[_Medium]:
+    """Each video once, by its number."""
+    clips = conversation.video_clips or (None,) * len(conversation.videos)
+    shown = dict(zip(conversation.numbers("video"), zip(conversation.videos, clips, strict=True), strict=True))
+    return [_load_video(item, name, clip, max_pixels) for name, clip in shown.values()]
 
 
 def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
@@ -168,6 +184,8 @@ def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
     part = locate(item, name, "image")
     try:
         data = part.read()
+        if sniff(data[:HEAD]).kind == "document":
+            raise BrokenSample("a PDF, whose key is 'document'")
         decode_image(data, max_pixels=max_pixels)
         return _Medium(read_extension(data, max_pixels=max_pixels), data)
     except BrokenSample as error:
@@ -176,12 +194,23 @@ def _load_image(item: Item, name: str, max_pixels: int) -> _Medium:
         raise BrokenSample(f"image {shorten(name)} cannot be read: {error.strerror}") from error
 
 
-def _load_video(item: Item, name: str, max_pixels: int) -> _Medium:
+def _load_pages(item: Item, number: int, name: str, max_pixels: int) -> list[_Medium]:
+    part = locate(item, name, "document")
+    try:
+        pages = read_pages(part, item.documents[number], max_pixels=max_pixels)
+        return [_Medium(read_extension(page, max_pixels=max_pixels), page) for page in pages]
+    except BrokenSample as error:
+        raise BrokenSample(f"document {shorten(name)}: {error}") from error
+    except OSError as error:
+        raise BrokenSample(f"document {shorten(name)} cannot be read: {error.strerror}") from error
+
+
+def _load_video(item: Item, name: str, clip: Stretch | None, max_pixels: int) -> _Medium:
     """A video whose first and last frame have been decoded; the file itself is copied only when it is written."""
     part = locate(item, name, "video")
     try:
         with VideoReader(part, max_pixels=max_pixels) as reader:
-            reader.check()
+            reader.check(reader.info if clip is None else cut_clip(reader.info, clip))
             return _Medium(reader.extension, part)
     except BrokenSample as error:
         raise BrokenSample(f"video {shorten(name)}: {error}") from error

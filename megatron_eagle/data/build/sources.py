@@ -22,6 +22,7 @@ from megatron_eagle.data.build.forms.draft import shorten
 from megatron_eagle.data.build.forms.eagle import FILE_NAME
 from megatron_eagle.data.build.forms.eagle import KEYS as MEDIA_FIELDS
 from megatron_eagle.data.build.forms.keys import Ignored, says_nothing
+from megatron_eagle.data.build.forms.place import MARKS
 from megatron_eagle.data.build.forms.registry import (
     DEFAULT_PROMPT,
     ReadRecord,
@@ -33,6 +34,7 @@ from megatron_eagle.data.build.forms.registry import (
 from megatron_eagle.data.build.groups import TEXT_ENDINGS, Group, ending_of, group_files
 from megatron_eagle.data.build.walk import Ledger, WalkedTar, names_text, unpack_gzip, walk_folder, walk_tar
 from megatron_eagle.data.media.file_slice import VIDEO_ENDINGS, FileSlice
+from megatron_eagle.data.media.pages import Ranges
 from megatron_eagle.data.media.sniff import HEAD, sniff
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.errors import BrokenSample
@@ -51,7 +53,7 @@ class Item:
     root: folder that media names start from, None if all media lie in a tar file. slices: media by name, found already.
     weight: its share of the source, for the progress bar (bytes of a text file, 1 elsewhere). inline: bytes of media
     that the record held, by name. files: files of the source that it is made of. renamed: whether its id was made
-    unique.
+    unique. documents: as in ``ReadRecord``.
     """
 
     number: int
@@ -64,6 +66,7 @@ class Item:
     inline: Mapping[str, bytes] = field(default_factory=dict)
     files: int = 0
     renamed: bool = False
+    documents: Mapping[int, Ranges] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,14 +181,16 @@ class RecordSource:
 def _record_item(number: int, found: FoundRecord, root: Path, rules: Rules) -> Item:
     content: Conversation | str
     inline: dict[str, bytes] = {}
+    documents: dict[int, Ranges] = {}
     try:
         if found.reason is not None:
             raise BrokenSample(found.reason)
         read = read_record(found.record, rules, found.name)
-        content, inline = read.conversation, read.inline
+        content, inline, documents = read.conversation, read.inline, read.documents
     except BrokenSample as error:
         content = str(error)
-    return Item(number, found.place, _claimed_id(found.record), content, root, weight=found.weight, inline=inline)
+    claimed = _claimed_id(found.record)
+    return Item(number, found.place, claimed, content, root, weight=found.weight, inline=inline, documents=documents)
 
 
 def _unique(item: Item, identity: str, seen: set[str]) -> str:
@@ -316,18 +321,21 @@ def _group_item(
     record: Any = None
     content: Conversation | str
     inline: dict[str, bytes] = {}
+    documents: dict[int, Ranges] = {}
     files = group.size
     # A file goes by its path, and by what follows the key in it unless that is another one's path.
     slices = {**{file.partition(f"{group.key}.")[2]: part for file, part in group.files.items()}, **group.files}
     try:
         record = _json_of(group)
         read, unnamed = _read_group(group, rules, name, record)
-        content, inline = read.conversation, read.inline
+        content, inline, documents = read.conversation, read.inline, read.documents
         files -= len(unnamed)
         ledger.leave(unnamed[0] if unnamed else "", "not named by its record", len(unnamed))
     except BrokenSample as error:
         content = str(error)
-    return Item(number, place, _claimed_id(record), content, root, slices, inline=inline, files=files)
+    return Item(
+        number, place, _claimed_id(record), content, root, slices, inline=inline, files=files, documents=documents
+    )
 
 
 def _json_of(group: Group) -> Any:
@@ -350,10 +358,10 @@ def _read_group(
         raise BrokenSample(f"{group.key}.json is a JSON {type(record).__name__}, not an object")
     media = {file: _kind(file, part) for file, part in group.files.items() if ending_of(file) not in TEXT_ENDINGS}
     names = names_media(record, rules) if has_turns(record) else _names_media(record)
-    images, videos = ([file for file, kind in media.items() if kind == wanted] for wanted in ("image", "video"))
+    found = {kind: [file for file, own in media.items() if own == kind] for kind in MARKS}
     _refuse_unknown(group, media, named=names)
     if not names:
-        record = {**record, "image": images, "video": videos}
+        record = {**record, **found}
     text = _text_of(group)
     if has_turns(record):
         if text is not None:
@@ -387,7 +395,7 @@ def _kind(name: str, part: FileSlice) -> str:
 
 
 def _refuse_unknown(group: Group, media: Mapping[str, str], named: bool) -> None:
-    unknown = {file: kind for file, kind in media.items() if kind not in ("image", "video")}
+    unknown = {file: kind for file, kind in media.items() if kind not in MARKS}
     if not unknown:
         return
     if not named and len(unknown) == len(media) and not group.described:

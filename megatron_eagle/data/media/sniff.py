@@ -1,7 +1,8 @@
-"""What a file is by its first bytes, whatever it is called: a picture, a video, an archive, or something else.
+"""What a file is by its first bytes, whatever it is called: a picture, a video, a document, or something else.
 
-Only formats that ``images.py`` and FFmpeg decode count as pictures and videos; the others get a name, for the reason
-why they are refused. Sources: the formats' own specifications, as collected in the ``file`` command's magic numbers.
+Only formats that ``images.py``, FFmpeg and PDFium decode count as pictures, videos and documents; the others get a
+name, for the reason why they are refused. Sources: the formats' own specifications, as collected in the ``file``
+command's magic numbers.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 
 HEAD = 512  # bytes that decide; a tar's mark is at 257
 
-_STARTS: tuple[tuple[bytes, Literal["image", "video", "other"], str], ...] = (
+_STARTS: tuple[tuple[bytes, Literal["image", "video", "document", "other"], str], ...] = (
     (b"\xff\xd8\xff", "image", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "image", "PNG"),
     (b"GIF87a", "image", "GIF"),
@@ -24,7 +25,7 @@ _STARTS: tuple[tuple[bytes, Literal["image", "video", "other"], str], ...] = (
     (b"FLV\x01", "video", "FLV"),
     (b"0&\xb2u\x8ef\xcf\x11", "video", "ASF"),
     (b"OggS", "video", "Ogg"),
-    (b"%PDF-", "other", "PDF"),
+    (b"%PDF-", "document", "PDF"),
     (b"\x1f\x8b", "other", "gzip"),
     (b"PK\x03\x04", "other", "zip"),
     (b"PAR1", "other", "Parquet"),
@@ -49,9 +50,9 @@ _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 
 @dataclass(frozen=True)
 class Content:
-    """kind: picture, video, a known format of neither, or None if unknown. name: of the format."""
+    """kind: picture, video, document, a known format of none of them, or None if unknown. name: of the format."""
 
-    kind: Literal["image", "video", "other"] | None
+    kind: Literal["image", "video", "document", "other"] | None
     name: str = ""
 
 

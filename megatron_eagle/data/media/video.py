@@ -189,9 +189,9 @@ class VideoReader:
         for target in seconds:
             yield self._upright(self._frame_at(target).picture)
 
-    def check(self) -> None:
-        """Decodes the first and the last frame; raises BrokenSample if the file is damaged or cut off."""
-        for _ in self.frames([0.0, (self.info.frames - 1) / self.info.rate]):
+    def check(self, part: VideoInfo) -> None:
+        """Decodes the first and the last frame of the video or a clip; raises BrokenSample if the file is damaged."""
+        for _ in self.frames([part.start, part.start + (part.frames - 1) / part.rate]):
             pass
 
     def _frame_at(self, target: float) -> "_Frame":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eagle.data.media.frames import VideoInfo
+from megatron_eagle.data.media.frames import VideoInfo, cut_clip
 from megatron_eagle.data.media.images import read_size
 from megatron_eagle.data.media.video import read_info
 from megatron_eagle.data.sample.conversation import encode_conversation
@@ -73,7 +73,9 @@ class SampleIndex:
     identity: same for the same shards. keys, ids: one per sample. image_sizes: int32 [m, 2], width and height of all
     images, upright; first_image: int64 [n + 1], where each sample's images begin. videos: float64 [v, 4], width,
     height, seconds and frames a second; first_video: int64 [n + 1]. broken: reasons, by sample number.
-    video_numbers: by sample number, of those whose videos are not numbered 1, 2, 3, ...
+    video_numbers: by sample number, of those whose videos are not numbered 1, 2, 3, ... video_starts: of those with
+    clips, whose lengths are in ``videos``. image_documents: of those with documents; image_numbers: of these, if they
+    are not numbered 1, 2, 3, ...
     """
 
     path: Location
@@ -86,6 +88,9 @@ class SampleIndex:
     first_video: Ints
     broken: dict[int, str]
     video_numbers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    video_starts: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    image_documents: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    image_numbers: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,10 +99,16 @@ class SampleIndex:
         """Images and videos of a sample."""
         own = self.image_sizes[self.first_image[sample] : self.first_image[sample + 1]]
         videos = self.videos[self.first_video[sample] : self.first_video[sample + 1]]
+        starts = self.video_starts.get(sample, (0.0,) * len(videos))
         return Pictures(
             tuple((int(width), int(height)) for width, height in own),
-            tuple(VideoInfo(int(w), int(h), float(seconds), float(rate)) for w, h, seconds, rate in videos),
+            tuple(
+                VideoInfo(int(w), int(h), float(seconds), float(rate), start)
+                for (w, h, seconds, rate), start in zip(videos, starts, strict=True)
+            ),
             self.video_numbers.get(sample, ()),
+            self.image_documents.get(sample, ()),
+            self.image_numbers.get(sample, ()),
         )
 
 
@@ -144,10 +155,15 @@ def scan_shard(shard: Location, count: int) -> Iterator[ScannedSample]:
 
 def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
     """Sizes of a sample's media, from their headers; raises BrokenSample."""
+    conversation = stored.conversation
+    films = [read_info(video, max_pixels=max_pixels) for video in stored.videos]
+    clips = conversation.video_clips or (None,) * len(films)
     return Pictures(
         tuple(read_size(image, max_pixels=max_pixels) for image in stored.images),
-        tuple(read_info(video, max_pixels=max_pixels) for video in stored.videos),
-        stored.conversation.video_numbers,
+        tuple(film if clip is None else cut_clip(film, clip) for film, clip in zip(films, clips, strict=True)),
+        conversation.video_numbers,
+        conversation.image_documents,
+        conversation.image_numbers if conversation.image_documents else (),
     )
 
 
@@ -164,11 +180,14 @@ def _assemble(folder: Location, identity: str, scanned: Sequence[ScannedSample])
         videos=np.array(videos, dtype=np.float64).reshape(-1, 4),
         first_video=np.cumsum([0, *(len(sample.pictures.videos) for sample in scanned)], dtype=np.int64),
         broken={number: sample.reason for number, sample in enumerate(scanned) if sample.reason is not None},
-        video_numbers={
-            number: sample.pictures.video_numbers
-            for number, sample in enumerate(scanned)
-            if sample.pictures.video_numbers
+        video_numbers={n: s.pictures.video_numbers for n, s in enumerate(scanned) if s.pictures.video_numbers},
+        video_starts={
+            n: tuple(video.start for video in s.pictures.videos)
+            for n, s in enumerate(scanned)
+            if any(video.start for video in s.pictures.videos)
         },
+        image_documents={n: s.pictures.image_documents for n, s in enumerate(scanned) if s.pictures.image_documents},
+        image_numbers={n: s.pictures.image_numbers for n, s in enumerate(scanned) if s.pictures.image_numbers},
     )
 
 
@@ -197,8 +216,7 @@ def _save(sample_index: SampleIndex) -> None:
         for name, array in _arrays(sample_index).items():
             np.save(partial / f"{name}.npy", array)
         description: dict[str, Any] = {"identity": sample_index.identity, "broken": sample_index.broken}
-        if sample_index.video_numbers:
-            description["video_numbers"] = sample_index.video_numbers
+        description |= {name: by_sample for name in _OF_FEW if (by_sample := getattr(sample_index, name))}
         (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         with contextlib.suppress(FileExistsError):  # another process was faster; it wrote the same
@@ -227,10 +245,11 @@ def _load(folder: Location, identity: str) -> SampleIndex | None:
         videos=array["videos"],
         first_video=array["first_video"],
         broken={int(number): reason for number, reason in description["broken"].items()},
-        video_numbers={int(n): tuple(numbers) for n, numbers in description.get("video_numbers", {}).items()},
+        **{name: {int(n): tuple(own) for n, own in description.get(name, {}).items()} for name in _OF_FEW},
     )
 
 
+_OF_FEW = ("video_numbers", "video_starts", "image_documents", "image_numbers")  # by sample; most have none
 _ARRAY_NAMES = ("keys", "key_starts", "ids", "id_starts", "image_sizes", "first_image", "videos", "first_video")
 
 
@@ -260,8 +279,8 @@ def _count(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) -> Iter
         for _, entry in iterate_entries(sample_index.path / shard, count, endings=("json",)):
             try:
                 conversation = parse_conversation(entry)
-                tiles = [0] * len(conversation.images)
+                tiles = [1] * len(conversation.images)  # of no tokens each
                 no_frames = [()] * len(conversation.videos)
-                yield len(encode_conversation(conversation, tokenizer, tiles, 1, system, no_frames).tokens)
+                yield len(encode_conversation(conversation, tokenizer, tiles, 0, system, no_frames).tokens)
             except BrokenSample:
                 yield BROKEN_TOKENS

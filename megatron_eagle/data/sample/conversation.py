@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.config.reading import DEFAULT_SYSTEM
+from megatron_eagle.data.media.frames import Stretch
 from megatron_eagle.data.sample.markers import (
     MARKER,
     MARKERS,
@@ -40,6 +41,7 @@ ROLES: dict[str, Role] = {
     "observation": "observation",
 }
 NUMBERS: dict[Kind, str] = {"image": "image_numbers", "video": "video_numbers"}
+DOCUMENTS = "image_documents"
 # Fields that hold turns or media in some form. Nobody may take them for a record's other fields.
 CONTENT_FIELDS = frozenset({
     "image", "images", "image_list", "image_path", "image_url", "image_file", "video", "videos", "video_list",
@@ -68,6 +70,9 @@ class Conversation:
     videos: as images.
     image_numbers, video_numbers: number, from 1, of each in the list it came from, which is what the model reads of it;
         empty if they are 1, 2, 3, ... The same number is the same medium, shown again.
+    video_clips: start and end of each video that is a clip of its file; empty if none is.
+    image_documents: of each image that is a page, which of the documents shown it belongs to, from 1, and 0 of others;
+        empty if there are none.
     """
 
     id: str
@@ -77,6 +82,8 @@ class Conversation:
     videos: tuple[str, ...] = ()
     image_numbers: tuple[int, ...] = ()
     video_numbers: tuple[int, ...] = ()
+    video_clips: tuple[Stretch | None, ...] = ()
+    image_documents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(turn.role != "system" for turn in self.turns):
@@ -99,6 +106,10 @@ class Conversation:
                 raise BrokenSample(f"{len(names)} {what} cannot have the numbers {list(numbers)[:8]}")
             if len(set(zip(numbers, names, strict=True))) != len(set(numbers)):
                 raise BrokenSample(f"{what} of one number have several names: {list(numbers)[:8]}")
+        if len(self.video_clips) not in (0, len(self.videos)):
+            raise BrokenSample(f"{len(self.videos)} videos and {len(self.video_clips)} clips")
+        if len(self.image_documents) not in (0, len(self.images)) or any(one < 0 for one in self.image_documents):
+            raise BrokenSample(f"{len(self.images)} images cannot be of the documents {list(self.image_documents)[:8]}")
 
     def names(self, kind: Kind) -> tuple[str, ...]:
         """The names of all media of a kind, in the order of their markers."""
@@ -132,6 +143,8 @@ class Conversation:
             videos=self.videos[: shown["video"]],
             image_numbers=self.image_numbers[: shown["image"]],
             video_numbers=self.video_numbers[: shown["video"]],
+            video_clips=self.video_clips[: shown["video"]],
+            image_documents=self.image_documents[: shown["image"]],
         )
 
     def to_record(self, images: Sequence[str], videos: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,7 +152,11 @@ class Conversation:
         turns = [
             {"from": turn.role, "value": turn.text, **({} if turn.learned else {"loss": False})} for turn in self.turns
         ]
-        media: dict[str, Any] = {"image": list(images), **({"video": list(videos)} if videos else {})}
+        clips = self.video_clips or (None,) * len(videos)
+        films = [name if clip is None else _clip_record(name, clip) for name, clip in zip(videos, clips, strict=True)]
+        media: dict[str, Any] = {"image": list(images), **({"video": films} if films else {})}
+        if self.image_documents:
+            media[DOCUMENTS] = list(self.image_documents)
         for kind, name in NUMBERS.items():
             given = self.image_numbers if kind == "image" else self.video_numbers
             if given and given != tuple(range(1, len(given) + 1)):
@@ -155,15 +172,19 @@ def parse_record(record: Any, *, default_id: str | None = None) -> Conversation:
     if not isinstance(record, dict):
         raise BrokenSample(f"record is a JSON {type(record).__name__}, not an object")
     turns = [_parse_turn(turn, number) for number, turn in enumerate(_list_of_turns(record), 1)]
-    images, videos = (_parse_names(record.get(kind), kind) for kind in ("image", "video"))
-    known = ("id", "image", "video", "conversations", *NUMBERS.values())
+    films, clips = _parse_clips(record.get("video"))
+    images, videos = _parse_names(record.get("image"), "image"), _parse_names(films, "video")
+    known = ("id", "image", "video", "conversations", *NUMBERS.values(), DOCUMENTS)
     extra = {name: value for name, value in record.items() if name not in known}
     for name in extra.keys() & CONTENT_FIELDS:
         if extra[name] not in (None, "", [], {}):
             raise BrokenSample(f"field {name!r} is not one of a shard's record; 'data build' reads other forms")
-    numbers = [_parse_numbers(record.get(name), name) for name in NUMBERS.values()]
+    numbers = [parse_numbers(record.get(name), name) for name in (*NUMBERS.values(), DOCUMENTS)]
     turns = _place_media(turns, len(images), len(videos))
-    conversation = Conversation(record_id(record, default_id), images, tuple(turns), extra, videos, *numbers)
+    identity, (image_numbers, video_numbers, documents) = record_id(record, default_id), numbers
+    conversation = Conversation(
+        identity, images, tuple(turns), extra, videos, image_numbers, video_numbers, clips, documents
+    )
     check_learned(conversation)
     return conversation
 
@@ -177,9 +198,32 @@ def check_learned(conversation: Conversation) -> None:
         raise BrokenSample("nothing to learn: no answer is learned ('loss' or 'weight' says so)")
 
 
-def _parse_numbers(value: Any, name: str) -> tuple[int, ...]:
+def _clip_record(name: str, clip: Stretch) -> dict[str, Any]:
+    return {"path": name, "start": clip[0], **({} if clip[1] is None else {"end": clip[1]})}
+
+
+def _parse_clips(value: Any) -> tuple[Any, tuple[Stretch | None, ...]]:
+    """The names under "video", and which part of each is shown; none if all are whole."""
+    if not isinstance(value, list) or not any(isinstance(film, dict) for film in value):
+        return value, ()
+    names: list[Any] = []
+    clips: list[Stretch | None] = []
+    for film in value:
+        part = film if isinstance(film, dict) else {"path": film}
+        start, end = part.get("start"), part.get("end")
+        if not part.keys() <= {"path", "start", "end"} or not all(
+            isinstance(seconds, int | float | None) and not isinstance(seconds, bool) for seconds in (start, end)
+        ):
+            raise BrokenSample(f"'video' is no {{'path', 'start', 'end'}} of numbers: {str(film)[:100]}")
+        names.append(part.get("path"))
+        clips.append((float(start or 0), None if end is None else float(end)) if isinstance(film, dict) else None)
+    return names, tuple(clips)
+
+
+def parse_numbers(value: Any, name: str) -> tuple[int, ...]:
+    """Whole numbers of a record, none if it has none; raises BrokenSample."""
     given = [] if value is None else value
-    if not isinstance(given, list) or not all(isinstance(number, int) for number in given):
+    if not isinstance(given, list) or not all(type(number) is int for number in given):
         raise BrokenSample(f"{name!r} is no list of whole numbers")
     return tuple(given)
 
@@ -276,7 +320,7 @@ def encode_conversation(
 ) -> EncodedConversation:
     """Token ids and labels of a whole conversation.
 
-    tiles: tiles of each image, thumbnail included.
+    tiles: tiles of each image, thumbnail included; an image of 0 is left out, with its number.
     system: text of the system turn of a conversation that brings none; empty for no such turn.
     videos: frames of each video. A frame's words are tokenised by themselves, so that tokens of text and of frames can
         be counted apart.
@@ -347,6 +391,10 @@ class _Writer:
         # An image always ends with one newline of its own, so the one that usually follows a marker is taken with it.
         piece, *rest = cut_at_markers(text, media=self._media)
         for marker, following in zip(rest[::2], rest[1::2], strict=True):
+            if marker == MARKER and not self._tiles[self._images]:
+                self._images += 1
+                piece += following.removeprefix("\n")
+                continue
             if marker == MARKER:
                 # Images are numbered when there are several (NVlabs/Eagle's training data preparation).
                 several = len(set(self._numbers)) > 1

@@ -3,8 +3,9 @@ r"""Marks in a turn's text: which ones say where media are shown, which only loo
 ``<image>`` and ``<video>`` show the next medium, Eagle's ``<image-2>`` the second of its list (NVlabs/Eagle,
 ``Eagle2_5/document/2.preparing_playground.md``). A mark that other frameworks use (``<image1>``, ``<ImageHere>``,
 ``<|vision_start|>``, ...) is a lookalike: beside media it most likely says where one belongs, so nobody may read it as
-mere words. An odd number of backslashes before any of them makes it words: ``\<image>`` is read as ``<image>``,
-``\\\<image>`` as ``\<image>``. Lookalikes and their backslashes mean nothing where no media are.
+mere words. ``<document>`` and ``<document-2>`` are marks of a record with documents only; when a data set is built they
+become the ``<image>`` of every page. An odd number of backslashes before any of these makes it words: ``\<image>`` is
+read as ``<image>``, ``\\\<image>`` as ``\<image>``. Lookalikes and their backslashes mean nothing where no media are.
 """
 
 import re
@@ -14,8 +15,8 @@ from typing import Literal
 
 MARKER = "<image>"
 VIDEO_MARKER = "<video>"
-Kind = Literal["image", "video"]
-MARKERS: dict[Kind, str] = {"image": MARKER, "video": VIDEO_MARKER}
+Kind = Literal["image", "video", "document"]
+MARKERS: dict[Kind, str] = {"image": MARKER, "video": VIDEO_MARKER}  # of a shard's texts
 
 _STEM = r"(?:image|img|video|vid|vision|media|图片|图像|视频)s?"
 _TAIL = (
@@ -24,15 +25,20 @@ _TAIL = (
 )
 _GAP = r"[\s_:#.-]*"
 # Case is looked at only where it tells a mark of the form from a lookalike.
-_MARKS = re.compile(
-    r"(?P<plain><(?:image|video)>)"
-    r"|(?P<numbered><(?:image|video)-\d+>)"
-    rf"|(?i:<\s*\|?\s*(?:start_of_|end_of_|begin_of_)?{_STEM}{_GAP}{_TAIL}{_GAP}\d*\s*\|?\s*/?\s*>)"
+_LOOKALIKES = (
+    rf"(?i:<\s*\|?\s*(?:start_of_|end_of_|begin_of_)?{_STEM}{_GAP}{_TAIL}{_GAP}\d*\s*\|?\s*/?\s*>)"
     rf"|(?i:<\|?(?:picture|pic|figure|photo|frame)s?{_GAP}\d+\|?>)"
     r"|<im_(?:start|end|patch|newline)>|<__media__>"
     r"|\[(?:IMG|IMAGE|VIDEO)(?:_BREAK|_END)?\]"
     r"|&lt;(?:image|video)(?:-\d+)?&gt;"
 )
+
+
+def _marks(kinds: str) -> re.Pattern[str]:
+    return re.compile(rf"(?P<plain><(?:{kinds})>)|(?P<numbered><(?:{kinds})-\d+>)|{_LOOKALIKES}")
+
+
+_MARKS, _MARKS_WITH_DOCUMENTS = _marks("image|video"), _marks("image|video|document")
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,20 @@ class Mark:
         return self.kind is not None and not self.escaped
 
 
-def find_marks(text: str) -> Iterator[Mark]:
-    """All marks of a text, escaped ones and lookalikes among them, from left to right."""
-    for match in _MARKS.finditer(text):
+def find_marks(text: str, *, documents: bool = False) -> Iterator[Mark]:
+    """All marks of a text, escaped ones and lookalikes among them, from left to right.
+
+    documents: whether ``<document>`` is one.
+    """
+    for match in (_MARKS_WITH_DOCUMENTS if documents else _MARKS).finditer(text):
         start = match.start()
         while start and text[start - 1] == "\\":
             start -= 1
         found = match.group()
         kind: Kind | None = None
         if match["plain"] or match["numbered"]:
-            kind = "image" if found.startswith("<image") else "video"
-        number = int(found[len("<image-") : -1]) if match["numbered"] else None
+            kind = "image" if found.startswith("<image") else "video" if found.startswith("<video") else "document"
+        number = int(found[found.index("-") + 1 : -1]) if match["numbered"] else None
         yield Mark(found, start, match.end(), match.start() - start, kind, number)
 
 
@@ -100,10 +109,16 @@ def count_markers(text: str, kind: Kind) -> int:
     return cut_at_markers(text, media=False)[1::2].count(MARKERS[kind])
 
 
-def rename_markers(text: str, name: Callable[[Mark], str]) -> str:
-    """The text with other words for every mark that shows a medium; backslashes before it stay."""
+def rename_markers(text: str, name: Callable[[Mark], str], *, documents: bool = False) -> str:
+    """The text with other words for every mark that shows a medium; backslashes before it stay.
+
+    documents: whether ``<document>`` is a mark; an escaped one loses its backslash, for none is a mark afterwards.
+    """
     written, done = "", 0
-    for mark in find_marks(text):
+    for mark in find_marks(text, documents=documents):
+        if mark.escaped and mark.kind == "document":
+            written += text[done : mark.start] + "\\" * (mark.backslashes // 2) + mark.text
+            done = mark.end
         if mark.shows:
             written += text[done : mark.end - len(mark.text)] + name(mark)
             done = mark.end

@@ -3,14 +3,21 @@
 Planning does this with sizes from the sample_index, reading with those of the files; the same sizes give the same plan.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.reading import Tiling
-from megatron_eagle.data.media.frames import VideoInfo, frame_times, frame_words, spread_frames, wanted_frames
+from megatron_eagle.data.media.frames import (
+    VideoInfo,
+    frame_times,
+    frame_words,
+    spread_frames,
+    spread_place,
+    wanted_frames,
+)
 from megatron_eagle.data.media.tiling import Grid, choose_grid
-from megatron_eagle.data.sample.budget import BudgetRequest, allocate, capped, outcomes, tiles_under
+from megatron_eagle.data.sample.budget import Allocation, BudgetRequest, allocate, capped, outcomes, tiles_under
 from megatron_eagle.data.sample.conversation import ShownFrame
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import BrokenSample
@@ -23,12 +30,23 @@ WORDS_KEPT = 200_000  # texts before a frame, whose tokens are remembered
 class Pictures:
     """What a sample has to show: (width, height) of each image, upright, and what is known of each video.
 
-    video_numbers: as in ``Conversation``; they are part of the words before a video.
+    video_numbers: as in ``Conversation``; they are part of the words before a video. image_documents, image_numbers:
+    as there; pages and the words before them may be left out. Empty without documents.
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
     videos: tuple[VideoInfo, ...] = ()
     video_numbers: tuple[int, ...] = ()
+    image_documents: tuple[int, ...] = ()
+    image_numbers: tuple[int, ...] = ()
+
+    @property
+    def documents(self) -> list[list[int]]:
+        """The places of the pages of each document."""
+        return [
+            [place for place, one in enumerate(self.image_documents) if one == own]
+            for own in sorted(set(self.image_documents) - {0})
+        ]
 
     def video_number(self, place: int) -> int:
         """Number, from 0, of the video shown at ``place``, in the list it came from."""
@@ -59,7 +77,8 @@ class Clip:
 class VisualPlan:
     """How a sample's pictures are cut: the rule, the tiles of each image that follow from it, and frames of videos.
 
-    tokens: of all tiles, and of frames with their words. outcomes: what had to be left out (``budget.outcomes``).
+    tiles: 0 of a page that is left out. tokens: of all tiles, and of frames with their words, less those of the words
+    before pages that are left out. outcomes: what had to be left out (``budget.outcomes``).
     """
 
     tiling: Tiling
@@ -121,7 +140,8 @@ class VisualPlanner:
         self, tiling: Tiling, tiles: tuple[int, ...], pictures: Pictures, frames: Sequence[int]
     ) -> VisualPlan:
         clips = tuple(self._clips(pictures, frames))
-        tokens = sum(tiles) * self.settings.tokens_per_tile + sum(clip.tokens for clip in clips)
+        left_out = sum(self._page_words(pictures, place) for place, own in enumerate(tiles) if not own)
+        tokens = sum(tiles) * self.settings.tokens_per_tile + sum(clip.tokens for clip in clips) - left_out
         return VisualPlan(tiling, tiles, clips, tokens)
 
     def _clips(self, pictures: Pictures, frames: Sequence[int]) -> list[Clip]:
@@ -140,6 +160,11 @@ class VisualPlanner:
         s = self.settings
         return choose_grid(info.width, info.height, capped(s.tiling, s.reading.video.frame_tiles))
 
+    def _page_words(self, pictures: Pictures, place: int) -> int:
+        """Tokens of text that a page costs which follows another one: a new line, its number, tags around its tiles."""
+        number = pictures.image_numbers[place] if pictures.image_numbers else place + 1
+        return self._count(f"\n<image {number}>") + FRAME_TAGS
+
     def _count(self, words: str) -> int:
         known = self._words.get(words)
         if known is None:
@@ -149,7 +174,7 @@ class VisualPlanner:
         return known
 
     def _degraded(self, pictures: Pictures, text: int) -> VisualPlan:
-        """Phases 1 and 2 of the budget.
+        """Phases 1 and 2 of the budget, in which a page is an image; pages are left out if one tile each is too much.
 
         A frame's words are first taken to be as long as the longest of them; should others be longer, or the tiles too
         many, the budget is made smaller until all fits.
@@ -172,10 +197,46 @@ class VisualPlanner:
                 least_frames=sum(least),
                 frame_tokens=max(on_top, default=0),
             )
-            granted = allocate(wish, room, s.tiling, s.tokens_per_tile)
+            wish, granted, shown = self._allocate(pictures, wish, room)
             tiling = capped(s.tiling, granted.tile_cap)
-            plan = self._assemble(tiling, granted.tiles, pictures, spread_frames(granted.frames, wanted, least))
+            of_shown = dict(zip(shown, granted.tiles, strict=True))
+            tiles = tuple(of_shown.get(place, 0) for place in range(len(pictures.sizes)))
+            plan = self._assemble(tiling, tiles, pictures, spread_frames(granted.frames, wanted, least))
             over = self._over(plan, text)
             if over <= 0:
-                return replace(plan, outcomes=outcomes(wish, granted, s.tiling))
+                fewer = ("fewer pages",) if len(shown) < len(tiles) else ()
+                return replace(plan, outcomes=(*outcomes(wish, granted, s.tiling), *fewer))
             room -= over
+
+    def _allocate(
+        self, pictures: Pictures, wish: BudgetRequest, room: int
+    ) -> tuple[BudgetRequest, Allocation, Sequence[int]]:
+        """The wish that is granted, and the images it shows: all, or without some pages if nothing else fits."""
+        s = self.settings
+        reason: BrokenSample | None = None
+        for shown in self._choices(pictures, room):
+            left_out = set(range(len(pictures.sizes))).difference(shown)
+            own = replace(
+                wish,
+                text_tokens=wish.text_tokens - sum(self._page_words(pictures, place) for place in left_out),
+                image_sizes=tuple(pictures.sizes[place] for place in shown),
+            )
+            try:
+                return own, allocate(own, room, s.tiling, s.tokens_per_tile), shown
+            except BrokenSample as error:
+                reason = error
+        assert reason is not None
+        raise reason
+
+    def _choices(self, pictures: Pictures, room: int) -> Iterator[Sequence[int]]:
+        """Images to show: all; then ever fewer pages, spread over each document from its first to its last."""
+        s = self.settings
+        yield range(len(pictures.sizes))
+        documents = pictures.documents
+        wanted = [len(pages) for pages in documents]
+        least = [min(s.reading.video.least_frames, count) for count in wanted]
+        others = [place for place in range(len(pictures.sizes)) if not any(place in pages for pages in documents)]
+        most = min(sum(wanted) - 1, room // (s.tokens_per_tile + FRAME_TAGS))
+        for count in range(most, sum(least) - 1, -1):
+            parts = zip(documents, spread_frames(count, wanted, least), strict=True)
+            yield sorted([*others, *(own[spread_place(k, part, len(own))] for own, part in parts for k in range(part))])

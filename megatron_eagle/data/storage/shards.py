@@ -3,7 +3,9 @@
     000000012-cat.json      {"id": "cat", "image": ["0.png", "1.jpg"], "conversations": [...], ...}
     000000012-cat.0.png     the bytes of the image file, unchanged
     000000012-cat.1.jpg
-    000000012-cat.v0.mp4    "video" in the record, like "image"
+    000000012-cat.v0.mp4    "video" in the record, like "image"; a clip is {"path", "start", "end"} there
+
+Pages of a document are images; "image_documents" in the record says which document each belongs to.
 
 A data set is a folder of such tar files with Energon's ``.nv-meta`` beside them.
 """

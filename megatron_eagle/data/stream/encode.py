@@ -66,6 +66,8 @@ def add_tiles(
     place = 0
     for kind, number in stored.conversation.media:
         own: Iterable[Tensor]
+        if kind == "image" and not plan.tiles[number]:  # a page that is left out
+            continue
         if kind == "image" and number in cut_already:
             own = [cut_already[number]]
         elif kind == "image":

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_eagle.data.media.frames import Stretch
+from megatron_eagle.data.media.pages import Ranges
 from megatron_eagle.data.sample.conversation import Role
 from megatron_eagle.data.sample.markers import Kind
 
@@ -12,11 +14,16 @@ SHOWN = 100  # characters of a value in a reason
 
 @dataclass(frozen=True)
 class Medium:
-    """One image or video of a record: a path, or the bytes that the record holds itself."""
+    """One image, video or document of a record: a path, or the bytes that the record holds itself.
+
+    stretch: of a video that is a clip of its file. pages: of a document, all if there are none.
+    """
 
     kind: Kind
     path: str = ""
     data: bytes | None = None
+    stretch: Stretch | None = None
+    pages: Ranges = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_eagle.data.build.forms.draft import Medium, shorten
 from megatron_eagle.data.build.forms.keys import says_nothing
 from megatron_eagle.data.build.forms.media import kind_of_name, read_media
+from megatron_eagle.data.build.forms.place import MARKS
 from megatron_eagle.data.build.forms.turns import MEDIA_KEYS
 from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.errors import BrokenSample
@@ -19,7 +20,7 @@ EAGLE_KEYS = frozenset({"data", "image_list", "video_list"})
 
 
 def read(record: Mapping[str, Any]) -> tuple[Medium, ...]:
-    """All media of a record, images before videos; raises BrokenSample if two keys may speak of the same ones."""
+    """All media of a record, by their kinds; raises BrokenSample if two keys may speak of the same ones."""
     found: dict[str, list[Medium]] = {}
     for key in sorted(KEYS & record.keys()):
         value = record[key]
@@ -31,7 +32,7 @@ def read(record: Mapping[str, Any]) -> tuple[Medium, ...]:
             found[key] = read_media(value, kind_of_name(value) if isinstance(value, str) else "image", key)
         else:
             found[key] = read_media(value, MEDIA_KEYS[key], key)
-    for kind in ("image", "video"):
+    for kind in MARKS:
         keys = [key for key, media in found.items() if any(medium.kind == kind for medium in media)]
         if len(keys) > 1:
             raise BrokenSample(f"{kind}s under several keys: {', '.join(keys)}")

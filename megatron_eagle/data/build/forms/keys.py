@@ -45,7 +45,7 @@ MEDIA_ENDINGS = (
     "pdf",
     *VIDEO_ENDINGS,
 )
-_MEDIUM = re.compile(rf"(?i)(data:(?:image|video)/|[^\n]{{1,4096}}\.(?:{'|'.join(MEDIA_ENDINGS)})\Z)")
+_MEDIUM = re.compile(rf"(?i)(data:(?:image/|video/|application/pdf)|[^\n]{{1,4096}}\.(?:{'|'.join(MEDIA_ENDINGS)})\Z)")
 
 
 @dataclass(frozen=True)

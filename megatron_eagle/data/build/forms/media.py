@@ -1,24 +1,33 @@
-"""A medium as records write it: a path, a list of them, bytes, base64, Hugging Face's {"bytes", "path"}, Eagle's clips.
+"""A medium as records write it: a path, a list of them, bytes, base64, Hugging Face's {"bytes", "path"}, Eagle's clips,
+pages of a document.
 
-Only files and bytes are read. A URL, a stretch of a video or an image in LMDB is refused by name: shown in part or not
-at all would be a guess.
+Only files and bytes are read. A URL or an image in LMDB is refused by name: not to show it would be a guess.
 """
 
 import base64
 import binascii
 import contextlib
 import re
+from dataclasses import replace
 from typing import Any
 
 from megatron_eagle.data.build.forms.draft import Medium, shorten
 from megatron_eagle.data.media.file_slice import VIDEO_ENDINGS
+from megatron_eagle.data.media.frames import Stretch
+from megatron_eagle.data.media.pages import Ranges
 from megatron_eagle.data.media.sniff import HEAD, sniff
 from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.errors import BrokenSample
 
 MAX_INLINE = 20 * 1024 * 1024  # bytes of a picture inside a record; OpenAI's own limit
-PATH_KEYS = ("path", "image", "video", "image_url", "video_url", "url", "file", "file_name", "value")
-CLIP_KEYS = ("start", "end", "start_time", "end_time", "begin", "video_start", "video_end")
+PATH_KEYS = (
+    "path", "image", "video", "document", "image_url", "video_url", "url", "file", "file_name", "file_data", "value"
+)  # fmt: skip
+START_KEYS = ("start", "start_time", "begin", "video_start")
+END_KEYS = ("end", "end_time", "video_end")
+LONGEST = 7 * 24 * 3600  # seconds, as of a video
+MOST_RANGES = 1000
+_RANGE = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _LEAST_BASE64 = 64  # characters; a shorter text is a path
@@ -45,15 +54,21 @@ def read_medium(value: Any, kind: Kind, key: str) -> Medium:
 
 def kind_of_name(name: str) -> Kind:
     """What a path is taken for where nothing but its ending says it."""
-    return "video" if name.rpartition(".")[2].lower() in VIDEO_ENDINGS else "image"
+    ending = name.rpartition(".")[2].lower()
+    return "video" if ending in VIDEO_ENDINGS else "document" if ending == "pdf" else "image"
 
 
 def _from_object(value: dict[str, Any], kind: Kind, key: str) -> Medium:
-    clip = [name for name in CLIP_KEYS if name in value]
-    if clip:
-        raise BrokenSample(
-            f"'{key}' has {', '.join(clip)}: a part of a video is not read; cut it out into its own file"
-        )
+    if "video" in value:  # Eagle writes a video among images so
+        kind = "video"
+    part = [name for name in {"video": (*START_KEYS, *END_KEYS), "document": ("pages",)}.get(kind, ()) if name in value]
+    if part:
+        whole = read_medium({name: given for name, given in value.items() if name not in part}, kind, key)
+        if whole.stretch or whole.pages:
+            raise BrokenSample(f"'{key}' says twice which part is shown: {', '.join(part)}")
+        if whole.kind == "document":
+            return replace(whole, pages=read_ranges(value["pages"], key))
+        return replace(whole, stretch=_read_stretch(value, key))
     if "lmdb_file" in value:
         raise BrokenSample(
             f"'{key}' lies in LMDB ({shorten(value['lmdb_file'])}), which is not read; export it to files"
@@ -69,10 +84,44 @@ def _from_object(value: dict[str, Any], kind: Kind, key: str) -> Medium:
     names = [name for name in PATH_KEYS if name in value]
     if len(names) != 1:
         raise BrokenSample(f"'{key}' is neither a path nor a list of paths: {shorten(value)}")
-    _only(value, (names[0], "detail"), key)
-    if names[0] == "video":  # Eagle writes a video among images so
-        kind = "video"
+    _only(value, (names[0], "filename" if names[0] == "file_data" else "detail"), key)
     return read_medium(value[names[0]], kind, key)
+
+
+def _read_stretch(value: dict[str, Any], key: str) -> Stretch:
+    """Start and end of a clip, in seconds of its film; raises BrokenSample."""
+    said: list[float | None] = []
+    for names in (START_KEYS, END_KEYS):
+        own = [name for name in names if name in value]
+        if len(own) > 1:
+            raise BrokenSample(f"'{key}' says the same twice: {', '.join(own)}")
+        seconds = value[own[0]] if own else None
+        if own and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST):
+            raise BrokenSample(f"'{key}' has {own[0]} {shorten(seconds)}; a number of seconds from 0 is wanted")
+        said.append(None if seconds is None else float(seconds))
+    start, end = said[0] or 0.0, said[1]
+    if end is not None and end <= start:
+        raise BrokenSample(f"'{key}' is a clip from {start:g} to {end:g} seconds, which is empty")
+    return start, end
+
+
+def read_ranges(value: Any, key: str) -> Ranges:
+    """Pages, counted from 1: ``"3-7,9"``, 3, or [3, 4]; they ascend, and none is said twice. Raises BrokenSample."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    ranges: list[tuple[int, int]] = []
+    for part in parts[: MOST_RANGES + 1]:
+        number = type(part) is int and 0 < part < 10**6
+        match = _RANGE.fullmatch(str(part) if number else part if isinstance(part, str) else "")
+        first = int(match[1]) if match else 0
+        last = int(match[2] or first) if match else 0
+        if not 1 <= first <= last or (ranges and first <= ranges[-1][1]):
+            raise BrokenSample(
+                f"'{key}' has pages {shorten(value)}; wanted are ascending numbers from 1, such as \"3-7,9\" or [3, 4]"
+            )
+        ranges.append((first, last))
+    if not 1 <= len(ranges) <= MOST_RANGES:
+        raise BrokenSample(f"'{key}' has {len(parts)} ranges of pages, from 1 to {MOST_RANGES} are read")
+    return tuple(ranges)
 
 
 def _only(value: dict[str, Any], known: tuple[str, ...], key: str) -> None:
@@ -118,8 +167,14 @@ def _decode(text: str, key: str) -> bytes:
 
 
 def _inline(data: bytes, kind: Kind, key: str) -> Medium:
-    if kind == "video" or sniff(data[:HEAD]).kind == "video":
-        raise BrokenSample(f"'{key}' holds the bytes of a video ({len(data)}); only images may be inside a record")
+    found = sniff(data[:HEAD])
+    if kind == "video" or found.kind == "video":
+        raise BrokenSample(
+            f"'{key}' holds the bytes of a video ({len(data)}); only images and documents may be inside a record"
+        )
+    if (kind == "document") != (found.kind == "document"):
+        wanted = "a PDF" if kind == "document" else "an image (the key of a PDF is 'document')"
+        raise BrokenSample(f"'{key}' holds {len(data)} bytes of {found.name or 'no known format'}, not {wanted}")
     if len(data) > MAX_INLINE:
         raise BrokenSample(f"'{key}' holds {len(data)} bytes, the limit is {MAX_INLINE}: use a file")
     return Medium(kind, data=data)

@@ -14,7 +14,16 @@ from megatron_eagle.data.build.forms.draft import Draft, Medium, Said, shorten
 from megatron_eagle.data.build.forms.keys import HARMLESS, Ignored, check_kept, says_nothing
 from megatron_eagle.data.build.forms.pairs import Alpaca, Exchanges, QueryResponse
 from megatron_eagle.data.build.forms.place import Placed, place
-from megatron_eagle.data.sample.conversation import CONTENT_FIELDS, NUMBERS, Conversation, check_learned, record_id
+from megatron_eagle.data.media.pages import Ranges
+from megatron_eagle.data.sample.conversation import (
+    CONTENT_FIELDS,
+    DOCUMENTS,
+    NUMBERS,
+    Conversation,
+    check_learned,
+    parse_numbers,
+    record_id,
+)
 from megatron_eagle.errors import BrokenSample
 
 DEFAULT_PROMPT = "Describe this in detail."
@@ -38,7 +47,6 @@ REFUSED = {
     "tools": "tools would have to be written into the system turn, which is not done",
     "functions": "functions would have to be written into the system turn, which is not done",
     "audio": "sound is not read", "audios": "sound is not read",
-    "document": "documents are not read: make pictures of the pages", "documents": "documents are not read",
     "chosen": "preferences are not learned", "rejected": "preferences are not learned",
     "rejected_response": "preferences are not learned",
 }  # fmt: skip
@@ -54,10 +62,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class ReadRecord:
-    """A conversation, and the bytes of media that its record held itself, by the names they have in it."""
+    """A conversation, and the bytes of media that its record held itself, by the names they have in it.
+
+    documents: which of its images, by number, are documents, and which of their pages are shown.
+    """
 
     conversation: Conversation
     inline: dict[str, bytes] = field(default_factory=dict)
+    documents: dict[int, Ranges] = field(default_factory=dict)
 
 
 def read_record(record: Any, rules: Rules, default_id: str | None = None) -> ReadRecord:
@@ -69,15 +81,32 @@ def read_record(record: Any, rules: Rules, default_id: str | None = None) -> Rea
     placed = place(_draft(given, rules))
     inline: dict[str, bytes] = {}
     names = {kind: tuple(_name(medium, inline) for medium in media) for kind, media in placed.media.items()}
-    numbers = [_stored_numbers(given.get(key), placed, kind) for kind, key in NUMBERS.items()]
     known = _known(given)
     dropped = known | CONTENT_FIELDS | REFUSED.keys()
     extra = {
         name: _storable(value) for name, value in record.items() if name not in dropped and not _holds_bytes(value)
     }
-    conversation = Conversation(identity, names["image"], placed.turns, extra, names["video"], *numbers)
+    clips = tuple(medium.stretch for medium in placed.media["video"])
+    documents = {
+        number: medium.pages
+        for number, medium in zip(placed.numbers["image"], placed.media["image"], strict=True)
+        if medium.kind == "document"
+    }
+    if documents and not says_nothing(given.get(DOCUMENTS)):
+        raise BrokenSample(f"'{DOCUMENTS}' belongs to records of shards, whose documents are images")
+    conversation = Conversation(
+        identity,
+        names["image"],
+        placed.turns,
+        extra,
+        names["video"],
+        _stored_numbers(given.get(NUMBERS["image"]), placed, "image"),
+        _stored_numbers(given.get(NUMBERS["video"]), placed, "video"),
+        video_clips=clips if any(clips) else (),
+        image_documents=parse_numbers(given.get(DOCUMENTS), DOCUMENTS),
+    )
     _check_answers(conversation)
-    return ReadRecord(conversation, inline)
+    return ReadRecord(conversation, inline, documents)
 
 
 def names_media(record: Mapping[str, Any], rules: Rules) -> bool:
@@ -121,7 +150,7 @@ def _holds_bytes(value: Any) -> bool:
 def _known(given: Mapping[str, Any]) -> frozenset[str]:
     forms = _forms_of(given)
     turns = forms[0].KEYS if forms else caption.KEYS
-    return frozenset({"id", *turns, *eagle.KEYS, *SYSTEM_KEYS, *NUMBERS.values()})
+    return frozenset({"id", *turns, *eagle.KEYS, *SYSTEM_KEYS, *NUMBERS.values(), DOCUMENTS})
 
 
 def _draft(given: Mapping[str, Any], rules: Rules) -> Draft:
@@ -151,7 +180,7 @@ def _said(given: Mapping[str, Any], rules: Rules) -> tuple[Said, ...]:
             f"there are {keys or 'no fields'}"
         )
     if all(says_nothing(given.get(key)) for key in eagle.KEYS):
-        raise BrokenSample("empty conversation: a caption without an image or a video")
+        raise BrokenSample("empty conversation: a caption without an image, a video or a document")
     return caption.read(text, rules.prompt)
 
 

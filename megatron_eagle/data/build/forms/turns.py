@@ -17,12 +17,14 @@ from megatron_eagle.errors import BrokenSample
 MEDIA_KEYS: dict[str, Kind] = {
     "image": "image", "images": "image", "image_list": "image",
     "video": "video", "videos": "video", "video_list": "video",
+    "document": "document", "documents": "document",
 }  # fmt: skip
 LOSS_KEYS = ("loss", "weight", "loss_weight")
 PARTS: dict[str, Kind | None] = {
     "text": None, "input_text": None, "output_text": None,
     "image": "image", "image_url": "image", "input_image": "image",
     "video": "video", "video_url": "video",
+    "document": "document", "file": "document", "input_file": "document",
 }  # fmt: skip
 TEXT_KEYS = ("text", "value", "content")
 
@@ -128,7 +130,7 @@ def _read_medium_part(given: dict[str, Any], kind: Kind, where: str) -> Medium |
         return Slot(kind, index + 1)
     try:
         # {"type": "image", "image": {...}} holds the medium in one key; everything else is the medium itself.
-        inner = given.get(kind, given.get(f"{kind}_url"))
+        inner = given.get(kind, given.get(f"{kind}_url", given.get("file")))
         return read_medium(inner if isinstance(inner, dict) and len(given) == 1 else given, kind, kind)
     except BrokenSample as error:
         raise BrokenSample(f"{where}: {error}") from None
