@@ -53,3 +53,26 @@ def metrics(runs: Path) -> list[dict[str, Any]]:
 
 def losses(runs: Path) -> list[tuple[str, int, float, str]]:
     return [(entry["stage"], entry["step"], entry["loss"], entry["sample_digest"]) for entry in metrics(runs)]
+
+
+def train_and_watch(
+    recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = ()
+) -> tuple[str, list[list[tuple[float, float]]]]:
+    """``train``; what it said, and (learning rate, weight decay) of every parameter group as each update used them."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    from megatron_eagle.training.engine import Engine
+
+    used: list[list[tuple[float, float]]] = []
+    update = Engine.update
+
+    def watched(engine: Engine) -> float:
+        norm = update(engine)
+        used.append(sorted({(group["lr"], group["weight_decay"]) for group in engine.optimizer.param_groups}))
+        return norm
+
+    with mock.patch.object(Engine, "update", watched), contextlib.redirect_stdout(io.StringIO()) as said:
+        train(recipe_path, stage, runs, overrides)
+    return said.getvalue(), used

@@ -2,7 +2,7 @@
 
     runs/<name>/checkpoints/<stage>/
         step_00000250/            weights, optimizer, schedule (torch_dist), position in the data and RNG per process
-            checkpoint.json       what it is: stage, step, model, layout; read before any tensor
+            checkpoint.json       what it is: stage, step, model, layout, recipe; read before any tensor
             checksums.json        size and CRC-32 of every file; held against the files before they are loaded
         latest                    name of the newest whole checkpoint; moved last
 
@@ -13,7 +13,7 @@ number of data-parallel ranks; a stream with ``reading.order: buffer`` refuses a
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Description:
 
     rejected_total: samples skipped in the stage up to this step.
     peak_rss_bytes: highest resident memory of each process so far, added up over all of them.
+    recipe: values of the recipe it was trained with, by dotted key; none in checkpoints written before 2026-11-26.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Description:
     trainable_parameters: int = 0
     rejected_total: int = 0
     peak_rss_bytes: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
     @property

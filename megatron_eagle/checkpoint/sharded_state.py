@@ -1,8 +1,8 @@
 """What of a training process goes into a checkpoint, and how it is restored.
 
 Weights and the optimizer's moments carry the names and shapes of an undivided model (Megatron's ``ShardedTensor``), so
-any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored: the rest follows
-from the recipe and the step.
+any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored, and of the
+schedule only the step is read back: rates, weight decay, warm-up and decay follow from the recipe and the step.
 """
 
 import random
@@ -70,7 +70,8 @@ def load_state(state: TrainingState, parts: Parts, loaded: dict[str, Any], step:
     """Hand what was ``loaded``, in the structure of ``sharded_state``, to the objects that ``parts`` came from."""
     load_modules(state.modules, loaded)
     _load_optimizers(state.optimizers, parts, loaded.get("optimizer", {}), step)
-    state.scheduler.load_state_dict(loaded["scheduler"])
+    # Megatron's load_state_dict would bring the saved schedule along and keep the recipe's peak: half of each.
+    state.scheduler.step(increment=loaded["scheduler"]["num_steps"] - state.scheduler.num_steps)
 
 
 def _load_optimizers(optimizers: Sequence[MegatronOptimizer], parts: Parts, tensors: dict[str, Any], step: int) -> None:

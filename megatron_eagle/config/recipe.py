@@ -259,7 +259,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return checked(Recipe, raw, path)
 
 
+def recipe_as_data(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults included, as plain data."""
+    plain: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return plain
+
+
 def recipe_as_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that ``load_recipe`` reads back to the same recipe."""
-    plain = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(recipe_as_data(recipe), sort_keys=False, allow_unicode=True, width=120)

@@ -40,7 +40,9 @@ from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
+from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_folder import RunFolder
+from megatron_eagle.training.run_lock import LEASE_SECONDS, hold_as_one
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected
 from megatron_eagle.training.throughput import stated_peak, utilisation
@@ -96,21 +98,27 @@ class StageRun:
         self.step = 0
 
     def train(self) -> None:
-        """Everything between joining the run and leaving it."""
+        """Everything between joining the run and leaving it, as the only trainer in the run's folder.
+
+        Raises UserError, on every process, if there is another one.
+        """
+        patience = min(LEASE_SECONDS, 30.0 * self.recipe.collective_timeout_minutes)  # the other processes wait too
+        with hold_as_one(self.run_folder.path, self.groups.rank, self._say, patience=patience):
+            self._train_or_continue()
+
+    def _train_or_continue(self) -> None:
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
         resume_from = self._newest_good(stage_folder) if self.fallback else find_latest(stage_folder)
         description = read_description(resume_from) if resume_from else None
         if resume_from and description:
             require_same_model(resume_from, description, self.recipe.model.eagle())
-            if description.complete and description.steps == self.stage.steps:
+            if description.step == self.stage.steps:
                 self._say(f"{self.stage.name} is complete: {description.step} steps, {resume_from}")
+                self._say_changes(description, "was trained otherwise than the recipe says now")
                 return
+            require_continuable(resume_from, description, self.recipe, self.stage)
             self.step, self.rejected_total = description.step, description.rejected_total
             self.peak_rss_bytes = description.peak_rss_bytes
-            if self.step > self.stage.steps:
-                raise UserError(
-                    f"{resume_from} is at step {self.step}, stage '{self.stage.name}' has only {self.stage.steps} steps"
-                )
         self._check_tokenizer()
         first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
@@ -120,7 +128,9 @@ class StageRun:
         elif first_weights:
             load_weights(first_weights, engine.state().modules)
             engine.reload_optimizer()
-        stream = self._open_stream(position, resume_from)
+        stream = self._open_stream(position, resume_from, description)
+        if description:
+            self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
 
@@ -136,13 +146,21 @@ class StageRun:
         if refusal[0] is not None:
             raise UserError(refusal[0])
 
+    def _say_changes(self, saved: Description, what: str) -> None:
+        if not saved.recipe:
+            self._say(f"{self.stage.name}: step {saved.step} was saved without its recipe, changes cannot be compared")
+        elif found := changes(saved, self.recipe, self.stage):
+            self._say(f"{self.stage.name} {what}: {', '.join(found)}")
+
     def _newest_good(self, stage_folder: Path) -> Path | None:
         found, damaged = find_good(stage_folder)
         for line in damaged:
             self._say(f"passed over: {line}")
         return found
 
-    def _open_stream(self, position: bytes | None, resume_from: Path | None) -> Stream | None:
+    def _open_stream(
+        self, position: bytes | None, resume_from: Path | None, description: Description | None
+    ) -> Stream | None:
         """The reader's stream of packs; a failure on one reader is everybody's."""
         stream, message, where = None, None, ""
         if self.groups.is_reader:
@@ -152,7 +170,8 @@ class StageRun:
                     where = f"{own_file(resume_from, POSITION_FILE, self.groups.dp_rank)}: "
                     stream.restore(position)
             except UserError as error:
-                message = f"{where}{error}"
+                found = changes(description, self.recipe, self.stage) if where and description else []
+                message = f"{where}{error}" + (f"; the recipe's changes: {', '.join(found)}" if found else "")
         messages: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(messages, message)
         if any(messages):
@@ -268,6 +287,7 @@ class StageRun:
             trainable_parameters=engine.trainable_parameters,
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
+            recipe=recipe_values(self.recipe, self.stage),
         )
 
     def _peak_rss_bytes(self) -> int:

@@ -38,7 +38,7 @@ class RunFolder:
             return None
         description = read_description(checkpoint)
         require_same_model(checkpoint, description, recipe.model.eagle())
-        if before is not None and not description.complete:
+        if before is not None and description.step < min(description.steps, before.steps):
             raise UserError(
                 f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"
             )

@@ -189,6 +189,21 @@ def test_settings_that_no_pack_depends_on_may_change_before_a_position_is_contin
         PackStream(data_settings(a, max_pixels=9), tokenizer).restore(state)
 
 
+def test_another_tokenizer_of_the_same_size_is_another_stream(world, monkeypatch):
+    tokenizer, a, _ = world
+    stream = PackStream(data_settings(a), tokenizer)
+    next(stream)
+    state, following = stream.state(), next(stream)
+    older = json.loads(state)
+    del older["identity"]["tokenizer"]  # positions before 2026-11-26 had the size alone
+    again = PackStream(data_settings(a), tokenizer)
+    again.restore(json.dumps(older).encode())
+    assert same(next(again), following)
+    monkeypatch.setattr(tokenizer, "fingerprint", "other")
+    with pytest.raises(UserError, match="another stream: tokenizer was"):
+        PackStream(data_settings(a), tokenizer).restore(state)
+
+
 def test_a_position_is_plain_data(world):
     """JSON of strings, numbers, lists and objects: nothing that a reader would have to make anything of."""
     tokenizer, a, b = world

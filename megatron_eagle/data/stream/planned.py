@@ -217,9 +217,10 @@ def deciding(settings: DataSettings, names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.flat().items() if name in names}
 
 
-def read_position(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
+def read_position(state: bytes, identity: dict[str, Any], added: Collection[str] = ()) -> dict[str, Any]:
     """What a saved position holds; UserError unless it is of the stream that ``identity`` describes, and JSON.
 
+    added: keys of ``identity`` that older positions lack; there they are not compared.
     Streams with ``reading.order: buffer`` once saved pickles. Unpickling runs what the file asks for, so they are not
     read any more.
     """
@@ -231,7 +232,9 @@ def read_position(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         saved: dict[str, Any] = json.loads(state)
-        changed = differences(dict(saved["identity"]), json.loads(json.dumps(identity)))
+        before = dict(saved["identity"])
+        own = {name: value for name, value in identity.items() if name in before or name not in added}
+        changed = differences(before, json.loads(json.dumps(own)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"the saved data position cannot be read: {type(error).__name__}: {error}") from None
     if changed:

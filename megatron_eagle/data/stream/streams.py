@@ -124,6 +124,7 @@ class PackStream(Iterator[PackedBatch]):
             "settings": deciding(settings, ORDERING),
             "sources": [(dataset_identity(source.path), source.weight) for source in settings.sources],
             "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint,
             "rank": rank,
             "world_size": world_size,
             "seed": seed,
@@ -196,7 +197,7 @@ class PackStream(Iterator[PackedBatch]):
         Raises UserError if the stream that was saved had other settings, ranks, workers or seed, because its
         continuation would not be the same stream, and if the state is damaged or the pickle that it once was.
         """
-        saved = read_position(state, self._identity)
+        saved = read_position(state, self._identity, added=("tokenizer",))
         try:
             position = decode_state(saved.get("loader"))
         except ValueError as error:
