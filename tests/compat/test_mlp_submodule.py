@@ -9,9 +9,7 @@ from megatron_eagle.compat.mlp_submodule import mlp_submodule
 
 
 @without_gpu
-@contract(
-    "Megatron's TransformerLayer no longer builds its MLP of what compat/mlp_submodule.py names"
-)
+@contract("Megatron's TransformerLayer no longer builds its MLP of what compat/mlp_submodule.py names")
 def test_contract_a_layer_takes_the_mlp_as_it_is_named(caplog):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, model_parallel_cuda_manual_seed
