@@ -118,10 +118,10 @@ def _data_measure(options: argparse.Namespace) -> None:
     from megatron_eagle.data.order.lengths import dataset_lengths
     from megatron_eagle.data.order.sample_index import open_sample_index
     from megatron_eagle.data.sample.budget import degrade_report
-    from megatron_eagle.data.sample.tokenizer import load_tokenizer
+    from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 
     recipe, chosen = _load(options)
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+    tokenizer = recipe_tokenizer(recipe)
     for stage in [chosen] if options.stage else recipe.stages:
         settings = recipe.data_settings(stage)
         for source in settings.sources:

@@ -45,6 +45,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     install()
     from megatron_eagle.config.recipe import load_recipe
+    from megatron_eagle.data.sample.tokenizer import check_if_there
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.plan import plan_stage
@@ -63,6 +64,7 @@ def _plan(options: argparse.Namespace) -> None:
     changes = {"batch": options.batch, "pack_length": options.pack_length}
     changed = {name: value for name, value in changes.items() if value is not None}
     recipe = replace(recipe, stages=tuple(replace(stage, **changed) for stage in recipe.stages))
+    check_if_there(recipe)
     stages = [recipe.stage(options.stage)] if options.stage else list(recipe.stages)
     for stage in stages:
         if not (options.gpus or stage.gpus):

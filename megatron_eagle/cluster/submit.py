@@ -13,6 +13,7 @@ from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.events import append_event, newest_step, read_events
 from megatron_eagle.cluster.profile import TEMPLATES, Profile, shipped_profiles
 from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
+from megatron_eagle.data.sample.tokenizer import check_if_there
 from megatron_eagle.errors import UserError
 
 
@@ -49,9 +50,10 @@ class Chain:
 def plan_chain(
     recipe: Recipe, stage_names: Sequence[str], profile: Profile, runs: Path, export: Path | None = None
 ) -> Chain:
-    """Scripts of all jobs; UserError if a stage cannot run on that many processes."""
+    """Scripts of all jobs; UserError if a stage cannot run on that many processes, or with the recipe's tokenizer."""
     if missing := missing_account(profile):
         raise UserError(missing)
+    check_if_there(recipe)
     folder = (runs / recipe.name).resolve()
     stages = [recipe.stage(name) for name in stage_names] or list(recipe.stages)
     if stages != sorted(stages, key=recipe.stages.index):

@@ -4,9 +4,9 @@ The parts keep their own tensor names and are joined into one ``TensorSource``, 
 same conversion and the same proof as a released one. What is computed here:
 
 - what an encoder needs otherwise at the new tile size, e.g. position embeddings of another grid (its ``hf_names.fit``);
-- the embedding gets exactly as many rows as the tokenizer has tokens. Rows of added tokens in the *output* matrix are
-  the mean of all others (NVlabs/Eagle does so); in an untied input embedding they keep what Qwen2.5 has there, and are
-  the mean as well where it has no such row;
+- the embedding gets a row for each of the tokenizer's ids, up to the largest. Rows of added tokens in the *output*
+  matrix are the mean of all others (NVlabs/Eagle does so); in an untied input embedding they keep what Qwen2.5 has
+  there, and are the mean as well where it has no such row;
 - the connector is drawn like any fresh weight (standard deviation fan_in^-1/2).
 """
 
@@ -31,7 +31,7 @@ from megatron_eagle.conversion.released import (
     tower_prefix,
 )
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
-from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
+from megatron_eagle.conversion.tensors import Finite, TensorInfo, TensorSource
 from megatron_eagle.conversion.tokenizer_files import Vocabulary
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
@@ -43,6 +43,7 @@ class Assembled:
     """Tensors under the names of a released Eagle, read from several sources or computed when asked for."""
 
     def __init__(self) -> None:
+        self.encoder_sources: list[Path] = []  # in the order of channels
         self.left_out: dict[str, str] = {}  # name in its source -> why it is not part of the new model
         self._infos: dict[str, TensorInfo] = {}
         self._make: dict[str, Callable[[], Tensor]] = {}
@@ -79,7 +80,7 @@ def assemble(
     parts: Sequence[Path], vocabulary: Vocabulary, *, tile_size: int, seed: int
 ) -> tuple[Assembled, EagleConfig, Dialect]:
     """The new model's tensors, its numbers, and how they are named; ``parts`` in any order."""
-    sources = {path: SafetensorsFolder(path) for path in parts}
+    sources = {path: Finite(SafetensorsFolder(path)) for path in parts}
     made = Assembled()
     qwen = _one(sources, _is_qwen, "a Qwen2.5 (model.embed_tokens.weight without an encoder)")
     language = _add_language(made, qwen, sources[qwen], vocabulary)
@@ -100,7 +101,8 @@ def assemble(
             raise UserError(f"{having[0]} has {title} {len(old)} times: at {', '.join(old)}")
         prefixes.append(tower_prefix(len(prefixes), kind))
         made.take(source, old[0], prefixes[-1])
-        settings = describe_encoder(kind, made.infos, prefixes[-1], _vision_config(having[0]))
+        settings = describe_encoder(kind, made.infos, prefixes[-1], _vision_config(having[0]), str(having[0]))
+        made.encoder_sources.append(having[0])
         encoders.append(_fit(made, prefixes[-1], settings, tile_size))
     titles = [encoder_spec(kind).title for kind in convertible_kinds()]
     if not encoders:
@@ -138,12 +140,22 @@ def _one(sources: Mapping[Path, TensorSource], fits: Callable[[TensorSource], bo
     return found[0]
 
 
-def _vision_config(path: Path) -> dict[str, Any]:
-    """What a source's config.json says of its encoder; timm's and single files say nothing that is needed."""
-    if not (path / "config.json").is_file():
-        return {}
-    config = read_config(path)
-    return config.get("vision_config", config)
+def _vision_config(path: Path) -> dict[str, Any] | None:
+    """What the config.json of a folder, or beside a single file, says of its encoder; None if there is none.
+
+    A model of several parts that leaves its ``vision_config`` out has transformers' own for models of its type.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_config(folder)
+    if isinstance(config.get("vision_config"), dict):
+        return config["vision_config"]
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    usual = getattr(CONFIG_MAPPING[kind](), "vision_config", None) if kind in CONFIG_MAPPING else None
+    return config if usual is None or kind == "siglip" else usual.to_dict()
 
 
 def _add_language(made: Assembled, path: Path, source: TensorSource, vocabulary: Vocabulary) -> QwenConfig:
@@ -154,15 +166,15 @@ def _add_language(made: Assembled, path: Path, source: TensorSource, vocabulary:
         if name in source.infos:
             info = source.infos[name]
             change = partial(_resize_rows, vocabulary=vocabulary, is_output=is_output)
-            made.replace(f"language_model.{name}", TensorInfo((vocabulary.size, info.shape[1]), info.dtype), change)
+            made.replace(f"language_model.{name}", TensorInfo((vocabulary.rows, info.shape[1]), info.dtype), change)
     if before.tie_word_embeddings and _OUTPUT in source.infos:
         made.drop(f"language_model.{_OUTPUT}", "the output matrix is the embedding")
-    return QwenConfig(**{**vars(before), "vocab_size": vocabulary.size})
+    return QwenConfig(**{**vars(before), "vocab_size": vocabulary.rows})
 
 
 def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor:
     added = torch.tensor(vocabulary.added, dtype=torch.int64)
-    kept = torch.ones(min(len(old), vocabulary.size), dtype=torch.bool)
+    kept = torch.ones(min(len(old), vocabulary.rows), dtype=torch.bool)
     kept[added[added < len(kept)]] = False
     total = torch.zeros(old.shape[1], dtype=torch.float64)
     for rows, keep in zip(
@@ -170,7 +182,7 @@ def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor
     ):  # float64 takes four times as much
         total += rows[keep].double().sum(0)
     mean = (total / int(kept.sum())).to(old.dtype)
-    new = mean.expand(vocabulary.size, -1).clone()
+    new = mean.expand(vocabulary.rows, -1).clone()
     new[: len(kept)] = old[: len(kept)]
     if is_output:
         new[added] = mean

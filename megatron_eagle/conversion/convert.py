@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -32,11 +32,15 @@ from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
 from megatron_eagle.conversion.resumable_output import JOURNAL, finish, start
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, write_safetensors
-from megatron_eagle.conversion.tensors import TensorSource, WithDtype
+from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
 from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
 from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
+from megatron_eagle.data.sample.tokenizer import check_vocabulary, load_tokenizer
 from megatron_eagle.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_eagle.verification.reference import Published
 
 TOKENIZER = "tokenizer"
 
@@ -65,15 +69,18 @@ def hf_to_megatron(
     partial = start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
     clock = _Clock()
     folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
-    released: TensorSource
+    released: Finite | Assembled
     if len(sources) == 1:
-        released = SafetensorsFolder(folder)
+        released = Finite(SafetensorsFolder(folder))
         config, dialect = recognise(released.infos, read_config(folder), str(folder))
         if (folder / "tokenizer.json").is_file():
-            _check_size(copy_tokenizer(folder, partial / TOKENIZER, ()), config, folder)
+            copied = copy_tokenizer(folder, partial / TOKENIZER, ())
+            check_vocabulary(copied, config.language.vocab_size, folder)
+        published = logits.published_by(folder, config)
     else:
         vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[tokens])
         released, config, dialect = assemble(sources, vocabulary, tile_size=tile_size, seed=seed)
+        published = logits.published_by_parts(folder, released.encoder_sources)
     rounded = WithDtype(released, options.dtype) if options.dtype else released
     theirs = AsMegatron(rounded, config, dialect)
     if options.logits:
@@ -86,7 +93,7 @@ def hf_to_megatron(
     back = AsHuggingFace(TorchDist(partial), config, dialect)
     trip = compare(Only(rounded, theirs.used), back, "round trip")
     clock.lap("round trip")
-    shared = _for_both_directions(options, partial, config, rounded, dialect)
+    shared = _for_both_directions(options, partial, config, rounded, dialect, published)
     clock.lap("logits")
     files = [file for source in sources for file in SafetensorsFolder(source).files]
     proof = Proof(
@@ -123,12 +130,12 @@ def megatron_to_hf(
     partial = start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
     clock = _Clock()
     stored = TorchDist(checkpoint)
-    renamed: TensorSource = AsHuggingFace(stored, config, dialect)
-    rounded = WithDtype(renamed, options.dtype) if options.dtype else renamed
+    renamed = Finite(AsHuggingFace(stored, config, dialect))
+    rounded: TensorSource = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
         logits.check_memory(renamed.infos)
-    write_safetensors(rounded, partial)
     vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
+    write_safetensors(rounded, partial)
     dtype = rounded.infos[dialect.embedding].dtype
     kind = dialect.format
     write_configs(partial, config, kind, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens_per_tile(config))
@@ -141,7 +148,8 @@ def megatron_to_hf(
     ours = Weights(stored, config, list(back.infos), options.dtype)
     trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
     clock.lap("round trip")
-    shared = _for_both_directions(options, checkpoint, config, target if not options.dtype else renamed, dialect)
+    theirs = renamed if options.dtype else target
+    shared = _for_both_directions(options, checkpoint, config, theirs, dialect, logits.published_by(partial, config))
     clock.lap("logits")
     proof = Proof(
         direction=f"Megatron to Hugging Face, format {kind}",
@@ -159,7 +167,12 @@ def megatron_to_hf(
 
 
 def _for_both_directions(
-    options: Options, checkpoint: Path, config: EagleConfig, released: TensorSource, dialect: Dialect
+    options: Options,
+    checkpoint: Path,
+    config: EagleConfig,
+    released: TensorSource,
+    dialect: Dialect,
+    published: "Published",
 ) -> dict[str, Any]:
     """What a proof says of the model and of both sides' logits, whichever side was there first."""
     found: dict[str, Any] = {
@@ -172,7 +185,7 @@ def _for_both_directions(
     if options.logits:
         batch = logits.probe_batch(config)
         ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
-        theirs = logits.released_logits(released, config, dialect, batch)
+        theirs = logits.released_logits(released, config, dialect, batch, published)
         found |= {
             "logits": float((ours - theirs).abs().max()),
             "logits_largest": float(theirs.abs().max()),
@@ -190,25 +203,17 @@ def _tokenizer_folder(sources: Sequence[Path]) -> Path:
     raise UserError("none of the sources is a Qwen2.5 folder with config.json and tokenizer.json")
 
 
-def _check_size(vocabulary: Vocabulary, config: EagleConfig, where: Path) -> None:
-    if vocabulary.size > config.language.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {vocabulary.size} tokens, the embedding {config.language.vocab_size} rows"
-        )
-
-
 def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:
     if source.is_file():  # a SentencePiece model, as small runs use: transformers cannot load it, but it belongs here
-        from megatron_eagle.data.sample.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer("sentencepiece", source)
+        check_vocabulary(tokenizer, config.language.vocab_size, source)
         shutil.copyfile(source, partial / "tokenizer.model")
         ids = {"<|im_end|>": tokenizer.im_end, "<IMG_CONTEXT>": tokenizer.image_context, "<|endoftext|>": tokenizer.pad}
-        return Vocabulary(tokenizer.vocab_size, (), ids)
+        return Vocabulary(tokenizer.vocab_size, tokenizer.largest_id, (), ids)
     if not source.is_dir():
         raise UserError(f"{source.parent} holds no tokenizer; name one with --tokenizer")
     vocabulary = copy_tokenizer(source, partial, TOKENS["eagle2"])
-    _check_size(vocabulary, config, source)
+    check_vocabulary(vocabulary, config.language.vocab_size, source)
     return vocabulary
 
 

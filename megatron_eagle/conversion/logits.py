@@ -1,13 +1,16 @@
 """Logits of both sides of a conversion on one probe batch with images.
 
 The released side is run by modules of transformers in float64 (``verification/reference.py``), which know nothing of
-Megatron; its names are mapped here by rules of their own, not by the tables that the conversion uses, so that a mistake
-in those shows. The other side is the Megatron model as training would load it, in float32, in real processes.
+Megatron; its names are mapped here by rules of their own, not by the tables that the conversion uses, and transformers'
+own config classes read the source's config.json, so that a mistake in either shows. The other side is the Megatron
+model as training would load it, in float32, in real processes.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,9 @@ from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_reference
 from megatron_eagle.parallel.process_pool import World
+
+if TYPE_CHECKING:  # transformers takes seconds, and conversions without logits need none of it
+    from megatron_eagle.verification.reference import Published
 
 # Bytes a parameter takes: the reference in float64 (made, then filled) and the Megatron model in float32.
 _BYTES = 8 + 8 + 4
@@ -64,11 +70,16 @@ def probe_batch(config: EagleConfig) -> PackedBatch:
 
 
 @torch.no_grad()
-def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect, batch: PackedBatch) -> Tensor:
-    """Logits [useful tokens, vocabulary] of ``batch``, float64, by transformers' modules; every sample alone."""
+def released_logits(
+    source: TensorSource, config: EagleConfig, dialect: Dialect, batch: PackedBatch, published: "Published"
+) -> Tensor:
+    """Logits [useful tokens, vocabulary] of ``batch``, float64, by transformers' modules; every sample alone.
+
+    published: where the source's numbers are read; ``config`` only says what the shapes of its tensors are.
+    """
     from megatron_eagle.verification.reference import ReferenceEagle, samples_of
 
-    model = ReferenceEagle(config, seed=0)
+    model = ReferenceEagle(config, seed=0, published=published)
     state = {new: source.read(name) for name in source.infos if (new := _reference_name(name, config, dialect))}
     if config.language.tie_word_embeddings:
         state["language.lm_head.weight"] = state["language.model.embed_tokens.weight"]
@@ -76,6 +87,25 @@ def released_logits(source: TensorSource, config: EagleConfig, dialect: Dialect,
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in wanted}, strict=True)
     samples = list(samples_of([batch]))[: len(batch.sample_ids)]
     return torch.cat([model(tokens, tiles, slots) for tokens, _, tiles, slots in samples])
+
+
+def published_by(folder: Path, config: EagleConfig) -> "Published":
+    """A whole Eagle's config.json. It describes one encoder of a kind, so of several none is read there."""
+    from megatron_eagle.verification.reference import Published
+
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kinds = [settings["kind"] for settings in config.encoders]
+    described = [folder if said.get("vision_config") and kinds.count(kind) == 1 else None for kind in kinds]
+    return Published(said.get("text_config") or said["llm_config"], tuple(described))
+
+
+def published_by_parts(language: Path, encoders: Sequence[Path]) -> "Published":
+    """The config.json of each part; a file of weights may have one beside it."""
+    from megatron_eagle.verification.reference import Published
+
+    said = json.loads((language / "config.json").read_text(encoding="utf-8"))
+    folders = [path if path.is_dir() else path.parent for path in encoders]
+    return Published(said, tuple(folder if (folder / "config.json").is_file() else None for folder in folders))
 
 
 def _reference_name(name: str, config: EagleConfig, dialect: Dialect) -> str | None:

@@ -8,7 +8,7 @@ config.json only says what shapes cannot: numbers of heads, constants, the size 
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,41 @@ from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.encoders import encoder_hf_names
+from megatron_eagle.model.hf_config import read_part, refuse_unknown
 
 Infos = Mapping[str, TensorInfo]
 OURS = "megatron_eagle"  # key of config.json that holds our own description of the model
 _QWEN = "model.embed_tokens.weight"
 _CONNECTOR = "mlp1.1.weight"
 _TOWER = "vision_model.vision_model.vision_towers.{}.vision_tower."
+# Keys of an Eagle's config.json that are read elsewhere, or speak of how it was trained and how pictures are read.
+_EAGLE_KEYS = (
+    *(OURS, "text_config", "llm_config", "vision_config", "force_image_size", "loss_version", "efficient_loss"),
+    *("min_dynamic_tiles", "max_dynamic_tiles", "min_dynamic_patch", "max_dynamic_patch", "mlp_checkpoint"),
+    *("image_token_index", "is_composition"),
+)
+_EAGLE_VALUES = {
+    "select_layer": -1,
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "use_pixel_shuffle": True,
+    "mlp_connector_layers": 2,
+    "template": "qwen2-chat",
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "pad2square": False,
+    "keep_aspect_ratio": False,
+    "pre_feature_reduction": False,
+    "use_backbone_lora": 0,
+    "use_llm_lora": 0,
+}
+# Keys of a mixture's vision_config; those of an encoder begin with its kind.
+_MOB_KEYS = (
+    *("moe_version_type", "vision_path", "vision_tower_siglip_path", "grid_size", "hidden_size", "delay_load"),
+    *("drop_path_rate",),
+)
+# What fresh weights are drawn with: not in a released config.
+_START = ("initializer_range", "layer_scale_init_value", "layerscale_value")
 _BUFFER = re.compile(r"\.(position_ids|inv_freq)$")
 
 
@@ -92,6 +121,10 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
     text = config.get("text_config") or config.get("llm_config")
     if not isinstance(text, dict):
         raise UserError(f"{where}/config.json has neither text_config (Eagle 2.5) nor llm_config (Eagle 2)")
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict | None):
+        raise UserError(f"{where}/config.json: vision_config should be an object, is {vision!r}")
+    _refuse_unknown_keys(config, vision or {}, where)
     scale = "gamma" if any(name.endswith(".gamma") for name in infos) else "weight"
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     dialect = Dialect(
@@ -102,13 +135,17 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
         layer_scale=scale,
         stored_output=tied and f"{language}lm_head.weight" in infos,
     )
-    vision = config.get("vision_config", {})
-    eagle = own or EagleConfig(
-        tile_size=int(config.get("force_image_size") or 448),
-        encoders=tuple(describe_encoder(kind, infos, prefix, vision) for kind, prefix in towers),
-        language=qwen_config(infos, language, {**text, "tie_word_embeddings": tied}, where),
-    )
-    return eagle, dialect
+    numbers = qwen_config(infos, language, {**text, "tie_word_embeddings": tied}, where)
+    if own is not None:
+        _check_own_description(
+            own, numbers, [describe_encoder(kind, infos, at, vision, where) for kind, at in _only_ones(towers)], where
+        )
+        return own, dialect
+    side = config.get("force_image_size") or (vision or {}).get("image_size")
+    if not side:
+        raise UserError(f"{where}/config.json says neither force_image_size nor vision_config.image_size")
+    encoders = tuple(describe_encoder(kind, infos, prefix, vision, where) for kind, prefix in towers)
+    return EagleConfig(tile_size=int(side), encoders=encoders, language=numbers), dialect
 
 
 def convertible_kinds() -> list[str]:
@@ -127,9 +164,15 @@ def find_encoders(names: Collection[str]) -> list[tuple[str, str]]:
     return [(kind, prefix) for _, _, kind, prefix in sorted(found)]
 
 
-def describe_encoder(kind: str, infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's entry for the encoder at ``prefix``; config: what the checkpoint's config.json says of its vision."""
-    return {"kind": kind, **encoder_hf_names(kind).describe(infos, prefix, config)}
+def describe_encoder(
+    kind: str, infos: Infos, prefix: str, config: Mapping[str, Any] | None, where: str
+) -> dict[str, Any]:
+    """A recipe's entry for the encoder at ``prefix``; config: what the checkpoint's config.json says of its vision,
+    None if there is none."""
+    try:
+        return {"kind": kind, **encoder_hf_names(kind).describe(infos, prefix, config)}
+    except (UserError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def prefix_alone(config: EagleConfig) -> str | None:
@@ -175,20 +218,87 @@ def prefix_of(infos: Infos, ending: str, where: str) -> str:
 
 
 def qwen_config(infos: Infos, prefix: str, config: Mapping[str, Any], where: str) -> QwenConfig:
-    """Numbers of a Qwen2.5 from its config.json; as many tokens as its embedding has rows."""
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    if scaling:
-        raise UserError(f"{where} scales its rotary positions ({scaling}); Eagle's language models do not")
-    numbers = {name: config[name] for name in QwenConfig.__dataclass_fields__ if name in config}
-    if "rope_theta" in rope:
-        numbers["rope_theta"] = rope["rope_theta"]
+    """Numbers of a Qwen2.5 as transformers reads its config.json; as many tokens as its embedding has rows."""
+    from transformers import Qwen2Config
+
+    _refuse_scaled_positions(config, where)
+    what = f"{where}: the language model's config"
+    fields = [name for name in QwenConfig.__dataclass_fields__ if name != "rope_theta"]
+    read = (*fields, "rope_theta", "rope_parameters", "rope_scaling", "layer_types", "head_dim")
+    windows = ("sliding_window", "max_window_layers")  # use_sliding_window switches them
+    said = read_part(config, Qwen2Config, what, model_types=("qwen2",), read=read, harmless=windows)
+    numbers = {name: getattr(said, name) for name in fields}
+    numbers["rope_theta"] = said.rope_parameters["rope_theta"]
+    if other := sorted(set(said.layer_types) - {"full_attention"}):
+        raise UserError(f"{what} has layer_types {', '.join(other)}; full_attention is understood")
+    if config.get("head_dim") not in (None, head := said.hidden_size // said.num_attention_heads):
+        raise UserError(
+            f"{what} has head_dim={config['head_dim']}; hidden_size / num_attention_heads, {head}, is understood"
+        )
     numbers["vocab_size"] = infos[f"{prefix}{_QWEN}"].shape[0]
     try:
         return TypeAdapter(QwenConfig).validate_python(numbers)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise UserError(f"{where}: the language model's config is not a Qwen2.5's: {wrong}") from None
+
+
+def _refuse_scaled_positions(config: Mapping[str, Any], where: str) -> None:
+    """Rotary positions have a base and nothing else; transformers 5 has it in rope_parameters, 4 in rope_theta."""
+    bases = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = dict(config.get(name) or {})
+        if "rope_theta" in rope:
+            bases[name] = rope.pop("rope_theta")
+        kinds = {rope.pop("rope_type", "default"), rope.pop("type", "default")}
+        if kinds != {"default"} or rope:
+            raise UserError(
+                f"{where} scales its rotary positions ({name}={config[name]}); Eagle's language models do not"
+            )
+    if len(set(bases.values())) > 1:
+        raise UserError(f"{where} says two bases of its rotary positions: {bases}")
+
+
+def _refuse_unknown_keys(config: Mapping[str, Any], vision: Mapping[str, Any], where: str) -> None:
+    """An Eagle's own keys: those that change what it computes have one value each that is understood."""
+    if "select_layer" not in config:
+        raise UserError(
+            f"{where}/config.json leaves out select_layer, for which NVIDIA's code takes -4; write select_layer: -1 if "
+            "the last layer's features are meant"
+        )
+    refuse_unknown(config, f"{where}/config.json", _EAGLE_KEYS, _EAGLE_VALUES)
+    if vision.get("model_type") == "MOB":
+        named = [name for name in vision if name.split("_")[0] in convertible_kinds()]
+        refuse_unknown(
+            vision, f"{where}/config.json: vision_config", (*_MOB_KEYS, *named), {"normalize_type": "siglip"}
+        )
+    if config.get("model_type") not in (None, "eagle_chat", "eagle_2_5_vl"):
+        raise UserError(
+            f"{where}/config.json is of model_type={config['model_type']!r}; eagle_chat and eagle_2_5_vl are understood"
+        )
+
+
+def _check_own_description(
+    own: EagleConfig, language: QwenConfig, encoders: Sequence[dict[str, Any]], where: str
+) -> None:
+    """Our description stands beside the keys of a released config; somebody may have changed one of the two."""
+    pairs: list[tuple[str, Any, Any]] = [("the language model", own.language, language)]
+    for entry in encoders:
+        (same,) = (settings for settings in own.encoders if settings["kind"] == entry["kind"])
+        pairs.append((entry["kind"], encoder_config(same), encoder_config(entry)))
+    for what, ours, theirs in pairs:
+        for name, value in vars(theirs).items():
+            if value != getattr(ours, name) and name not in _START:
+                raise UserError(
+                    f"{where}/config.json: {OURS} has {name}={getattr(ours, name)} for {what}, the rest of it and the "
+                    f"tensors have {value}"
+                )
+
+
+def _only_ones(towers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those that are alone of their kind; a config.json has room for the numbers of one."""
+    kinds = [kind for kind, _ in towers]
+    return [tower for tower in towers if kinds.count(tower[0]) == 1]
 
 
 def _own_description(config: Mapping[str, Any], where: str) -> EagleConfig | None:

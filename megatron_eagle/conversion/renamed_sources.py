@@ -48,6 +48,11 @@ class AsHuggingFace:
             self._last = (ours, list(source.split(self._checkpoint.read(ours))))
         return self._last[1][number]
 
+    def file_of(self, name: str) -> str:
+        """Where the checkpoint has the parameter that this is made of."""
+        ours = self._origin[name][0]
+        return f"{self._checkpoint.folder} ({ours}, in {self._checkpoint.file_of(ours)})"
+
 
 class AsMegatron:
     """A released checkpoint's tensors as parameters of the undivided model."""

@@ -61,12 +61,17 @@ class SafetensorsFolder:
                     raise UserError(f"{path}: {name} is in {where[name]} and in {file.name}")
                 infos[name], where[name], self._handles[name] = info, file.name, handle
         self.infos: Mapping[str, TensorInfo] = infos
+        self._where = where
         self._check_index(where)
 
     def read(self, name: str) -> Tensor:
         """The tensor on top of the mapped file; what is written to it stays in this process."""
         tensor: Tensor = self._handles[name].get_tensor(name)
         return tensor
+
+    def file_of(self, name: str) -> str:
+        """The file that has the tensor."""
+        return str(self.path if self.path.is_file() else self.path / self._where[name])
 
     def _check_index(self, where: Mapping[str, str]) -> None:
         if not (self.path / INDEX).is_file():

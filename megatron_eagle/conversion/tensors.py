@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_eagle.errors import UserError
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -54,6 +56,46 @@ class WithDtype:
 
     def read(self, name: str) -> Tensor:
         return self._source.read(name).to(self.infos[name].dtype)
+
+
+class Stored(TensorSource, Protocol):
+    """A source that knows in which file a tensor is."""
+
+    def file_of(self, name: str) -> str: ...
+
+
+class Finite:
+    """A source none of whose tensors, as they are read, has a NaN or an infinite number; UserError names one that has.
+
+    Every tensor is looked at when it is read first.
+    """
+
+    def __init__(self, source: Stored) -> None:
+        self._source = source
+        self._seen: set[str] = set()
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._source.infos
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        if name not in self._seen and tensor.is_floating_point():
+            self._check(name, tensor)
+        self._seen.add(name)
+        return tensor
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        nan = infinite = 0
+        for block in tensor.reshape(-1).split(1 << 22):  # the mask of an embedding would take a gigabyte
+            if not bool(torch.isfinite(block).all()):
+                nan += int(block.isnan().sum())
+                infinite += int(block.isinf().sum())
+        if nan or infinite:
+            found = " and ".join(
+                f"{number} {what}" for number, what in ((nan, "NaN"), (infinite, "infinite")) if number
+            )
+            raise UserError(f"{self._source.file_of(name)}: {name} holds {found} of {tensor.numel()} numbers")
 
 
 class Progress:

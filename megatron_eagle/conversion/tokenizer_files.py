@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
+from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError
 
 FILES = (
@@ -45,15 +45,25 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """size: with added tokens; added: ids of the tokens that were missing; ids: of the special tokens asked for."""
+    """vocab_size, largest_id: as a tokenizer has them; added: ids of the tokens that were missing; ids: of the special
+    tokens asked for."""
 
-    size: int
+    vocab_size: int
+    largest_id: int
     added: tuple[int, ...]
     ids: dict[str, int]
 
+    @property
+    def rows(self) -> int:
+        """Of an embedding that has one for every id, those that no token has included."""
+        return self.largest_id + 1
+
 
 def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary:
-    """Copy the Hugging Face tokenizer of folder ``source`` into ``out``, adding those of ``tokens`` that it lacks."""
+    """Copy the Hugging Face tokenizer of folder ``source`` into ``out``, adding those of ``tokens`` that it lacks.
+
+    UserError if the result lacks one of Eagle 2's, or is none to train with.
+    """
     from tokenizers import AddedToken, Tokenizer
 
     if not (source / "tokenizer.json").is_file():
@@ -76,7 +86,10 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary
     _update_config(out, added)
     wanted = ("<|im_end|>", "<|endoftext|>", *tokens)
     ids = {token: now[token] for token in wanted if token in now}
-    return Vocabulary(tokenizer.get_vocab_size(with_added_tokens=True), tuple(added.values()), ids)
+    made = HuggingFaceTokenizer(out)
+    if made.added:
+        raise UserError(f"{source}: the tokenizer lacks {len(made.added)} of Eagle's tokens: {', '.join(made.added)}")
+    return Vocabulary(made.vocab_size, made.largest_id, tuple(added.values()), ids)
 
 
 def _update_config(out: Path, added: dict[str, int]) -> None:

@@ -94,6 +94,10 @@ class TorchDist:
             raise UserError(f"{self.folder}: the chunks of {name} hold {filled} of its {info.numbers} numbers")
         return whole
 
+    def file_of(self, name: str) -> str:
+        """The files that have chunks of a parameter."""
+        return ", ".join(sorted({where.relative_path for _, where in self._chunks[TensorAddress.of(name).key]}))
+
     def _tensor(self, address: TensorAddress) -> TensorStorageMetadata:
         stored = self._stored.get(address.key)
         if not isinstance(stored, TensorStorageMetadata):

@@ -21,7 +21,7 @@ from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.conversation import Conversation
-from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.shards import StoredSample, dataset_identity, iterate_samples
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
@@ -87,7 +87,7 @@ def evaluate(
     checkpoint = _newest_checkpoint(recipe, stage, run_folder)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
-        tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+        tokenizer = recipe_tokenizer(recipe)
         questions, rejected = questions_of(iterate_samples(data))
         settings = recipe.data_settings(stage)
         shorter = replace(settings, pack_length=stage.pack_length - answer_tokens)

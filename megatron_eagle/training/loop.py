@@ -33,6 +33,7 @@ from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
@@ -110,6 +111,7 @@ class StageRun:
                 raise UserError(
                     f"{resume_from} is at step {self.step}, stage '{self.stage.name}' has only {self.stage.steps} steps"
                 )
+        self._check_tokenizer()
         first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
@@ -121,6 +123,18 @@ class StageRun:
         stream = self._open_stream(position, resume_from)
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
+
+    def _check_tokenizer(self) -> None:
+        """Before anything is built: one process reads the tokenizer, and all stop if it does not fit the model."""
+        refusal: list[str | None] = [None]
+        if self.groups.rank == 0:
+            try:
+                recipe_tokenizer(self.recipe)
+            except UserError as error:
+                refusal = [str(error)]
+        dist.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
 
     def _newest_good(self, stage_folder: Path) -> Path | None:
         found, damaged = find_good(stage_folder)

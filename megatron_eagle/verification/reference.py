@@ -4,38 +4,57 @@ It is put together from transformers' modules and has nothing of Megatron, of pa
 mistake in those cannot be in both. float64 leaves all rounding to the side that is being checked.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_eagle.config.encoders import EncoderConfig
 from megatron_eagle.config.model import EagleConfig, encoder_configs, encoder_names, mixture_channels
 from megatron_eagle.config.recipe import OptimizerSettings
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.model import hf_names
-from megatron_eagle.model.encoders import encoder_hf_names, encoder_reference
+from megatron_eagle.model.encoders import EncoderReference, encoder_hf_names, encoder_reference
+
+
+@dataclass(frozen=True)
+class Published:
+    """What transformers' config classes are to read of a model that others published, instead of our reading of it.
+
+    language: a Qwen2.5's config.json, or that part of an Eagle's. encoders: folder of each one's config.json; None
+    where there is none to read.
+    """
+
+    language: Mapping[str, Any]
+    encoders: tuple[Path | None, ...]
 
 
 class ReferenceEagle(nn.Module):
     """An Eagle of transformers' modules; float64, random weights drawn from ``seed``.
 
     Biases, norms and layer scales are drawn too, so that no parameter can be mixed up with another unseen.
+    published: where the model's config.json lies; None takes all numbers from ``config``.
     """
 
-    def __init__(self, config: EagleConfig, seed: int) -> None:
+    def __init__(self, config: EagleConfig, seed: int, published: Published | None = None) -> None:
         super().__init__()
         self.config = config
         numbers = encoder_configs(config)
         parts = [encoder_reference(settings) for settings in config.encoders]
         self._parts = list(zip(parts, numbers, strict=True))
-        self.encoders = nn.ModuleList([part.build(own) for part, own in self._parts])
+        folders = published.encoders if published else (None,) * len(parts)
+        pairs = zip(self._parts, folders, strict=True)
+        self.encoders = nn.ModuleList([_build_encoder(part, own, folder) for (part, own), folder in pairs])
         width, hidden = mixture_channels(config), config.language.hidden_size
         norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
         self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        self.language = _build_language(config)
+        self.language = _build_language(config, published.language if published else None)
         self.double()
         _draw(self, seed)
 
@@ -147,8 +166,20 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
 
-def _build_language(config: EagleConfig) -> nn.Module:
+def _build_encoder(part: EncoderReference, config: EncoderConfig, folder: Path | None) -> nn.Module:
+    build = getattr(part, "build_published", None)
+    built: nn.Module = build(config, folder) if build and folder else part.build(config)
+    return built
+
+
+def _build_language(config: EagleConfig, published: Mapping[str, Any] | None) -> nn.Module:
     numbers = config.language
+    if published is not None:
+        said = Qwen2Config.from_dict(copy.deepcopy(dict(published)))
+        said.vocab_size = numbers.vocab_size  # as many as there are rows, which a new model changes
+        said.tie_word_embeddings = numbers.tie_word_embeddings  # both matrices are given, tied or not
+        said._attn_implementation = "eager"
+        return Qwen2ForCausalLM(said)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=numbers.vocab_size,

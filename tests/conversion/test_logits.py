@@ -6,7 +6,7 @@ import torch
 
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.conversion.convert import Options, hf_to_megatron
-from megatron_eagle.conversion.logits import logits_of_rank, released_logits
+from megatron_eagle.conversion.logits import logits_of_rank, published_by, released_logits
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.data.sample.tokenizer import load_tokenizer
@@ -29,7 +29,9 @@ def test_logits_on_drawn_images_are_those_of_transformers(small_run, worlds, tmp
     dialect = Dialect.published(config, "A")
     cases.write_released(tmp_path / "hf", config, dialect)
     hf_to_megatron([tmp_path / "hf"], tmp_path / "in", Options(logits=False))
-    theirs = released_logits(SafetensorsFolder(tmp_path / "hf"), config, dialect, batch)
+    theirs = released_logits(
+        SafetensorsFolder(tmp_path / "hf"), config, dialect, batch, published_by(tmp_path / "hf", config)
+    )
     assert theirs.shape == (batch.useful_tokens, config.language.vocab_size) and float(theirs.std()) > 0.1
     for name, layout in LAYOUTS.items():
         answers = worlds(layout.model_parallel_size).run(logits_of_rank, str(tmp_path / "in"), config, layout, batch)

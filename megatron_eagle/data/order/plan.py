@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from megatron_eagle.data.order.balance_ranks import pack_costs
 from megatron_eagle.data.order.lengths import Lengths, dataset_lengths
 from megatron_eagle.data.order.packing import pack_by_settings
 from megatron_eagle.data.order.sample_index import Ints, SampleIndex, open_sample_index
-from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_eagle.data.storage.location import Location
 from megatron_eagle.errors import UserError
 
@@ -182,8 +181,7 @@ def open_stage_plan(recipe: Recipe, stage: Stage) -> Plan:
 
     stage: of the recipe, or a variant of one by the same name.
     """
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
-    return Plan(recipe.data_settings(stage), tokenizer, recipe.data_seed(stage))
+    return Plan(recipe.data_settings(stage), recipe_tokenizer(recipe), recipe.data_seed(stage))
 
 
 def _whole(samples: float) -> int:

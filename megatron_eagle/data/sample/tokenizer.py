@@ -6,7 +6,8 @@ for small runs). Both promise what a chat format needs and neither library gives
 - what a user wrote never becomes a control token: a literal "<|im_end|>" in a text is spelled out in ordinary pieces;
 - ``decode(encode(text)) == text`` for every valid Unicode text, newlines, emoji and odd spaces included.
 
-The ids of the control tokens are read from the vocabulary; they differ between Eagle's releases.
+The ids of the control tokens are read from the vocabulary; they differ between Eagle's releases. Every token has an id
+of its own, below the vocabulary of the model that reads it (``check_vocabulary``).
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.errors import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -30,6 +32,16 @@ SPACE_MARK = "\u2581"
 PROBE = " a  b\n\n\tc \u00e9 e\u0301 \u2581 \U0001f985 \u4e2d "
 
 
+class Numbered(Protocol):
+    """How many tokens there are, and the largest of their ids, which is above vocab_size - 1 where ids are left out."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def largest_id(self) -> int: ...
+
+
 class Tokenizer(Protocol):
     """What the rest of the code needs from a tokenizer; ids of control tokens never come out of ``encode``."""
 
@@ -39,7 +51,8 @@ class Tokenizer(Protocol):
     image_end: int
     image_context: int
     pad: int
-    vocab_size: int
+    vocab_size: int  # tokens, added ones included
+    largest_id: int
     fingerprint: str  # the same for tokenizers that give the same ids to every text
 
     def encode(self, text: str) -> list[int]:
@@ -62,12 +75,15 @@ class HuggingFaceTokenizer:
         known = self._tokenizer.get_vocab()
         missing = [token for token in EAGLE_TOKENS if token not in known]
         self._tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+        self.added = tuple(missing)
+        _check_ids(self._tokenizer, folder)
         # Qwen2.5 normalises to NFC, which loses the difference between "é" and "e" + accent; byte-level BPE can spell
         # both, and composed text, nearly all there is, gets the same ids either way.
         self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.largest_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.im_start, self.im_end = self._id(IM_START, folder), self._id(IM_END, folder)
         self.image_start, self.image_end = self._id(IMAGE_START, folder), self._id(IMAGE_END, folder)
         self.image_context = self._id(IMAGE_CONTEXT, folder)
@@ -97,6 +113,30 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i not in self._control], skip_special_tokens=False)
+
+
+def _check_ids(tokenizer: Any, folder: Path) -> None:
+    """Refuse two tokens of one id, ids that the library reads otherwise than they are written, and special tokens of
+    several pieces, as which transformers would read them where the model is used."""
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    if len(set(known.values())) < len(known):
+        owners: dict[int, str] = {}
+        for token, number in known.items():
+            if (other := owners.setdefault(number, token)) != token:
+                raise UserError(f"{folder}: two tokens of the tokenizer have id {number}: {other!r} and {token!r}")
+    written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
+    for token in written:
+        if known[token["content"]] != token["id"]:
+            raise UserError(
+                f"{folder / 'tokenizer.json'} gives {token['content']} the id {token['id']}, the tokenizers library "
+                f"reads {known[token['content']]}: ids of added tokens follow one another, each once"
+            )
+    for token in (IM_START, IM_END, *EAGLE_TOKENS):
+        ids = tokenizer.encode(token, add_special_tokens=False).ids
+        if token in known and ids != [known[token]]:
+            raise UserError(
+                f"{folder}: {token} should be one token of the tokenizer, id {known[token]}; it becomes {ids}"
+            )
 
 
 def _read_folder(folder: Path, tokenizer_class: Any) -> Any:
@@ -136,10 +176,14 @@ class SentencePieceTokenizer:
             raise UserError(f"{file}: not a SentencePiece model: {error}") from error
         self.fingerprint = hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
         self.vocab_size = self._model.get_piece_size()
+        self.largest_id = self.vocab_size - 1
         self.im_start, self.im_end = self._id(IM_START, file), self._id(IM_END, file)
         self.image_start, self.image_end = self._id(IMAGE_START, file), self._id(IMAGE_END, file)
         self.image_context = self._id(IMAGE_CONTEXT, file)
         self.pad = self._id("<pad>", file)
+        for token in GROUNDING:
+            if (ids := self._model.encode(token)) != [self._id(token, file)]:
+                raise UserError(f"{file}: {token} should be one piece of the SentencePiece model, it becomes {ids}")
         # SentencePiece writes a space as U+2581; a literal one would come back as a space, so it is spelled in bytes.
         self._spelled_space_mark = [self._id(f"<0x{byte:02X}>", file) for byte in SPACE_MARK.encode()]
         _check_round_trip(self, file)
@@ -202,6 +246,32 @@ def train_sentencepiece(texts: Iterable[str], path: Path | str, vocab_size: int)
 def load_tokenizer(kind: Literal["huggingface", "sentencepiece"], path: Path | str) -> Tokenizer:
     """The tokenizer of a recipe: ``huggingface`` takes a folder, ``sentencepiece`` a model file."""
     return HuggingFaceTokenizer(path) if kind == "huggingface" else SentencePieceTokenizer(path)
+
+
+def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of ``recipe``; UserError if it does not fit its model."""
+    tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
+    check_vocabulary(tokenizer, recipe.model.eagle().language.vocab_size, recipe.tokenizer.path)
+    return tokenizer
+
+
+def check_if_there(recipe: Recipe) -> None:
+    """Refuse, before a run, a tokenizer that does not fit; it may be made, or lie on another machine, by then."""
+    if Path(recipe.tokenizer.path).exists():
+        recipe_tokenizer(recipe)
+
+
+def check_vocabulary(tokenizer: Numbered, vocabulary: int, where: Path | str) -> None:
+    """Refuse a tokenizer with an id that a model of ``vocabulary`` tokens does not have; one with fewer is none.
+
+    Such an id is an IndexError in the embedding, or a label in the padding of the vocabulary, whose logits are the
+    lowest number there is.
+    """
+    if tokenizer.largest_id >= vocabulary:
+        ids = "" if tokenizer.largest_id < tokenizer.vocab_size else f" with ids up to {tokenizer.largest_id}"
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens{ids}, the model's vocabulary {vocabulary}"
+        )
 
 
 def _check_round_trip(tokenizer: Tokenizer, path: Path) -> None:

@@ -9,7 +9,6 @@ Energon reads, shuffles, blends and packs; same settings, tokenizer, seed, ranks
 import gc
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -20,7 +19,7 @@ from megatron_eagle.compat.energon_state import decode_state, encode_state
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import Tokenizer, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
 from megatron_eagle.data.stream.planned import PlannedStream, deciding, read_position
@@ -58,7 +57,7 @@ def open_stage_stream(recipe: Recipe, stage: Stage, rank: int = 0, world_size: i
     """
     return open_stream(
         recipe.data_settings(stage),
-        load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path)),
+        recipe_tokenizer(recipe),
         rank=rank,
         world_size=world_size,
         seed=recipe.data_seed(stage),

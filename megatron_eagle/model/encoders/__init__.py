@@ -52,11 +52,11 @@ class EncoderNames(Protocol):
     def find(self, names: Collection[str]) -> list[str]:
         """Prefixes under which ``names`` hold such an encoder."""
 
-    def describe(self, infos: "Infos", prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    def describe(self, infos: "Infos", prefix: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """A recipe's entry, without its kind, for the encoder at ``prefix``: numbers that are not the defaults.
 
-        config: ``vision_config`` of the checkpoint's config.json, or all of it where the encoder stands alone.
-        UserError says what of it is not understood.
+        config: ``vision_config`` of the checkpoint's config.json, or all of it where the encoder stands alone; None if
+        there is none. UserError says what of it is not understood, or what neither it nor the shapes say.
         """
 
     def released_sources(self, config: Any, prefix: str, name: str, *, layer_scale: str) -> "HfNames":
@@ -81,7 +81,12 @@ class EncoderNames(Protocol):
 
 class EncoderReference(Protocol):
     """``reference.py``: the encoder without Megatron, as others wrote it; what layouts and conversions are held
-    against. Its constants are written down a second time."""
+    against. Its constants are written down a second time.
+
+    It may have ``build_published(config, folder)`` as well: the module with the numbers that transformers' own config
+    class reads in a folder that the encoder is published in, so that a proof shares no reading of a config.json. Only
+    what the shapes of the weights show is taken from ``config``.
+    """
 
     def build(self, config: Any) -> "nn.Module":
         """The module, with names as ``hf_names.reference_sources`` says."""

@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders.convnext.config import Config
+from megatron_eagle.model.hf_config import refuse_unknown
 from megatron_eagle.model.hf_names import Changes, HfNames, HfTensors, Infos, count, prefixes, unlike, weight_and_bias
 
 TOWER = ""
@@ -14,6 +16,15 @@ ORDER = 1
 UNUSED = (
     (r"^head\.", "the classifier head: Eagle takes the features before it"),
     (r"^(norm|norm_pre)\.(weight|bias)$", "the encoder's norm behind its last stage, part of its head"),
+)
+
+# timm builds all its ConvNeXts with this epsilon, except convnext_xxlarge (Config's); these are its other widths.
+_TIMM_EPS = 1e-6
+_TIMM_SIZES = [(width, 2 * width, 4 * width, 8 * width) for width in (40, 48, 64, 80, 96, 128, 192, 256)]
+# Names, and heads of other tasks.
+_TIMM_KEYS = (
+    *("architecture", "num_classes", "num_features", "global_pool", "pretrained_cfg"),
+    *("label_names", "label_descriptions"),
 )
 
 
@@ -64,15 +75,31 @@ def find(names: Collection[str]) -> list[str]:
     return prefixes(names, "stem.0.weight")
 
 
-def describe(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes say all but the size that tiles are resized to."""
+def describe(infos: Infos, prefix: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Shapes say all but the size that tiles are resized to, which a new model chooses, and the epsilon."""
     stages = range(4)
-    found = Config(
-        depths=tuple(count(infos, f"{prefix}stages.{stage}.blocks.") for stage in stages),
-        hidden_sizes=tuple(infos[f"{prefix}stages.{stage}.blocks.0.conv_dw.weight"].shape[0] for stage in stages),
-        image_size=int(config.get("convnext_img_size", 512)),
-    )
+    sizes = tuple(infos[f"{prefix}stages.{stage}.blocks.0.conv_dw.weight"].shape[0] for stage in stages)
+    eps = _TIMM_EPS if sizes in _TIMM_SIZES else Config.layer_norm_eps
+    image_size = Config.image_size
+    if config is not None and config.get("model_type") == "MOB":
+        if "convnext_img_size" not in config:
+            raise UserError("vision_config does not say convnext_img_size, to which tiles are resized for the ConvNeXt")
+        image_size, eps = int(config["convnext_img_size"]), float(config.get("convnext_layer_norm_eps", eps))
+    elif config is not None:
+        eps = float(_of_timm(config, f"the config of the ConvNeXt at {prefix!r}").get("norm_eps", eps))
+    depths = tuple(count(infos, f"{prefix}stages.{stage}.blocks.") for stage in stages)
+    found = Config(depths=depths, hidden_sizes=sizes, image_size=image_size, layer_norm_eps=eps)
     return unlike(found, Config())
+
+
+def _of_timm(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """``model_args`` of a config.json of timm's, in which nothing but the epsilon is understood."""
+    arguments = config.get("model_args") or {}
+    refuse_unknown({**config, **arguments}, where, (*_TIMM_KEYS, "model_args", "norm_eps"), {})
+    name = str(config.get("architecture", "convnext"))
+    if not name.startswith("convnext") or name.startswith("convnextv2"):
+        raise UserError(f"{where} is of architecture={name!r}; timm's convnext_* are understood")
+    return arguments
 
 
 def released_sources(config: Config, prefix: str, name: str, *, layer_scale: str) -> HfNames:
@@ -110,8 +137,11 @@ def _sources(config: Config, prefix: str, name: str, names: _Names) -> HfNames:
 
 
 def exported(config: Config, dtype: str) -> dict[str, Any]:
-    """The size that tiles are resized to; the released code has all other numbers from timm."""
-    return {"convnext_img_size": config.image_size}
+    """The size that tiles are resized to, and an epsilon that is not the one of the ConvNeXt in the released code."""
+    said: dict[str, Any] = {"convnext_img_size": config.image_size}
+    if config.layer_norm_eps != Config.layer_norm_eps:
+        said["convnext_layer_norm_eps"] = config.layer_norm_eps
+    return said
 
 
 def image_size(config: Config) -> int:

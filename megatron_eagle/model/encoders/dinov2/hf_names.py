@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders.dinov2.config import Config
+from megatron_eagle.model.hf_config import read_part
 from megatron_eagle.model.hf_names import (
     Changes,
     HfNames,
@@ -39,8 +40,14 @@ _LAYER = {
 # Query, key, value and output projection, in files and in memory.
 _IN_FILES = ("attention.query", "attention.key", "attention.value", "output.dense")
 _IN_MEMORY = ("q_proj", "k_proj", "v_proj", "o_proj")
-# Keys of its config.json that change what it computes, with the one value that is understood.
+# Keys of an exported config that change what it computes; no other value is understood.
 _FIXED = {"hidden_act": "gelu", "qkv_bias": True, "use_swiglu_ffn": False, "num_channels": 3}
+
+# What fresh models start with, and what a backbone for detection gives out.
+_HARMLESS = (
+    *("layerscale_value", "use_mask_token", "stage_names", "out_features", "out_indices"),
+    *("apply_layernorm", "reshape_hidden_states"),
+)
 
 
 def find(names: Collection[str]) -> list[str]:
@@ -48,25 +55,39 @@ def find(names: Collection[str]) -> list[str]:
     return [p for p in prefixes(names, _PATCHES) if f"{p}encoder.layer.0.layer_scale1.lambda1" in names]
 
 
-def describe(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes say all but the number of heads and the epsilon, which config.json has to say."""
-    config = config.get("dinov2_vision_config") or config
+def describe(infos: Infos, prefix: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Shapes say all but the number of heads and the epsilon, which take a config.json."""
+    from transformers import Dinov2Config
+
     if f"{prefix}embeddings.register_tokens" in infos:
         raise UserError(f"{prefix}embeddings.register_tokens: a DINOv2 with registers is not supported")
-    for key, value in _FIXED.items():
-        if config.get(key, value) != value:
-            raise UserError(f"DINOv2 at {prefix!r} has {key}={config[key]}, only {value} is supported")
-    if "num_attention_heads" not in config:
-        raise UserError(f"config.json does not say num_attention_heads of the DINOv2 at {prefix!r}")
+    if config is None:
+        raise UserError(
+            f"nothing says how many attention heads the DINOv2 at {prefix!r} has; put its config.json beside it"
+        )
+    said = config.get("dinov2_vision_config") or config
     patch = infos[f"{prefix}{_PATCHES}"].shape
+    sizes = {
+        "hidden_size": patch[0],
+        "num_hidden_layers": count(infos, f"{prefix}encoder.layer."),
+        "image_size": math.isqrt(infos[f"{prefix}{_POSITIONS}"].shape[1] - 1) * patch[-1],
+        "patch_size": patch[-1],
+    }
+    inner = infos[f"{prefix}encoder.layer.0.mlp.fc1.weight"].shape[0]
+    numbers = read_part(
+        said,
+        Dinov2Config,
+        f"the config of the DINOv2 at {prefix!r}",
+        model_types=("dinov2",),
+        read=("num_attention_heads", "layer_norm_eps"),
+        harmless=_HARMLESS,
+        sizes={**sizes, "intermediate_size": inner, "mlp_ratio": inner // patch[0]},
+    )
     found = Config(
-        hidden_size=patch[0],
-        intermediate_size=infos[f"{prefix}encoder.layer.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(infos, f"{prefix}encoder.layer."),
-        num_attention_heads=int(config["num_attention_heads"]),
-        image_size=math.isqrt(infos[f"{prefix}{_POSITIONS}"].shape[1] - 1) * patch[-1],
-        patch_size=patch[-1],
-        layer_norm_eps=float(config.get("layer_norm_eps", 1e-6)),
+        **sizes,
+        intermediate_size=inner,
+        num_attention_heads=numbers.num_attention_heads,
+        layer_norm_eps=numbers.layer_norm_eps,
     )
     return unlike(found, Config())
 

@@ -1,13 +1,14 @@
 """transformers' Dinov2Model, and the pixels and the shuffle around it."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, PreTrainedConfig
 
 from megatron_eagle.model.encoders.dinov2.config import Config
-from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled
+from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled, with_sizes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,6 +32,16 @@ def build(config: Config) -> nn.Module:
             layerscale_value=config.layerscale_value,
             use_mask_token=False,
         )
+    )
+
+
+def build_published(config: Config, folder: Path) -> nn.Module:
+    """The same with the Dinov2Config of a folder: its own, or a mixture's."""
+    vision = PreTrainedConfig.get_config_dict(folder)[0].get("vision_config") or {}
+    in_mixture = vision.get("dinov2_vision_config")
+    said = Dinov2Config.from_dict(in_mixture) if in_mixture else Dinov2Config.from_pretrained(folder)
+    return Dinov2Model(
+        with_sizes(said, config, {"use_mask_token": False, "mlp_ratio": config.intermediate_size // config.hidden_size})
     )
 
 

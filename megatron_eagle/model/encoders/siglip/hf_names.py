@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders.siglip.config import Config
+from megatron_eagle.model.hf_config import read_part
 from megatron_eagle.model.hf_names import (
     Changes,
     HfNames,
@@ -25,6 +26,10 @@ ALONE = "vision_model.vision_model."
 ORDER = 0  # Eagle puts it first among the channels, whatever its number among the towers
 UNUSED = ((r"^head\.", "the pooling head: Eagle takes the features before it"),)
 _PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+# Heads of the published ones, by width: so400m, large and base; a file of weights alone does not say it.
+_HEADS = {1152: 16, 1024: 16, 768: 12}
+# PaliGemma has its projector's numbers here, Eagle a rate of dropped paths that transformers' SigLIP does not read.
+_HARMLESS = ("vision_use_head", "num_image_tokens", "projection_dim", "projector_hidden_act", "drop_path_rate")
 _LAYER = {
     "input_layernorm": "layer_norm1",
     "self_attention.linear_proj": "self_attn.out_proj",
@@ -39,23 +44,49 @@ def find(names: Collection[str]) -> list[str]:
     return [prefix for prefix in prefixes(names, _PATCHES) if f"{prefix}embeddings.class_embedding" not in names]
 
 
-def describe(infos: Infos, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes say all but the number of heads."""
-    config = config.get("siglip_vision_config") or config
+def describe(infos: Infos, prefix: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Shapes say all but the number of heads and the epsilon."""
     patch = infos[f"{prefix}{_PATCHES}"]
     if len(patch.shape) != 4:
         raise UserError(f"{prefix}{_PATCHES} is {patch}; SigLIP of a fixed size has four dimensions (not NaFlex)")
     positions = infos[f"{prefix}{_POSITIONS}"].shape[0]
-    found = Config(
-        hidden_size=patch.shape[0],
-        intermediate_size=infos[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(infos, f"{prefix}encoder.layers."),
-        num_attention_heads=int(config.get("num_attention_heads", 16)),
-        image_size=math.isqrt(positions) * patch.shape[-1],
-        patch_size=patch.shape[-1],
-        layer_norm_eps=float(config.get("layer_norm_eps", 1e-6)),
-    )
-    return unlike(found, Config())
+    sizes = {
+        "hidden_size": patch.shape[0],
+        "intermediate_size": infos[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(infos, f"{prefix}encoder.layers."),
+        "image_size": math.isqrt(positions) * patch.shape[-1],
+        "patch_size": patch.shape[-1],
+    }
+    heads, eps = _unshaped(sizes, prefix, config)
+    return unlike(Config(**sizes, num_attention_heads=heads, layer_norm_eps=eps), Config())
+
+
+def _unshaped(sizes: dict[str, int], prefix: str, config: Mapping[str, Any] | None) -> tuple[int, float]:
+    """Heads and epsilon: as transformers reads ``config``, or those of the published model of this width."""
+    from transformers import SiglipVisionConfig
+
+    width = sizes["hidden_size"]
+    if config is None:
+        if width not in _HEADS:
+            raise UserError(
+                f"nothing says how many attention heads the SigLIP at {prefix!r} has: hidden_size={width} is none of "
+                f"the published {', '.join(map(str, _HEADS))}; put its config.json, with num_attention_heads, beside it"
+            )
+        return _HEADS[width], Config.layer_norm_eps
+    said = config.get("siglip_vision_config") or config
+    read = ("num_attention_heads", "layer_norm_eps")
+    kinds = ("siglip_vision_model", "siglip")
+    where = f"the config of the SigLIP at {prefix!r}"
+    numbers = read_part(said, SiglipVisionConfig, where, model_types=kinds, read=read, harmless=_HARMLESS, sizes=sizes)
+    heads, eps = numbers.num_attention_heads, numbers.layer_norm_eps
+    if "num_attention_heads" not in said and heads != _HEADS.get(width, heads):
+        raise UserError(
+            f"{where} leaves out num_attention_heads, for which transformers takes {heads}; published SigLIPs of "
+            f"hidden_size={width} have {_HEADS[width]}: write it into config.json"
+        )
+    if width % heads:
+        raise UserError(f"{where} has num_attention_heads={heads}, which do not divide hidden_size={width}")
+    return heads, eps
 
 
 def released_sources(config: Config, prefix: str, name: str, *, layer_scale: str) -> HfNames:

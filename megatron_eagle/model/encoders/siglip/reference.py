@@ -1,12 +1,13 @@
 """transformers' SiglipVisionModel, and the pixels and the shuffle around it."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 
 from megatron_eagle.model.encoders.siglip.config import Config
-from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled
+from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled, with_sizes
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -24,6 +25,16 @@ def build(config: Config) -> nn.Module:
             layer_norm_eps=config.layer_norm_eps,
             vision_use_head=False,
         )
+    )
+
+
+def build_published(config: Config, folder: Path) -> nn.Module:
+    """The same with a folder's SiglipVisionConfig: its own, a contrastive model's ``vision_config``, a mixture's."""
+    vision = PreTrainedConfig.get_config_dict(folder)[0].get("vision_config") or {}
+    in_mixture = vision.get("siglip_vision_config")
+    said = SiglipVisionConfig.from_dict(in_mixture) if in_mixture else SiglipVisionConfig.from_pretrained(folder)
+    return SiglipVisionModel(
+        with_sizes(said, config, {"vision_use_head": False, "intermediate_size": config.intermediate_size})
     )
 
 
