@@ -1,12 +1,12 @@
 # megatron-eagle on NVIDIA's PyTorch image, which brings CUDA, NCCL, Transformer Engine, apex and DALI built for each
 # other. What is built for the image's CUDA is therefore the image's, not ours; every other version here is
-# constraints.txt's (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
+# that of constraints/ (tests/slurm/test_dockerfile.py). docs/slurm.md says how to make an enroot or apptainer image of it.
 #
 #   docker build --tag megatron-eagle .
 #
-# 26.01 is the image with transformer-engine==2.11.0: megatron-core==0.16.1 takes 2.9 up to, but not, 2.12. It has
-# PyTorch 2.10, Triton 3.6, CUDA 13.1 and Python 3.12; the tests ran with PyTorch 2.13, Triton 3.7 and Python 3.11.
-ARG BASE=nvcr.io/nvidia/pytorch:26.01-py3
+# 26.06 is the image whose PyTorch is the tests', 2.13; it has transformer-engine==2.16.0 and Python 3.12, and so the
+# stack with megatron-core==0.19.2.
+ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE}
 
 WORKDIR /opt/megatron-eagle
@@ -19,7 +19,6 @@ RUN python -m pip list --format=freeze \
 ENV PIP_CONSTRAINT=/etc/pip/built-for-this-image.txt
 
 RUN pip install --no-cache-dir \
-    annotated-types==0.8.0 \
     av==18.1.0 \
     jinja2==3.1.6 \
     markupsafe==3.0.4 \
@@ -37,12 +36,12 @@ RUN pip install --no-cache-dir \
     tokenizers==0.23.3 \
     tqdm==4.70.1 \
     transformers==5.23.0 \
- && pip install --no-cache-dir --no-deps megatron-core==0.16.1
+ && pip install --no-cache-dir --no-deps megatron-core==0.19.2
 
 COPY . .
 # setup.py's packages are the library, the kernels, the recipes and the batch scripts; all are looked for, and so is the
 # image's Transformer Engine (importing it would want a GPU).
-RUN pip install --no-cache-dir --no-deps --ignore-requires-python . \
+RUN pip install --no-cache-dir --no-deps . \
  && cd / && megatron-eagle --version && python -c "import eagle_kernels" \
  && megatron-eagle submit eagle2-9b --cluster h100 --dry-run >/dev/null \
- && python -c "import importlib.metadata as m; v = m.version('transformer-engine'); assert v.startswith('2.11.'), v"
+ && python -c "import importlib.metadata as m; v = m.version('transformer-engine'); assert v.startswith('2.16.'), v"

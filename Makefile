@@ -1,24 +1,37 @@
 # make demo   set up, train the embedded Eagle through its three stages, write runs/demo/report.html
 # make check  set up, check style and types, run the unit tests: two minutes on two cores
 # make test   set up, run the tests
+# make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make lint   set up, check style, format and types
-# All are idempotent. Set-up makes .venv with the pinned versions; Python 3.11 is needed and nothing else.
+# All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
+# and nothing else. PYTHON=/path/to/python says which one, VENV=folder where to.
 SHELL := /bin/bash
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-PYTHON := $(shell command -v python3.11 || command -v python3)
+# The newest that runs: a name on the PATH may be a shim without an interpreter behind it.
+PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
+    $$name -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
+MEGATRON = $(shell "$(PYTHON)" -c 'import sys; print("0.16" if sys.version_info < (3, 12) else "0.19")')
 
-.PHONY: setup demo check test test-long lint format clean
+# For the other stack the search goes further; on a machine with one Python it is skipped.
+OTHER_PYTHON = $(shell for name in python3.13 python3.12 python3.11 $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3); do \
+    $$name -c 'import sys, venv; other = "0.16" if sys.version_info < (3, 12) else "0.19"; sys.exit(other == "$(MEGATRON)" or not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
+OTHER_VENV ?= .venv-other
+OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model tests/checkpoint tests/verification \
+    tests/training tests/kernels/test_check.py tests/kernels/test_triton_contract.py
+
+.PHONY: setup demo check test test-stacks test-long lint format clean
 
 setup: $(READY)
 
-$(READY): setup.py constraints.txt
-	@echo "set-up: making $(VENV) with $(PYTHON) and installing the pinned packages (about a minute with a warm cache)"
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else f"set-up needs Python 3.11, found {sys.version.split()[0]}")'
+$(READY): setup.py $(wildcard constraints/*.txt)
+	@"$(PYTHON)" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "set-up needs Python 3.11, 3.12 or 3.13 with venv, on the PATH or as PYTHON=...; PYTHON is '$(PYTHON)'" >&2; exit 1; }
+	@echo "set-up: making $(VENV) with $(PYTHON) and installing the pinned packages (one to two minutes with a warm cache)"
 	@started=$$(date +%s) && \
 	$(PYTHON) -m venv $(VENV) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/megatron-$(MEGATRON).txt --editable '.[dev]' && \
 	echo $$(( $$(date +%s) - started )) > $(READY) && \
 	echo "set-up: done in $$(cat $(READY)) s"
 
@@ -33,6 +46,13 @@ test: setup
 	@echo "test: unit, parity, layouts and process tests on this machine's CPU"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long"
 
+test-stacks: setup
+	@if [ -z "$(OTHER_PYTHON)" ]; then echo "test-stacks: skipped, no Python here has the other megatron-core than $(MEGATRON)"; else \
+	  echo "test-stacks: what leans on megatron-core, with the other one, in $(OTHER_VENV)" && \
+	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
+	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/stacks --other-python $(OTHER_VENV)/bin/python; fi
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
@@ -43,4 +63,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) runs build *.egg-info

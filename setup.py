@@ -1,7 +1,8 @@
-"""Packaging of megatron-eagle: what is installed, and which packages it needs.
+"""Packaging of megatron-eagle: what is installed, and which packages it needs at least.
 
-Versions are pinned in one place, constraints.txt, exactly to what the tests were run with (docs/decisions.md).
-tests/install/test_pins.py holds every other mention of a version against it, and these names against the imports.
+The lower ends are the oldest versions the tests were run with, the exact versions of the tested environments are in
+constraints/ (docs/decisions.md says why there are two). tests/install/test_pins.py holds the three against each other,
+against every other mention of a version, and these names against the imports.
 """
 
 from pathlib import Path
@@ -9,39 +10,42 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-LINES = (line.partition("#")[0].strip() for line in (HERE / "constraints.txt").read_text(encoding="utf-8").splitlines())
-PINS = {name.lower(): version for name, _, version in (line.partition("==") for line in LINES if line)}
 
+# An upper end stands where this project leans on what a package does not promise (megatron_eagle/compat).
 TRAINER = [
-    "av",
-    "jinja2",
-    "markupsafe",
-    "matplotlib",
-    "megatron-core",
-    "megatron-energon",
-    "numpy",
-    "pillow",
-    "psutil",
-    "pyarrow",
-    "pydantic",
-    "pyyaml",
-    "safetensors",
-    "sentencepiece",
-    "simplejpeg",
-    "tensorboard",
-    "tokenizers",
-    "torch",
-    "tqdm",
-    "transformers",
+    "av>=18.1",
+    "jinja2>=3.1",
+    "markupsafe>=3.0",
+    "matplotlib>=3.11",
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
+    "megatron-energon==7.4.1",
+    "numpy>=2.4",
+    "pillow>=13.0",
+    "psutil>=7.2",
+    "pyarrow>=26.0",
+    "pydantic>=2.14",
+    "pyyaml>=6.0.3",
+    "safetensors>=0.8",
+    "sentencepiece>=0.2.2",
+    "simplejpeg>=1.9",
+    "tensorboard>=2.21",
+    "tokenizers>=0.23.2",
+    "torch>=2.11,<2.14",
+    "tqdm>=4.70",
+    "transformers>=5.17,<6",
+    # It has wheels for this platform only, and so have our kernels.
+    "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
-DOCUMENTS = ["pypdfium2"]
-TRITON = "triton"  # has wheels for this platform only, and so have our kernels
+# Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.
+GPU = [
+    "nvidia-dali-cuda130>=2.4",
+    "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+    "transformer-engine[pytorch]>=2.16; python_version >= '3.12'",
+]
+# Documents are read when a data set is built; training needs no renderer.
+DOCUMENTS = ["pypdfium2>=5.15"]
 DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
-
-
-def pinned(name: str, extra: str = "", marker: str = "") -> str:
-    """The requirement at the version of constraints.txt."""
-    return f"{name}{extra}=={PINS[name]}{marker}"
 
 
 setup(
@@ -51,7 +55,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.12",
+    python_requires=">=3.11,<3.14",
     packages=[
         *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
         *(f"eagle_kernels{name}" for name in ("", *(f".{part}" for part in find_packages("kernels/eagle_kernels")))),
@@ -71,21 +75,14 @@ setup(
         "megatron_eagle.recipes": ["*/recipe.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
-    install_requires=[
-        *map(pinned, TRAINER),
-        pinned(TRITON, marker='; platform_system == "Linux" and platform_machine == "x86_64"'),
-    ],
-    extras_require={
-        # Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.
-        "gpu": [pinned("transformer-engine", extra="[pytorch]"), pinned("nvidia-dali-cuda130")],
-        # Documents are read when a data set is built; training needs no renderer.
-        "documents": list(map(pinned, DOCUMENTS)),
-        "dev": list(map(pinned, [*DEV, *DOCUMENTS])),
-    },
+    install_requires=TRAINER,
+    extras_require={"gpu": GPU, "documents": DOCUMENTS, "dev": [*DEV, *DOCUMENTS]},
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -10,6 +10,10 @@ STARTING_PROCESSES = {"worlds", "slurm", "small_run", "verifier"}  # fixtures, o
 NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--other-python", help="Python of an environment with the other stack (tests/stacks)")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md)."""

@@ -1,8 +1,9 @@
-"""What the tests of packaging share: the pins of constraints.txt, and what setup.py asks setuptools for."""
+"""What the tests of packaging share: the pins of both stacks, and what setup.py asks setuptools for."""
 
 import contextlib
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +17,14 @@ def pins(text: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version.rstrip(".") for name, version in PIN.findall(text)}
 
 
-def constraints() -> dict[str, str]:
-    """The one place where versions are pinned."""
-    return pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+STACKS = ("0.16", "0.19")  # megatron-core's
+THIS_STACK = STACKS[0] if sys.version_info < (3, 12) else STACKS[1]
+
+
+def constraints(stack: str = THIS_STACK) -> dict[str, str]:
+    """The exact versions that a stack was tested with, by default the one of this Python."""
+    files = ("common.txt", f"megatron-{stack}.txt")
+    return pins("".join((ROOT / "constraints" / name).read_text(encoding="utf-8") for name in files))
 
 
 def setup_arguments() -> dict[str, Any]:

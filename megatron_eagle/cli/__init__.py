@@ -5,6 +5,7 @@ line. Imports of torch and Megatron stay inside the verbs, so that --help answer
 """
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,15 @@ from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import LostContact, UserError
 
 USER_ERROR = 2
+# What these say is meant for the developers of the libraries, not for users of this: what will be removed one day, that
+# there is no GPU. docs/decisions.md has what is done about it.
+NOISY_MODULES = (r"megatron\.core", r"torch\.distributed", r"torch\.utils\.data")
+NOISY_LOGGERS = (
+    "megatron.core.dist_checkpointing.strategies",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.models.gpt.gpt_model",
+    "torch.utils.cpp_extension",
+)
 VERBS = (
     data.add,
     recipe.add,
@@ -51,8 +61,10 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb; exits 0, 2 after a UserError (one line on stderr), 130 after Ctrl-C."""
     options = _parse(arguments)
-    for noisy in (r"megatron\.core", r"torch\.distributed", r"torch\.utils\.data"):
-        warnings.filterwarnings("ignore", module=noisy)  # meant for the developers of those, not for users of this
+    for module in NOISY_MODULES:
+        warnings.filterwarnings("ignore", module=module)
+    for logger in NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         options.run(options)
     except UserError as error:

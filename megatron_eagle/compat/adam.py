@@ -29,7 +29,10 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("this Adam counts its steps on the host, capturable=True (a CUDA graph) is not supported")
         if not bias_correction:
             raise ValueError(
                 "this Adam always corrects the bias of its moments, bias_correction=False is not supported"

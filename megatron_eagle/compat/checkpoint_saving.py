@@ -23,6 +23,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_eagle.compat.versions import is_before_0_19
+
 __all__ = ["FileSystemWriterAsync", "PlannedSave", "collect_results_here", "plan_save", "write_bucket"]
 
 
@@ -43,9 +45,11 @@ class _Planner(TorchDistSaveShardedStrategy):
     writer: FileSystemWriterAsync
     index: Any
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, planned: Any, *strategy: str
+    ) -> AsyncRequest:
         self.writer, self.index = writer, planned[1]
-        return super()._get_save_and_finalize_callbacks(writer, planned)
+        return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
 
 
 def plan_save(state: dict[str, Any], folder: Path, *, check: bool) -> PlannedSave:
@@ -54,7 +58,9 @@ def plan_save(state: dict[str, Any], folder: Path, *, check: bool) -> PlannedSav
     sharded, common = save_preprocess(state, check)
     collect_results_here()
     planner = _Planner("torch_dist", 1, thread_count=1)
-    request = planner.async_save(sharded, folder)
+    # From 0.19 on another strategy is the default: a package of NVIDIA's, which writes by itself.
+    strategy = {} if is_before_0_19() else {"async_strategy": "mcore"}
+    request = planner.async_save(sharded, folder, **strategy)
     return PlannedSave(planner.index, planner.writer, common, _copied(request))
 
 

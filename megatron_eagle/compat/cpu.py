@@ -9,7 +9,7 @@ Leaned on: Megatron-Core has no CPU mode; it writes ``device="cuda"``, ``torch.c
 - two methods of tensors, which have no such seam, ask who calls: ``Tensor.cuda()`` and ``Tensor.type()`` behave
   differently for callers inside ``megatron.core`` only;
 - the names in ``REPLACED`` become ours: two random-state helpers, the Adam class and the flags beside it, all private
-  to Megatron. That is why another version of megatron-core is refused (``versions.py``).
+  to Megatron. That is why only known versions of megatron-core are taken (``versions.py``).
 
 Modules imported before ``redirect`` are treated at once, later ones as they are imported: the order does not matter.
 """
@@ -27,7 +27,6 @@ import torch
 
 from megatron_eagle.compat.adam import FusedAdam
 from megatron_eagle.compat.platform import Platform
-from megatron_eagle.compat.versions import require_known_megatron
 
 _MEGATRON = "megatron.core"
 _CPU = torch.device("cpu")
@@ -50,13 +49,9 @@ FACTORIES = (
 
 
 def redirect(*, trace: bool) -> Platform:
-    """Make Megatron-Core of this process run on the CPU, once; trace: count what is redirected from now on.
-
-    Raises UserError if megatron-core is another version than the one whose private names are known.
-    """
+    """Make Megatron-Core of this process run on the CPU, once; trace: count what is redirected from now on."""
     redirection = next((finder for finder in sys.meta_path if isinstance(finder, Redirection)), None)
     if redirection is None:
-        require_known_megatron("running without a GPU replaces private names")
         redirection = Redirection()
     redirection.trace = redirection.trace or trace
     return redirection.platform

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from megatron_eagle.compat.versions import require_known_megatron
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -36,8 +38,9 @@ def install(*, trace: bool = False, local_rank: int = 0) -> Platform:
     trace: count every redirected call in ``Platform.redirected`` (slower; for tests and for porting to a new version).
     local_rank: which of the host's GPUs this process uses.
 
-    Raises UserError on a CPU if megatron-core is another version than the one whose private names are known.
+    Raises UserError if megatron-core is another version than those whose private names are known.
     """
+    require_known_megatron()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl")

@@ -12,11 +12,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_eagle.compat.mlp_submodule import mlp_submodule
 from megatron_eagle.model.attention import BatchedAttention, PackedAttention
 from megatron_eagle.model.build_context import Kernels, TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
@@ -60,9 +60,7 @@ def block_spec(
         ),
         self_attn_bda=add,
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        ),
+        mlp=mlp_submodule(ColumnParallelLinear, RowParallelLinear),
         mlp_bda=add,
         sharded_state_dict_keys_map=NORMS_IN_CHECKPOINTS,
     )
@@ -73,7 +71,7 @@ def block_spec(
 def _transformer_engine(
     layers: int, mask: AttnMaskType, over_packs: ModuleSpec, add: Any
 ) -> TransformerBlockSubmodules:
-    """The same layer in Transformer Engine's modules. Written against megatron-core 0.16.1, not run without a GPU."""
+    """The same layer in Transformer Engine's modules. Written against megatron-core, not run without a GPU."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     modules = TESpecProvider()
@@ -89,12 +87,7 @@ def _transformer_engine(
         ),
         self_attn_bda=add,
         pre_mlp_layernorm=IdentityOp,
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(
-                linear_fc1=modules.column_parallel_layer_norm_linear(), linear_fc2=modules.row_parallel_linear()
-            ),
-        ),
+        mlp=mlp_submodule(modules.column_parallel_layer_norm_linear(), modules.row_parallel_linear()),
         mlp_bda=add,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)

@@ -8,6 +8,8 @@ from contracts import contract, megatron_groups, the
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_eagle.compat.versions import is_before_0_19
+
 STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 
 
@@ -17,7 +19,8 @@ STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 )
 def test_contract_where_writer_and_plan_pass_by():
     method = the(f"{STRATEGIES}.torch:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks")
-    assert list(inspect.signature(method).parameters) == ["self", "writer", "save_state_dict_ret"]
+    later = [] if is_before_0_19() else ["async_strategy"]
+    assert list(inspect.signature(method).parameters) == ["self", "writer", "save_state_dict_ret", *later]
 
 
 @contract(
@@ -26,7 +29,8 @@ def test_contract_where_writer_and_plan_pass_by():
 )
 def test_contract_no_server_process_for_results():
     the(f"{STRATEGIES}.filesystem_async:_results_queue")
-    taken = the(f"{STRATEGIES}.filesystem_async:_get_write_results_queue")
+    private = "_" if is_before_0_19() else ""
+    taken = the(f"{STRATEGIES}.filesystem_async:{private}get_write_results_queue")
     from megatron_eagle.compat.checkpoint_saving import collect_results_here
 
     collect_results_here()

@@ -1,4 +1,6 @@
-"""Versions are pinned in constraints.txt alone: every other mention equals it, and so does what is installed.
+"""Versions are pinned in constraints/ alone: every other mention equals them, and so does what is installed.
+
+setup.py asks for ranges, which hold the pins of the stack that each Python has.
 
 What is required is imported, and what is imported is required.
 """
@@ -12,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from project import ROOT, constraints, pins, setup_arguments
+from packaging.requirements import Requirement
+from project import ROOT, STACKS, THIS_STACK, constraints, setup_arguments
 
 import megatron_eagle
-from megatron_eagle.compat.versions import MEGATRON_CORE
+from megatron_eagle.compat.versions import KNOWN_MEGATRON
 
 OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
 OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
@@ -36,8 +39,18 @@ TEXTS = [
 ]
 
 
+PYTHONS = {"0.16": "3.11", "0.19": "3.12"}
+
+
+def required(requirements: list[str], stack: str = THIS_STACK) -> dict[str, Requirement]:
+    """name -> what is asked for where ``stack`` is the one."""
+    parsed = [Requirement(line) for line in requirements]
+    machine = {"python_version": PYTHONS[stack], "platform_system": "Linux", "platform_machine": "x86_64"}
+    return {one.name: one for one in parsed if one.marker is None or one.marker.evaluate(machine)}
+
+
 def names(requirements: list[str]) -> set[str]:
-    return set(pins("\n".join(requirements)))
+    return set(required(requirements))
 
 
 @functools.cache
@@ -71,39 +84,54 @@ def test_what_is_installed_is_what_is_pinned() -> None:
         for name, version in ((one.metadata["Name"], one.version) for one in importlib.metadata.distributions())
     }
     wanted = {name: version for name, version in constraints().items() if name not in OF_THE_GPU}
+    for_cuda = {name for name in wanted if name.startswith(("nvidia-", "cuda-"))}
+    if not for_cuda & installed.keys():  # PyTorch's build for a CPU
+        wanted = {name: version for name, version in wanted.items() if name not in for_cuda}
     if "triton" not in installed:  # where it has no wheels
         del wanted["triton"]
     assert {name: installed.get(name) for name in wanted} == wanted
 
 
-def test_setup_has_its_versions_from_the_constraints() -> None:
+@pytest.mark.parametrize("stack", STACKS)
+def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     arguments = setup_arguments()
-    required = pins("\n".join([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])]))
-    assert len(required) > 25
-    assert required == {name: constraints()[name] for name in required}
+    asked = required([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])], stack)
+    pinned = constraints(stack)
+    assert len(asked) > 25
+    assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}
+    assert asked["megatron-core"].specifier == f"=={pinned['megatron-core']}"
+
+
+def test_the_stacks_differ_in_megatron_and_what_comes_for_cuda_alone() -> None:
+    older, newer = (constraints(stack) for stack in STACKS)
+    differing = {name for name in older.keys() | newer.keys() if older.get(name) != newer.get(name)}
+    assert {name for name in differing if not name.startswith(("nvidia-", "cuda-"))} == {
+        "megatron-core",
+        "transformer-engine",
+    }
 
 
 def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     arguments = setup_arguments()
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
-    required = names(arguments["install_requires"])
+    needed = names(arguments["install_requires"])
     extras = names(arguments["extras_require"]["gpu"]) | names(arguments["extras_require"]["documents"])
-    assert required - used == set(), "required, and not imported"
-    assert used - required - extras - OPTIONAL == set(), "imported, not required"
+    assert needed - used == set(), "required, and not imported"
+    assert used - needed - extras - OPTIONAL == set(), "imported, not required"
 
 
 def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
     arguments = setup_arguments()
     assert arguments["version"] == megatron_eagle.__version__
-    assert arguments["python_requires"] == ">=3.11,<3.12"
+    assert arguments["python_requires"] == ">=3.11,<3.14"
     settings = (ROOT / "pyproject.toml").read_text()
     assert 'python_version = "3.11"' in settings and 'target-version = "py311"' in settings
-    assert "Python 3.11" in (ROOT / "README.md").read_text()
+    assert "Python 3.11 to 3.13" in (ROOT / "README.md").read_text()
 
 
 def test_private_names_are_those_of_the_pinned_versions() -> None:
-    assert constraints()["megatron-core"] == MEGATRON_CORE
+    assert {constraints(stack)["megatron-core"] for stack in STACKS} == set(KNOWN_MEGATRON)
     interpreter = (ROOT / "kernels" / "eagle_kernels" / "checking" / "interpreter.py").read_text(encoding="utf-8")
     tested = re.search(r'^TESTED_TRITON = "(.+)"$', interpreter, re.MULTILINE)  # importing it would import Triton
     assert tested and constraints()["triton"].startswith(tested[1])
@@ -111,7 +139,9 @@ def test_private_names_are_those_of_the_pinned_versions() -> None:
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_versions_in_texts_are_the_pinned_ones(file: Path) -> None:
-    pinned = constraints()
+    pinned = [constraints(stack) for stack in STACKS]
     text = file.read_text(encoding="utf-8")
     said = re.findall(r"\b([a-z][a-z-]+)(?:==| )(\d+\.\d+\.\d+)\b", text)
-    assert [(name, version) for name, version in said if name in pinned and pinned[name] != version] == []
+    either = {name: {stack.get(name) for stack in pinned} for name, _ in said}
+    wrong = [(name, version) for name, version in said if either[name] != {None} and version not in either[name]]
+    assert wrong == []

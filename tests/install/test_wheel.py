@@ -12,8 +12,8 @@ import pytest
 from project import ROOT
 
 pytestmark = pytest.mark.slow  # about a minute
-BUILD_FILES = ("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "README.md", "LICENSE")
-FOLDERS = ("megatron_eagle", "kernels", "examples", "slurm")
+BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FOLDERS = ("megatron_eagle", "kernels", "examples", "slurm", "constraints")
 
 
 @pytest.fixture(scope="module")
