@@ -361,7 +361,7 @@ def _decode_image(data: bytes) -> str:
 def _decode_video(video: bytes | FileSlice) -> None:
     """Reads every packet of a video, and decodes its first and last frame; raises BrokenSample."""
     with VideoReader(video, max_pixels=sys.maxsize) as reader:
-        reader.check()
+        reader.check(reader.info)
     try:
         with io.BytesIO(video) if isinstance(video, bytes) else video.open() as file, av.open(file, "r") as container:
             corrupt = sum(packet.is_corrupt for packet in container.demux())
