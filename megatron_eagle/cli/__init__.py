@@ -6,6 +6,7 @@ line. Imports of torch and Megatron stay inside the verbs, so that --help answer
 
 import argparse
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -91,16 +92,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _option_names(parser: argparse.ArgumentParser) -> set[str]:
+def _option_names(parser: Parser) -> set[str]:
     """Of a parser and all its verbs."""
-    names = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            names = names.union(*(_option_names(verb) for verb in action.choices.values()))
-    return names
+    names = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", parser.format_usage()))
+    return names.union(*(_option_names(verb) for verb in parser.below.values()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="megatron-eagle",
         description="Trains Eagle 2 and Eagle 2.5 vision-language models on Megatron-Core.",

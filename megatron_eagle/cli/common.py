@@ -16,10 +16,20 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are written out, and a wrong one is said in one line; those of the verbs are of this class as well."""
+    """Options are written out, and a wrong one is said in one line; those of the verbs are of this class as well.
+
+    below: the parsers of its verbs.
+    """
 
     def __init__(self, **settings: Any) -> None:
+        self.below: dict[str, Parser] = {}
         super().__init__(**{"allow_abbrev": False, **settings})
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """As argparse's; the parsers made of the result are ``below`` this one."""
+        verbs = super().add_subparsers(**settings)
+        self.below = verbs.choices
+        return verbs
 
     def error(self, message: str) -> NoReturn:
         """End with 2 after one line."""

@@ -77,7 +77,7 @@ def add(actions: Verbs) -> None:
         "  megatron-eagle data check data/train\n  megatron-eagle data check data/big --workers 8\n",
     )
     check.add_argument("folder", type=Path, metavar="FOLDER")
-    check.add_argument("--workers", type=int, default=1, help="processes that read, a shard each (default: 1)")
+    check.add_argument("--workers", type=positive_int, default=1, help="processes that read, a shard each (default: 1)")
     check.set_defaults(run=_data_check)
 
 

@@ -175,10 +175,9 @@ def _build_encoder(part: EncoderReference, config: EncoderConfig, folder: Path |
 def _build_language(config: EagleConfig, published: Mapping[str, Any] | None) -> nn.Module:
     numbers = config.language
     if published is not None:
-        said = Qwen2Config.from_dict(copy.deepcopy(dict(published)))
+        said = Qwen2Config.from_dict(copy.deepcopy(dict(published)), attn_implementation="eager")
         said.vocab_size = numbers.vocab_size  # as many as there are rows, which a new model changes
         said.tie_word_embeddings = numbers.tie_word_embeddings  # both matrices are given, tied or not
-        said._attn_implementation = "eager"
         return Qwen2ForCausalLM(said)
     return Qwen2ForCausalLM(
         Qwen2Config(

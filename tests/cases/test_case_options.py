@@ -16,12 +16,10 @@ from megatron_eagle.errors import UserError
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: Parser) -> Iterator[Parser]:
     yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from parsers(below)
+    for below in parser.below.values():
+        yield from parsers(below)
 
 
 PARSERS = list(parsers(_parser()))

@@ -16,6 +16,8 @@ CODE = ("megatron_eagle", "kernels", "benchmarks", "tools", "examples")
 
 # What tests lean on beside their subjects. A name that is used no more leaves the list.
 IN_TESTS: dict[str, set[str]] = {
+    # All options there are, with their types.
+    "tests/cases/test_case_options.py": {"p._actions", "parser._actions"},
     # Whether torch's factories are the very same functions as before.
     "tests/compat/test_cpu.py": {"torch._C", "torch._C._VariableFunctions"},
     # The order of a collective's arguments.
