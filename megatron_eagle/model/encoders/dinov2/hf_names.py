@@ -98,8 +98,11 @@ def released_sources(config: Config, prefix: str, name: str, *, layer_scale: str
 
 
 def reference_sources(config: Config, prefix: str, name: str) -> HfNames:
-    """Dinov2Model -> ``vision.<name>``."""
-    return _sources(config, prefix, name, _IN_MEMORY)
+    """Dinov2Model -> ``vision.<name>``. Older releases of transformers (5.17) hold the projections as files do."""
+    from transformers.models.dinov2 import modeling_dinov2
+
+    as_files = hasattr(modeling_dinov2, "Dinov2SelfAttention")
+    return _sources(config, prefix, name, _IN_FILES if as_files else _IN_MEMORY)
 
 
 def _sources(config: Config, prefix: str, name: str, projections: Sequence[str]) -> HfNames:
