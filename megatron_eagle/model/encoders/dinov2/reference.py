@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, PreTrainedConfig
+from transformers.models.dinov2 import modeling_dinov2
 
 from megatron_eagle.model.encoders.dinov2.config import Config
 from megatron_eagle.model.vit.reference import normalised, reduced_vit, shuffled, with_sizes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Older releases of transformers (5.17) hold the projections under the names of the files.
+_RENAMES = not hasattr(modeling_dinov2, "Dinov2SelfAttention")
 _LOADED = (
     (r"\.attention\.attention\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
@@ -52,7 +55,7 @@ def features(config: Config, module: nn.Module, pixels: Tensor) -> Tensor:
 
 def reference_name(name: str) -> str:
     """The name that transformers gives a tensor of a checkpoint when it loads it."""
-    for pattern, replacement in _LOADED:
+    for pattern, replacement in _LOADED if _RENAMES else ():
         name = re.sub(pattern, replacement, name)
     return name
 
