@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from project import ROOT, STACKS, THIS_STACK, constraints, setup_arguments
+from project import ROOT, STACKS, THIS_STACK, constraints, pins, setup_arguments
 
 import megatron_eagle
 from megatron_eagle.compat.versions import KNOWN_MEGATRON
@@ -100,6 +100,15 @@ def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     assert len(asked) > 25
     assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}
     assert asked["megatron-core"].specifier == f"=={pinned['megatron-core']}"
+
+
+def test_the_lower_ends_are_the_oldest_versions_tested() -> None:
+    asked = required(setup_arguments()["install_requires"], STACKS[1])
+    lowest = pins((ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8"))
+    assert len(lowest) == 5
+    for name, version in lowest.items():
+        (lower,) = (one.version for one in asked[name].specifier if one.operator == ">=")
+        assert version in (lower, f"{lower}.0"), name
 
 
 def test_the_stacks_differ_in_megatron_and_what_comes_for_cuda_alone() -> None:
