@@ -1,0 +1,69 @@
+"""When a library takes away a name that ``compat`` leans on, the contract fails in its own words, and in no others."""
+
+import importlib
+import inspect
+
+import pytest
+from contracts import the
+
+from megatron_eagle.compat.cpu import REPLACED
+from megatron_eagle.compat.platform import install
+
+SAVING = "megatron.core.dist_checkpointing.strategies"
+STATE = "megatron.core.parallel_state"
+# The name that is taken away, the contract that guards it, and what the message says among the rest.
+GUARDED = [
+    ("torch.distributed.checkpoint.filesystem:_StorageInfo", "checkpoint_index:where_a_tensor_lies", "index"),
+    (
+        f"{SAVING}.torch:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks",
+        "checkpoint_saving:where_writer_and_plan_pass_by",
+        "hands writer and plan",
+    ),
+    (f"{SAVING}.filesystem_async:_results_queue", "checkpoint_saving:no_server_process_for_results", "server process"),
+    ("megatron.energon:PackingDataset._fill_reading_buffer", "energon:the_progress_bar", "progress bar"),
+    (
+        "torch.testing._internal.distributed.fake_pg:_create_fake_pg",
+        "fake_processes:a_process_group_with_nobody_in_it",
+        "fake process group",
+    ),
+    ("megatron.core.models.gpt:GPTModel._preprocess", "gpt_model:hooks_before_and_behind_the_layers", "_preprocess"),
+    ("megatron.core.models.gpt:GPTModel._postprocess", "gpt_model:hooks_before_and_behind_the_layers", "_postprocess"),
+    (
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer",
+        "gradient_buffers:memory_of_gradients_and_weights",
+        "grad_data",
+    ),
+    (
+        f"{STATE}:_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
+        "process_groups:levels_of_context_parallelism",
+        "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
+    ),
+    ("torch.utils._python_dispatch:TorchDispatchMode", "torch_dispatch:every_operation_is_seen", "TorchDispatchMode"),
+    ("torch.utils._pytree:tree_leaves", "torch_dispatch:trees_of_tensors", "tree_leaves"),
+    ("torch.utils._pytree:tree_map_only", "torch_dispatch:trees_of_tensors", "tree_map_only"),
+    ("megatron.core.transformer.mlp:MLP", "mlp_submodule:a_layer_takes_the_mlp_as_it_is_named", "MLP"),
+]
+
+
+@pytest.mark.parametrize(("name", "contract", "words"), GUARDED, ids=[name for name, _, _ in GUARDED])
+def test_a_name_that_is_gone_is_said_in_the_contracts_words(monkeypatch, caplog, name, contract, words):
+    install()
+    file, _, test = contract.partition(":")
+    check = getattr(importlib.import_module(f"test_{file}"), f"test_contract_{test}")
+    module, _, names = name.partition(":")
+    above, _, last = names.rpartition(".")
+    monkeypatch.delattr(the(f"{module}:{above}") if above else importlib.import_module(module), last)
+    asked_for = inspect.signature(check).parameters
+    with pytest.raises(pytest.fail.Exception, match=words) as failed:
+        check(**{"caplog": caplog} if "caplog" in asked_for else {})
+    assert last in str(failed.value)
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in REPLACED.items() for name in names])
+def test_a_name_that_is_replaced_and_gone_is_said(monkeypatch, module, name):
+    from test_cpu import test_contract_names_that_are_replaced as check
+
+    install()
+    monkeypatch.delattr(importlib.import_module(module), name)
+    with pytest.raises(pytest.fail.Exception, match=rf"{module} no longer has {name}: compat/cpu\.py puts"):
+        check(module=module, name=name)
