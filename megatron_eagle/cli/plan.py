@@ -15,7 +15,8 @@ def add(verbs: Verbs) -> None:
         "Counts the bytes of every process and the operations of every pack, simulates the pipeline, and says whether\n"
         "each stage fits and how long it takes. Packs are those of the stage's own data sets where they are on this\n"
         "machine, else made up. --search looks for the best layouts instead; --dry-run takes every distinct process\n"
-        "through a step without memory and checks that all processes meet in every exchange. No GPU is needed.",
+        "through a step without memory and checks that all processes meet in every exchange. No GPU is needed.\n"
+        "Ends with 2 if a stage does not fit, and names the nearest layout that does.",
         "  megatron-eagle plan eagle2-9b --gpus 256 --gpu h100\n"
         "  megatron-eagle plan eagle2-9b --gpus 1024 --stage stage1.5 --search\n",
     )
@@ -57,13 +58,14 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.planning.report import (
         assumptions,
         memory_table,
+        refusal,
         search_table,
         stage_line,
         stage_table,
         time_line,
     )
     from megatron_eagle.planning.samples import Mix, samples_of
-    from megatron_eagle.planning.search import search
+    from megatron_eagle.planning.search import nearest, search
 
     names = [recipe.stage(options.stage).name] if options.stage else [stage.name for stage in recipe.stages]
     for name in names:
@@ -106,3 +108,10 @@ def _plan(options: argparse.Namespace) -> None:
             print(stage_line(plan))
         if options.ranks:
             print("\n" + memory_table(plan))
+    refused = [
+        refusal(plan, nearest(recipe, plan.stage, plan.gpus, hardware, samples[plan.stage.name]))
+        for plan in plans
+        if not plan.fits
+    ]
+    if refused:
+        raise UserError("; ".join(refused))

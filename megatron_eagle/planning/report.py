@@ -23,6 +23,20 @@ def assumptions(hardware: Hardware) -> str:
     )
 
 
+def refusal(plan: StagePlan, fitting: StagePlan | None) -> str:
+    """What to say of a stage that does not fit. fitting: ``search.nearest`` of it."""
+    what = (
+        f"{plan.stage.name} needs {plan.peak / GB:.1f} GB on {plan.gpus} {plan.hardware.name}, "
+        f"{plan.hardware.usable_bytes / GB:.1f} are there"
+    )
+    if fitting is None:
+        return f"{what}; no layout near this one fits: --search looks at all, model.recompute=full needs less"
+    return (
+        f"{what}; the nearest layout that fits ({fitting.peak / GB:.1f} GB, {fitting.seconds:.2f} s a step): "
+        f"'stages.{plan.stage.name}.layout={layout_as_yaml(fitting.layout)}'"
+    )
+
+
 def stage_table(plans: Sequence[StagePlan]) -> str:
     """One row a stage."""
     header = [

@@ -8,6 +8,7 @@ Memory is looked at first, because most combinations fail there and it is cheape
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from megatron_eagle.config.layout import Layout
@@ -42,6 +43,41 @@ def search(
         if plan.fits:
             best = sorted([*best, plan], key=lambda one: one.seconds)[:keep]
     return best
+
+
+def nearest(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples) -> StagePlan | None:
+    """The fastest plan that fits with the fewest changes of ``stage``'s layout; None if three are not enough.
+
+    A change doubles tensor or context parallelism, or copies the encoders to all processes, whole or eight tiles at a
+    time. What is recomputed is the whole recipe's and stays.
+    """
+    layout, recipe = recipe.stage_layout(stage), recipe.with_kernels_on(hardware.device)
+    for count in range(1, 4):
+        fitting = []
+        for changed in _changed(layout, count):
+            try:
+                variant = with_layout(recipe, stage, changed, recipe.model.recompute)
+                plan = plan_stage(variant, variant.stage(stage.name), gpus, hardware, mix, simulated=1)
+            except (UserError, ValueError):
+                continue
+            fitting += [plan] if plan.fits else []
+        if fitting:
+            return min(fitting, key=lambda plan: plan.seconds)
+    return None
+
+
+def _changed(layout: Layout, count: int) -> Iterator[Layout]:
+    """Layouts that differ from ``layout`` by ``count`` changes."""
+    tensor: dict[str, Any] = {"tp": layout.tp * 2, "sequence_parallel": True}
+    changes: list[dict[str, Any]] = [tensor, {"cp": layout.cp * 2}]
+    if layout.encoder == "tensor":
+        changes += [{"encoder": "spread"}, {"encoder": "spread", "encoder_chunk": 8}]
+    elif layout.encoder_chunk is None:
+        changes += [{"encoder_chunk": 8}]
+    for some in combinations(changes, count):
+        together = {name: value for change in some for name, value in change.items()}
+        if len(together) == sum(map(len, some)):  # two that set the same are one change, made twice
+            yield replace(layout, **together)
 
 
 def with_layout(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any) -> Recipe:
