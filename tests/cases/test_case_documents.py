@@ -236,6 +236,21 @@ def test_a_document_under_the_key_of_an_image(tmp_path):
     assert why(tmp_path, asks("?", image="a.pdf")) == "image a.pdf: a PDF, whose key is 'document'"
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a.pdf", "is PDF, whose key is 'document', not a video"),
+        ("x.png", "is PNG, whose key is 'image', not a video"),
+        ("y.jpg", "is JPEG, whose key is 'image', not a video"),
+        ("z.tar", "is gzip, not a video"),
+    ],
+)
+def test_what_is_no_video_under_the_key_of_one(tmp_path, name, reason):
+    """FFmpeg reads all of these but the last as films of a frame or two."""
+    files = {"y.jpg": RED, "z.tar": b"\x1f\x8b" + bytes(600)}
+    assert why(tmp_path, asks("?", video=name), **files) == f"video {name}: {reason}"
+
+
 def test_a_missing_document_and_one_outside(tmp_path):
     assert why(tmp_path / "1", asks("?", document="gone.pdf")) == "document gone.pdf is missing"
     assert "lies outside of the media root" in why(tmp_path / "2", asks("?", document="../a.pdf"))

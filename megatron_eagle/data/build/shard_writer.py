@@ -209,11 +209,23 @@ def _load_video(item: Item, name: str, clip: Stretch | None, max_pixels: int) ->
     """A video whose first and last frame have been decoded; the file itself is copied only when it is written."""
     part = locate(item, name, "video")
     try:
+        _require_film(part)
         with VideoReader(part, max_pixels=max_pixels) as reader:
             reader.check(reader.info if clip is None else cut_clip(reader.info, clip))
             return _Medium(reader.extension, part)
     except BrokenSample as error:
         raise BrokenSample(f"video {shorten(name)}: {error}") from error
+    except OSError as error:
+        raise BrokenSample(f"video {shorten(name)} cannot be read: {error.strerror}") from error
+
+
+def _require_film(part: FileSlice) -> None:
+    """FFmpeg makes a film of one frame of a picture, and of any file that has a JPEG somewhere inside."""
+    with part.open() as file:
+        content = sniff(file.read(HEAD))
+    if content.kind not in ("video", None) and content.name != "GIF":
+        own_key = f", whose key is '{content.kind}'" if content.kind in ("image", "document") else ""
+        raise BrokenSample(f"is {content.name}{own_key}, not a video")
 
 
 def _add(
