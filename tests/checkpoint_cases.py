@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from safetensors.torch import save_file
 
 from megatron_eagle.checkpoint.files import DESCRIPTION, Description, load_weights
-from megatron_eagle.checkpoint.sharded_state import CONTENT
+from megatron_eagle.checkpoint.sharded_state import CONTENT, sharded_weights
 from megatron_eagle.compat.checkpoint_saving import collect_results_here
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.layout import Layout
@@ -96,8 +96,7 @@ def resave(source: str, config: EagleConfig, layout: Layout, folder: str, precis
         copy = {"self_group": groups.self_group, "copies": groups.world_group, "precision": precision, "seed": 99}
         modules.append(build_tile_encoder(config, **copy))
     load_weights(Path(source), modules)
-    metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {f"model{number}": module.sharded_state_dict(metadata=metadata) for number, module in enumerate(modules)}
+    state = sharded_weights(modules)
     if groups.rank == 0:
         Path(folder).mkdir()
         description = Description("test", 3, 3, asdict(config), asdict(layout), groups.dp_size)

@@ -24,6 +24,7 @@ from megatron_eagle.errors import UserError
 METADATA = ".metadata"
 COMMON = "common.pt"  # what is the same in every process
 BACKEND = "metadata.json"  # which of Megatron's formats this is
+EXTRA_STATE = "_extra_state"  # how the key of what a module keeps beside its weights ends, before ``/shard_0_1``
 
 
 def read_index(folder: Path) -> Metadata:
@@ -86,13 +87,26 @@ def _short_shards(folder: Path, index: Metadata, rank: int, size: int) -> list[s
 
 
 def _unsafe_entries(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
-    """Tensors, and objects, which Megatron loads with a plain unpickler."""
+    """Tensors, and objects, which Megatron loads with a plain unpickler; an extra state has to be empty."""
     entries = sorted(index.storage_data.items(), key=lambda entry: (entry[1].relative_path, entry[1].offset))
-    return [
-        f"{folder / at.relative_path} holds {key.fqn}, which cannot be loaded without running code"
-        for key, at in entries[rank::size]
-        if not _is_data(folder / at.relative_path, at.offset, at.length)
-    ]
+    problems = []
+    for key, at in entries[rank::size]:
+        file = folder / at.relative_path
+        try:
+            found = _contents(file, at.offset, at.length)
+        except Exception:  # a damaged pickle raises whatever its bytes happen to mean
+            problems.append(f"{file} holds {key.fqn}, which cannot be loaded without running code")
+            continue
+        if key.fqn.partition("/")[0].endswith(EXTRA_STATE) and not holds_nothing(found):
+            problems.append(f"{file} holds {key.fqn}, which is not empty: scales of FP8 training are not read")
+    return problems
+
+
+def holds_nothing(extra_state: Any) -> bool:
+    """Whether a module's extra state is none: None or no bytes, in a checkpoint inside a list."""
+    if isinstance(extra_state, list):
+        return all(map(holds_nothing, extra_state))
+    return extra_state is None or (isinstance(extra_state, torch.Tensor) and not extra_state.numel())
 
 
 def _unsafe_files(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
@@ -107,15 +121,20 @@ def _unsafe_files(folder: Path, index: Metadata, rank: int, size: int) -> list[s
 
 
 def _is_data(file: Path, start: int, length: int) -> bool:
-    """Whether torch's weights-only unpickler reads those bytes, which makes tensors and plain values and no more."""
-    # Transformer Engine keeps the scales of a layer as a file in memory.
-    with file.open("rb") as handle, torch.serialization.safe_globals([io.BytesIO]), torch.serialization.skip_data():
-        try:
-            region: Any = Region(handle, start, length)
-            torch.load(region, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged pickle raises whatever its bytes happen to mean
-            return False
+    """Whether ``_contents`` can be had."""
+    try:
+        _contents(file, start, length)
+    except Exception:  # a damaged pickle raises whatever its bytes happen to mean
+        return False
     return True
+
+
+def _contents(file: Path, start: int, length: int) -> Any:
+    """What torch's weights-only unpickler makes of those bytes: tensors, without their numbers, and plain values."""
+    # Transformer Engine kept the scales of a layer as a file in memory.
+    with file.open("rb") as handle, torch.serialization.safe_globals([io.BytesIO]), torch.serialization.skip_data():
+        region: Any = Region(handle, start, length)
+        return torch.load(region, map_location="cpu", weights_only=True)
 
 
 def check_relative(path: str, where: str) -> None:

@@ -3,6 +3,10 @@
 Weights and the optimizer's moments carry the names and shapes of an undivided model (Megatron's ``ShardedTensor``), so
 any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored, and of the
 schedule only the step is read back: rates, weight decay, warm-up and decay follow from the recipe and the step.
+
+Extra states are not stored. They are the place for scales of FP8 training, which this project does not do; which module
+has one depends on the transformer implementation, and Transformer Engine unpickles what it is given. So each module
+keeps its own, and a checkpoint has the same keys whichever implementation wrote it, and loads into any.
 """
 
 import random
@@ -13,10 +17,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_eagle.checkpoint.safe_index import EXTRA_STATE, holds_nothing
+from megatron_eagle.errors import UserError
 
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
 CONTENT = {
@@ -40,9 +47,22 @@ class TrainingState:
 
 
 def sharded_weights(modules: Sequence[MegatronModule]) -> dict[str, Any]:
-    """The weights of ``modules`` under their global names."""
+    """The weights of ``modules`` under their global names; UserError if an extra state is not empty."""
     metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{number}": module.sharded_state_dict(metadata=metadata) for number, module in enumerate(modules)}
+    states = (module.sharded_state_dict(metadata=metadata) for module in modules)
+    return {
+        f"model{number}": {name: _without_extra_state(entry) for name, entry in state.items()}
+        for number, state in enumerate(states)
+    }
+
+
+def _without_extra_state(entry: Any) -> Any:
+    """``entry``, or the module's own extra state, marked so that it is neither stored nor asked for."""
+    if not (isinstance(entry, ShardedObject) and entry.key.endswith(EXTRA_STATE)):
+        return entry
+    if not holds_nothing(entry.data):
+        raise UserError(f"{entry.key} is not empty: scales of FP8 training are not stored in checkpoints")
+    return LocalNonpersistentObject(entry.data)
 
 
 def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any]) -> None:

@@ -4,13 +4,12 @@ Leaned on:
 
 - ``torch.distributed.checkpoint.filesystem._StorageInfo``: where a tensor lies in a file. The index is a pickle of
   these, and PyTorch has no public class or reader for one;
-- the other classes and functions that such a pickle names, ``INDEX_CLASSES``, which is all that may be loaded of it;
-- Megatron's key of the extra state of a parallel linear layer, which it asks for at load although it is empty here.
+- the other classes and functions that such a pickle names, ``INDEX_CLASSES``, which is all that may be loaded of it.
 """
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
-__all__ = ["INDEX_CLASSES", "StorageInfo", "extra_state_key"]
+__all__ = ["INDEX_CLASSES", "StorageInfo"]
 
 # Module -> names. All dtypes of torch come on top of these.
 INDEX_CLASSES = {
@@ -31,9 +30,3 @@ INDEX_CLASSES = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-
-
-def extra_state_key(weight_key: str, layer: int | None, layers: int) -> str:
-    """Key of the extra state beside the weight ``weight_key`` (``...linear_fc1.weight``) of one of ``layers`` stacked
-    layers; layer None for a weight that is not stacked."""
-    return f"{weight_key.removesuffix('weight')}_extra_state/shard_{layer or 0}_{layers or 1}"

@@ -7,7 +7,6 @@ where: a checkpoint as one process would have saved it, which loads in any layou
 import json
 import os
 import pickle
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -27,25 +25,23 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_eagle.checkpoint.safe_index import METADATA
-from megatron_eagle.compat.checkpoint_index import StorageInfo, extra_state_key
+from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.conversion.chunked_file import ChunkedFile
 from megatron_eagle.conversion.tensors import Progress, TensorInfo
 from megatron_eagle.conversion.torch_dist import TensorAddress
 from megatron_eagle.errors import UserError
 
 SHARD_BYTES = 4_000_000_000
-# Megatron-Core 0.16 keeps a (here empty) extra state for every parallel linear layer and asks for it at load.
-LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight$")
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One entry of a shard: a parameter, or (``info`` None) a linear layer's empty extra state."""
+    """One entry of a shard: a parameter."""
 
     key: str
-    info: TensorInfo | None
+    info: TensorInfo
     layer: int | None
-    read: Callable[[], Any]
+    read: Callable[[], Tensor]
 
 
 def write_torch_dist(
@@ -60,22 +56,21 @@ def write_torch_dist(
 
     content: Megatron's ``content_metadata``. Shards that are already there whole are kept, as in ``write_safetensors``.
     """
+    places = {name: TensorAddress.of(name) for name in infos}
     layers: dict[str, int] = defaultdict(int)
-    for name in infos:
-        place = TensorAddress.of(name)
+    for place in places.values():
         layers[place.key] = max(layers[place.key], 0 if place.layer is None else place.layer + 1)
-    items = list(_items(infos, read, layers))
+    items = [
+        _Item(place.key, infos[name], place.layer, lambda name=name: read(name))  # type: ignore[misc]
+        for name, place in places.items()
+    ]
     progress = Progress("writing", sum(info.bytes for info in infos.values()))
     stored: dict[str, Any] = {}
     storage: dict[MetadataIndex, StorageInfo] = {}
     for number, shard in enumerate(_shards(items, shard_bytes)):
         file = f"__0_{number}.distcp"
         for item, (start, length) in zip(shard, _write_shard(shard, folder / file, progress), strict=True):
-            if item.info is None:
-                stored[item.key], index = BytesStorageMetadata(), MetadataIndex(item.key)
-            else:
-                index = _enter(stored, item, layers[item.key])
-            storage[index] = StorageInfo(file, start, length)
+            storage[_enter(stored, item, layers[item.key])] = StorageInfo(file, start, length)
     progress.close()
     (folder / METADATA).write_bytes(pickle.dumps(Metadata(state_dict_metadata=stored, storage_data=storage)))
     torch.save({"content_metadata": dict(content)}, folder / "common.pt")
@@ -86,22 +81,11 @@ def write_torch_dist(
         sidecar.unlink()
 
 
-def _items(
-    infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], layers: Mapping[str, int]
-) -> Iterator[_Item]:
-    for name, info in infos.items():
-        place = TensorAddress.of(name)
-        yield _Item(place.key, info, place.layer, lambda name=name: read(name))  # type: ignore[misc]
-        if LINEAR.search(name):
-            key = extra_state_key(place.key, place.layer, layers[place.key])
-            yield _Item(key, None, None, lambda: [None])
-
-
 def _shards(items: list[_Item], shard_bytes: int) -> list[list[_Item]]:
     shards: list[list[_Item]] = [[]]
     filled = 0
     for item in items:
-        size = item.info.bytes if item.info else 0
+        size = item.info.bytes
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -113,25 +97,26 @@ def _shards(items: list[_Item], shard_bytes: int) -> list[list[_Item]]:
 def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tuple[int, int]]:
     """(start, length) of every item; a shard is whole when the list of its places lies beside it."""
     sidecar = file.with_suffix(".places.json")
-    size = sum(item.info.bytes for item in items if item.info)
+    size = sum(item.info.bytes for item in items)
     if sidecar.is_file() and file.is_file():
-        progress.add(size)
-        return [(start, length) for start, length in json.loads(sidecar.read_text(encoding="utf-8"))]
+        kept = [(start, length) for start, length in json.loads(sidecar.read_text(encoding="utf-8"))]
+        if len(kept) == len(items):  # before 2026-11-26 there were extra states, too
+            progress.add(size)
+            return kept
     places = []
     with file.open("wb") as handle, _without_checksums():
         chunked = ChunkedFile(handle)
         for item in items:
             start = handle.tell()
             value = item.read()
-            if item.info is not None:
-                if TensorInfo(tuple(value.shape), value.dtype) != item.info:
-                    raise ValueError(f"{item.key} was announced as {item.info}, is {value.dtype} {list(value.shape)}")
-                value = value[None] if item.layer is not None else value
-                # A view would take its whole storage along.
-                value = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value.contiguous()
+            if TensorInfo(tuple(value.shape), value.dtype) != item.info:
+                raise ValueError(f"{item.key} was announced as {item.info}, is {value.dtype} {list(value.shape)}")
+            value = value[None] if item.layer is not None else value
+            # A view would take its whole storage along.
+            value = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value.contiguous()
             torch.save(value, chunked)  # type: ignore[arg-type]  # it needs write and flush only
             places.append((start, handle.tell() - start))
-            progress.add(item.info.bytes if item.info else 0)
+            progress.add(item.info.bytes)
         handle.flush()
         os.fsync(handle.fileno())
     part = sidecar.with_suffix(".part")
@@ -142,7 +127,6 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
 
 def _enter(stored: dict[str, Any], item: _Item, layers: int) -> MetadataIndex:
     """Note an item among the chunks of its tensor."""
-    assert item.info is not None
     shape, offsets = item.info.shape, [0] * len(item.info.shape)
     whole = shape
     if item.layer is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_eagle.checkpoint import checksums
 from megatron_eagle.checkpoint.files import LATEST, find_latest
@@ -22,6 +23,7 @@ from megatron_eagle.errors import UserError
 BUFFER = {"reading": {"packing_buffer": 16, "shuffle_buffer": 8, "order": "buffer"}}
 SAVED = "stages.first.steps=2"
 LONGER = "stages.first.steps=3"
+EXTRA_STATE = "language.decoder.layers.mlp.linear_fc1._extra_state/shard_0_4"
 
 
 class MakesFolder:
@@ -85,6 +87,15 @@ def write_code(file: Path, form: str, ran: Path) -> None:
         file.write_bytes(pickle.dumps(MakesFolder(ran)))
     else:
         torch.save(MakesFolder(ran), file)
+
+
+def point_to(checkpoint: Path, where: MetadataIndex, file: Path) -> None:
+    """Make the index say that ``where`` is in ``file``."""
+    index = pickle.loads((checkpoint / METADATA).read_bytes())
+    index.state_dict_metadata.setdefault(where.fqn, BytesStorageMetadata())
+    index.storage_data[where] = StorageInfo(file.name, 0, file.stat().st_size)
+    (checkpoint / METADATA).write_bytes(pickle.dumps(index))
+    write_checksums(checkpoint)
 
 
 def write_checksums(checkpoint: Path) -> None:
@@ -175,16 +186,29 @@ def test_code_in_the_file_of_one_process_stops_all(saved, tmp_path, read, name):
 def test_code_in_the_place_of_one_tensor_is_refused(saved, tmp_path, read, key):
     """The index is in order and points to the code."""
     runs, checkpoint = copy(saved, tmp_path)
-    evil, index = checkpoint / "evil.distcp", pickle.loads((checkpoint / METADATA).read_bytes())
+    index = pickle.loads((checkpoint / METADATA).read_bytes())
+    where = next((at for at in index.storage_data if key in at.fqn), MetadataIndex(EXTRA_STATE))
+    evil = checkpoint / "evil.distcp"
     write_code(evil, "archive", tmp_path / "ran")
-    where = next(at for at in index.storage_data if key in at.fqn)
-    index.storage_data[where] = StorageInfo(evil.name, 0, evil.stat().st_size)
-    (checkpoint / METADATA).write_bytes(pickle.dumps(index))
-    write_checksums(checkpoint)
+    point_to(checkpoint, where, evil)
     answers = read(runs)
     assert not (tmp_path / "ran").exists()
     assert_refused(answers, evil.name)
     assert_refused(answers, where.fqn)
+
+
+def test_an_extra_state_is_let_in_if_it_is_empty(saved, tmp_path, read):
+    """Transformer Engine unpickles the bytes of any other; checkpoints had empty ones before 2026-11-26."""
+    runs, checkpoint = copy(saved, tmp_path)
+    code = torch.frombuffer(bytearray(pickle.dumps(MakesFolder(tmp_path / "ran"))), dtype=torch.uint8)
+    for number, state in enumerate([None, [None], [torch.empty(0, dtype=torch.uint8)], [code]]):
+        file = checkpoint / f"state_{number}.distcp"
+        torch.save(state, file)
+        point_to(checkpoint, MetadataIndex(EXTRA_STATE.replace("0_4", f"{number}_4")), file)
+        if number == 2:
+            assert set(read(Path(shutil.copytree(runs, tmp_path / "harmless"))).values()) == {"read"}
+    assert_refused(read(runs), f"{file} holds {EXTRA_STATE.replace('0_4', '3_4')}, which is not empty")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("form", ["pickle", "archive"])

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-import torch
-from contracts import contract, megatron_groups, the, without_gpu
+from contracts import contract, the
 
 
 @contract(
@@ -25,24 +24,3 @@ def test_contract_classes_of_an_index():
     for module, names in INDEX_CLASSES.items():
         for name in names:
             the(f"{module}:{name}")
-
-
-@without_gpu
-@contract(
-    "Megatron's parallel linear layers no longer put an empty extra state beside their weight, or under another "
-    "key: conversion/torch_dist_writer.py writes one, because loading asks for it"
-)
-def test_contract_extra_state_of_a_linear_layer():
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-
-    from megatron_eagle.compat.checkpoint_index import extra_state_key
-
-    with megatron_groups():
-        linear = ColumnParallelLinear(
-            4, 4, config=ModelParallelConfig(use_cpu_initialization=True), init_method=torch.nn.init.zeros_
-        )
-        state = linear.sharded_state_dict("mlp.linear_fc1.", ((0, 2, 5),), {"dp_cp_group": linear.tp_group})
-        key = state["mlp.linear_fc1._extra_state"].unique_key
-        assert key == extra_state_key("mlp.linear_fc1.weight", 2, 5)
-        assert linear.get_extra_state() is None

@@ -9,6 +9,7 @@ import checkpoint_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from worlds import WorldError
 
 from megatron_eagle.checkpoint import safe_index
@@ -209,7 +210,8 @@ def test_objects_that_would_run_code_are_refused(worlds, checkpoint, tmp_path):
     folder, ran = copy(checkpoint, tmp_path), tmp_path / "ran"
     torch.save([MakesFolder(ran)], folder / "evil.distcp")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    place = next(at for at in metadata.storage_data if "_extra_state" in at.fqn)
+    place = MetadataIndex("language.decoder.layers.mlp.linear_fc1._extra_state/shard_0_4")
+    metadata.state_dict_metadata[place.fqn] = BytesStorageMetadata()
     metadata.storage_data[place] = StorageInfo("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(WorldError, match=r"UserError: .*evil\.distcp holds .*, which cannot be loaded without running"):
