@@ -2,6 +2,7 @@
 # make check  set up, check style and types, run the unit tests: two minutes on two cores
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
+# make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
 # and nothing else. PYTHON=/path/to/python says which one, VENV=folder where to.
@@ -21,7 +22,11 @@ OTHER_VENV ?= .venv-other
 OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model tests/checkpoint tests/verification \
     tests/training tests/kernels/test_check.py tests/kernels/test_triton_contract.py
 
-.PHONY: setup demo check test test-stacks test-long lint format clean
+# Transformer Engine's package without its compiled part, in a folder that only make test-te sees.
+TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
+TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
+
+.PHONY: setup demo check test test-stacks test-te test-long lint format clean
 
 setup: $(READY)
 
@@ -53,6 +58,13 @@ test-stacks: setup
 	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/stacks --other-python $(OTHER_VENV)/bin/python; fi
 
+test-te: setup
+	@[ -f $(TE_FOLDER)/ready ] || { echo "test-te: Transformer Engine $(TE) into $(TE_FOLDER), 55 MB" && rm -rf $(TE_FOLDER) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TE_FOLDER) \
+	    --requirement constraints/transformer-engine.txt transformer-engine==$(TE) && touch $(TE_FOLDER)/ready; }
+	@echo "test-te: megatron-core $(MEGATRON), Transformer Engine $(TE)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER)
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
@@ -63,4 +75,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) .te runs build *.egg-info

@@ -12,6 +12,7 @@ NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--other-python", help="Python of an environment with the other stack (tests/stacks)")
+    parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

@@ -1,8 +1,8 @@
 """Which module stands in each slot of a transformer layer: Megatron ModuleSpecs for both transformer implementations.
 
-``local`` runs anywhere and is what the tests run. ``transformer_engine`` is for GPUs; it cannot be imported without
-one, so this branch holds nothing but names, taken from megatron-core's own provider. The two write checkpoints under
-the same names.
+``local`` runs anywhere and is what the tests run. ``transformer_engine`` is for GPUs; without one it can be built over
+a stub, but not run (tests/te), so this branch holds nothing but names, taken from megatron-core's own provider. The two
+write checkpoints with the same keys.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def block_spec(
 def _transformer_engine(
     layers: int, mask: AttnMaskType, over_packs: ModuleSpec, add: Any
 ) -> TransformerBlockSubmodules:
-    """The same layer in Transformer Engine's modules. Written against megatron-core, not run without a GPU."""
+    """The same layer in Transformer Engine's modules. Built by the tests, not run without a GPU."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     modules = TESpecProvider()

@@ -34,10 +34,10 @@ class WorldError(Exception):
 
 
 class World:
-    """``size`` processes joined by gloo."""
+    """``size`` processes joined by gloo. prepare: called in each of them before it imports torch or Megatron."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, prepare: Callable[[], None] | None = None) -> None:
+        self.size, self._prepare = size, prepare
         self._calls = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -75,7 +75,7 @@ class World:
         port = _free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs, sys.path))
+            process = context.Process(target=_serve, args=(rank, self.size, port, theirs, sys.path, self._prepare))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -119,9 +119,13 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -> None:
+def _serve(
+    rank: int, size: int, port: int, pipe: Connection, path: list[str], prepare: Callable[[], None] | None
+) -> None:
     """What each process runs: answer calls until the pipe closes."""
     sys.path[:] = path
+    if prepare:
+        prepare()
     import torch
     import torch.distributed as dist
 
