@@ -1,10 +1,12 @@
 """Which module stands in each slot of a transformer layer: Megatron ModuleSpecs for both transformer implementations.
 
-``local`` runs anywhere and is what the tests run. ``transformer_engine`` is for GPUs; it cannot be imported without
+``local`` runs anywhere and is what the tests run; with kernels, its norms, SwiGLU and rotary positions are
+Liger-Kernel's. ``transformer_engine`` is for GPUs; it cannot be imported without
 one, so this branch holds nothing but names, taken from megatron-core's own provider. The two write checkpoints under
 the same names.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -16,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_eagle.compat.liger import liger_ops
 from megatron_eagle.compat.mlp_submodule import mlp_submodule
 from megatron_eagle.model.attention import BatchedAttention, PackedAttention
 from megatron_eagle.model.build_context import Kernels, TransformerImpl
@@ -46,11 +49,11 @@ def block_spec(
     over_packs = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
     if impl == "transformer_engine":
         return _transformer_engine(layers, mask, over_packs, add)
-    norm = RMSNorm if rms_norm else LayerNorm
+    local = _liger() if rms_norm and kernels == "triton" else _Local(norm=RMSNorm if rms_norm else LayerNorm)
     layer = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=local.norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=local.attention,
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,
@@ -59,13 +62,29 @@ def block_spec(
             ),
         ),
         self_attn_bda=add,
-        pre_mlp_layernorm=norm,
-        mlp=mlp_submodule(ColumnParallelLinear, RowParallelLinear),
+        pre_mlp_layernorm=local.norm,
+        mlp=mlp_submodule(ColumnParallelLinear, RowParallelLinear, local.activation),
         mlp_bda=add,
         sharded_state_dict_keys_map=NORMS_IN_CHECKPOINTS,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=local.norm)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """What differs between local layers; activation: None for the one of the config."""
+
+    norm: type
+    attention: type = SelfAttention
+    activation: type | None = None
+
+
+def _liger() -> _Local:
+    liger_ops()  # says what is missing
+    from megatron_eagle.model.liger import LigerRMSNorm, LigerSwiGLU, RotarySelfAttention  # needs Triton
+
+    return _Local(LigerRMSNorm, RotarySelfAttention, LigerSwiGLU)
 
 
 def _transformer_engine(
