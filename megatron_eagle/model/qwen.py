@@ -69,6 +69,7 @@ class QwenModel(HookedGPTModel):
                 rms_norm=True,
                 mask=AttnMaskType.causal,
                 kernels=build.kernels,
+                attention=build.attention,
             ),
             vocab_size=qwen.padded_vocab_size,
             max_sequence_length=qwen.max_position_embeddings,

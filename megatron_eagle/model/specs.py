@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_eagle.compat.liger import liger_ops
 from megatron_eagle.compat.mlp_submodule import mlp_submodule
-from megatron_eagle.model.attention import BatchedAttention, PackedAttention
-from megatron_eagle.model.build_context import Kernels, TransformerImpl
+from megatron_eagle.model.attention import BatchedAttention, core_over_packs
+from megatron_eagle.model.build_context import AttentionCore, Kernels, TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
 
 # Transformer Engine keeps a norm inside the linear layer behind it; checkpoints use its names.
@@ -38,6 +38,7 @@ def block_spec(
     rms_norm: bool,
     mask: AttnMaskType,
     kernels: Kernels = "torch",
+    attention: AttentionCore = "packed",
     residual: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
     """A pre-norm transformer of ``layers`` layers with a norm behind the last one.
@@ -46,7 +47,7 @@ def block_spec(
     encoder. residual: what adds a sublayer's output to its input; None for Megatron's bias-dropout-add.
     """
     add = residual or get_bias_dropout_add
-    over_packs = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
+    over_packs = core_over_packs(attention, kernels)
     if impl == "transformer_engine":
         return _transformer_engine(layers, mask, over_packs, add)
     local = _liger() if rms_norm and kernels == "triton" else _Local(norm=RMSNorm if rms_norm else LayerNorm)

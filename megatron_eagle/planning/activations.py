@@ -16,7 +16,7 @@ from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, kernels_take, mixture_channels, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.model.build_context import Kernels, Precision, Recompute, TransformerImpl
+from megatron_eagle.model.build_context import AttentionCore, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.cost import EncoderRun, Held, Parts
 from megatron_eagle.model.encoders import encoder_cost
 from megatron_eagle.model.flops import Work
@@ -58,6 +58,7 @@ class Activations:
     recompute: Recompute = "none"
     impl: TransformerImpl = "local"
     kernels: Kernels = "torch"
+    attention: AttentionCore = "packed"
 
     @staticmethod
     def of(recipe: Recipe, stage: Stage) -> "Activations":
@@ -70,11 +71,17 @@ class Activations:
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,
             kernels=recipe.model.kernels or "torch",
+            attention=recipe.model.attention,
         )
 
     @property
     def _liger(self) -> bool:
         return self.impl == "local" and self.kernels == "triton"
+
+    @property
+    def _copies_heads(self) -> bool:
+        """Whether keys and values are copied for every query head: PyTorch's attention on each segment."""
+        return self.attention == "packed" and self.kernels == "torch"
 
     @property
     def _repeats_layers(self) -> bool:
@@ -205,8 +212,7 @@ class Activations:
         for all layers)."""
         language, tokens, length = self.config.language, self._tokens(pack), pack.length
         heads = language.hidden_size / self.layout.tp
-        shared = self.kernels == "torch"  # a copy for every query head
-        keys = heads if shared else self._key_channels
+        keys = heads if self._copies_heads else self._key_channels
         rotary = 0.0 if self._liger else 4 * tokens * language.head_dim * self.number
         places = length / self.layout.ulysses if self.layout.cp > 1 else tokens
         exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0
