@@ -34,7 +34,8 @@ TRAINER = [
     "torch>=2.11,<2.14",
     "tqdm>=4.70",
     "transformers>=5.17,<6",
-    # It has wheels for this platform only, and so have our kernels.
+    # Triton has wheels for this platform only, and so have our kernels.
+    "liger-kernel>=0.8.5,<0.9; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
 # Transformer Engine builds against the CUDA and cuDNN of the machine; a GPU container brings it.

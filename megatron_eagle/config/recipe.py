@@ -41,7 +41,10 @@ class ModelSettings:
     transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
     recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
         (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
-    kernels: this project's Triton kernels or PyTorch's operations for the same; by default Triton on a CUDA device.
+    kernels: this project's and, with ``transformer_impl: local``, Liger-Kernel's Triton kernels or PyTorch's operations
+        for the same; by default Triton on a CUDA device.
+    attention: whose attention over packs: this project's (``packed``), FlashAttention by torch.nn.attention.varlen
+        (``varlen``) or Transformer Engine's (``te``); the last two on CUDA, in bf16, without context parallelism.
     initial_weights: checkpoint folder that the first stage starts from; without it weights are drawn from the seed.
     """
 
@@ -52,11 +55,30 @@ class ModelSettings:
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     recompute: Literal["none", "selective", "full", "offload"] = "none"
     kernels: Literal["triton", "torch"] | None = None
+    attention: Literal["packed", "varlen", "te"] = "packed"
     initial_weights: str | None = None
 
     def kernels_on(self, device: str) -> Literal["triton", "torch"]:
         """What ``kernels`` says, or ``triton`` on a CUDA device and ``torch`` elsewhere."""
         return self.kernels or ("triton" if device == "cuda" else "torch")
+
+    def attention_on(self, device: str) -> Literal["packed", "varlen", "te"]:
+        """``attention``; UserError if ``device`` is not one that it runs on."""
+        if self.attention != "packed" and device != "cuda":
+            raise UserError(f"model.attention: {self.attention} runs on CUDA only, this is {device}: take packed")
+        return self.attention
+
+    def check_attention(self, layout: Layout, precision: str) -> None:
+        """ValueError if ``attention`` cannot do what a layout and a precision ask of it."""
+        if self.attention == "packed":
+            return
+        if layout.cp > 1:
+            raise ValueError(
+                f"attention: {self.attention} takes no positions of queries, which context parallelism "
+                f"(cp={layout.cp}) needs: take packed"
+            )
+        if precision != "bf16":
+            raise ValueError(f"attention: {self.attention} computes in bf16, precision is {precision}")
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -197,6 +219,7 @@ class Recipe:
             layout = self.stage_layout(stage)
             try:
                 check_layout(config, layout)
+                self.model.check_attention(layout, self.precision)
                 layout.check_pack_length(stage.pack_length)
                 self.data_settings(stage)
             except ValueError as error:

@@ -96,10 +96,11 @@ def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
         raise UserError(f"stage '{stage.name}': {error}") from None
     each = packs_per_replica(stage, replicas)
     started = time.perf_counter()
-    # Transformer Engine's modules and this project's kernels cannot run without a GPU. They exchange what their
-    # stand-ins do, but for the loss kernel, which has its own sums among the processes that share the vocabulary: as
-    # many on each, because these hold the same labels.
-    recipe = replace(recipe, model=replace(recipe.model, transformer_impl="local", kernels="torch"))
+    # Transformer Engine's modules, others' attention and this project's kernels cannot run without a GPU. They exchange
+    # what their stand-ins do, but for the loss kernel, which has its own sums among the processes that share the
+    # vocabulary: as many on each, because these hold the same labels.
+    stand_ins = replace(recipe.model, transformer_impl="local", kernels="torch", attention="packed")
+    recipe = replace(recipe, model=stand_ins)
     packs = min(each, 2 * layout.pp * (layout.vpp or 1))
     match_exchanges(layout.pp, layout.vpp, each)
     places = coordinates(layout, gpus)

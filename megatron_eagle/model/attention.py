@@ -5,19 +5,43 @@ Transformer Engine's context parallelism wants every segment padded to a multipl
 queries at any positions of a pack against all keys (``context.py``). A kernel of this project does that in one call, or
 PyTorch's scaled dot product attention runs on each segment by itself (``BuildContext.kernels``). Neither makes anything
 of size L x L, and a pack of many short samples costs what the samples cost.
+
+Without context parallelism two others can stand in its place (``core_over_packs``): PyTorch's FlashAttention for
+segments of any length, and Transformer Engine's. Both run on CUDA in bf16 only, and have not been run here.
 """
 
+import importlib.util
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_eagle.model.build_context import Kernels
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.build_context import AttentionCore, Kernels
 from megatron_eagle.parallel.context import PackMask, Piece
+
+# (queries [l, heads, d] of a place, keys and values [L, groups, d] of the pack, mask, scale) -> [l, heads, d]
+Attend = Callable[[Tensor, Tensor, Tensor, PackMask, float | None], Tensor]
+
+
+def core_over_packs(attention: AttentionCore, kernels: Kernels) -> ModuleSpec:
+    """What stands in the slot ``core_attention`` of a layer over packs; UserError if it is not installed."""
+    if attention == "te":
+        _te_attention()
+        return ModuleSpec(module=TeAttention)
+    if attention == "varlen":
+        _varlen_attn()
+        return ModuleSpec(module=PackedAttention, params={"attend": _attend_varlen})
+    attend = _attend_in_kernel if kernels == "triton" else _attend_by_pieces
+    return ModuleSpec(module=PackedAttention, params={"attend": attend})
 
 
 class PackedAttention(MegatronModule):
@@ -35,14 +59,15 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
-        kernels: Kernels = "torch",
+        *,
+        attend: Attend,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"attention over packs is causal, asked for {attn_mask_type}")
         self.softmax_scale = softmax_scale
-        self.attend = _attend_in_kernel if kernels == "triton" else _attend_by_pieces
+        self.attend = attend
 
     def forward(
         self,
@@ -60,6 +85,39 @@ class PackedAttention(MegatronModule):
         key, value = context.gather_places(key, value)
         output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
         return context.to_positions(output).flatten(1).unsqueeze(1)
+
+
+class TeAttention(MegatronModule):
+    """The same by Transformer Engine's DotProductAttention, which calls packs ``thd``. Not run yet."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(config=named["config"])
+        # In a tuple it is no submodule: its state, of fp8 alone, would be one more name in checkpoints.
+        self.cores = (_te_attention()(**named),)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackMask | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None, "the language model runs on packs"
+        borders, longest = packed_seq_params.cu_seqlens, packed_seq_params.longest
+        segments = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        mask = AttnMaskType.padding_causal
+        output = self.cores[0](query, key, value, None, attn_mask_type=mask, packed_seq_params=segments)
+        return output.reshape(len(query), 1, -1)
 
 
 class BatchedAttention(MegatronModule):
@@ -96,6 +154,44 @@ def _attend_in_kernel(query: Tensor, key: Tensor, value: Tensor, pack: PackMask,
 
     positions = pack.query_positions if len(query) < len(key) else None
     return packed_attention(query, key, value, pack.cu_seqlens, softmax_scale=scale, query_positions=positions)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackMask, scale: float | None) -> Tensor:
+    """The same in FlashAttention, for a place that holds whole packs. Not run yet."""
+    longest = pack.longest
+    return _varlen_attn()(
+        query,
+        key,
+        value,
+        pack.cu_seqlens,
+        pack.cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # its way to say causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        raise UserError(
+            f"model.attention: varlen needs torch 2.13, whose varlen_attn shares key heads, this is {torch.__version__}"
+        )
+    return varlen_attn
+
+
+def _te_attention() -> Callable[..., MegatronModule]:
+    if importlib.util.find_spec("transformer_engine") is None:  # Megatron's module can be imported without
+        raise UserError(
+            "model.attention: te needs Transformer Engine, which is not installed: pip install 'megatron-eagle[gpu]', "
+            "or model.attention=packed"
+        )
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
 
 
 def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: PackMask, scale: float | None) -> Tensor:

@@ -19,6 +19,7 @@ TransformerImpl = Literal["local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full", "offload"]
 Kernels = Literal["torch", "triton"]
+AttentionCore = Literal["packed", "varlen", "te"]
 
 _WHOLE_LAYERS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -37,8 +38,9 @@ class BuildContext:
     recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers;
         ``offload`` also recomputes whole layers and keeps what they start from in host memory.
     kernels: ``triton`` takes this project's kernels where it has one: preparing tiles for the encoders, joining their
-        tokens with the connector's norm, attention over packs, and the loss without the logits of a whole pack.
-        ``torch`` computes the same with PyTorch's operations.
+        tokens with the connector's norm, attention over packs, and the loss without the logits of a whole pack; and
+        Liger-Kernel's in the language model, see ``liger``. ``torch`` computes the same with PyTorch's operations.
+    attention: whose attention over packs (``attention.core_over_packs``).
     """
 
     layout: Layout
@@ -47,6 +49,12 @@ class BuildContext:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     kernels: Kernels = "torch"
+    attention: AttentionCore = "packed"
+
+    @property
+    def liger(self) -> bool:
+        """Whether the language model's RMSNorm, SwiGLU and rotary positions are Liger-Kernel's."""
+        return self.transformer_impl == "local" and self.kernels == "triton"
 
     @property
     def recomputes_layers(self) -> bool:

@@ -22,7 +22,14 @@ from torch import Tensor
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, check_layout, tokens_per_tile
 from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
-from megatron_eagle.model.build_context import BuildContext, Kernels, Precision, Recompute, TransformerImpl
+from megatron_eagle.model.build_context import (
+    AttentionCore,
+    BuildContext,
+    Kernels,
+    Precision,
+    Recompute,
+    TransformerImpl,
+)
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.mixture import Mixture
 from megatron_eagle.model.qwen import QwenModel
@@ -174,6 +181,7 @@ def build_eagle(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     kernels: Kernels = "torch",
+    attention: AttentionCore = "packed",
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
@@ -189,7 +197,7 @@ def build_eagle(
     """
     check_layout(config, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
-    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels)
+    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels, attention)
     with torch.device(device):
         model = EagleModel(config, build, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     if seed is not None:

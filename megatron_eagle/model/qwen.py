@@ -57,6 +57,8 @@ class QwenModel(HookedGPTModel):
             add_qkv_bias=True,
             gated_linear_unit=True,
             activation_func=F.silu,
+            # Megatron's switch for an activation module in the spec, whoever made it.
+            use_te_activation_func=build.liger,
         )
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(build.groups.pp))
         super().__init__(
@@ -67,6 +69,7 @@ class QwenModel(HookedGPTModel):
                 rms_norm=True,
                 mask=AttnMaskType.causal,
                 kernels=build.kernels,
+                attention=build.attention,
             ),
             vocab_size=qwen.padded_vocab_size,
             max_sequence_length=qwen.max_position_embeddings,
@@ -81,6 +84,7 @@ class QwenModel(HookedGPTModel):
         self.real_vocab_size = qwen.vocab_size
         self.loss_in_kernel = build.kernels == "triton"
         self.rope_theta = qwen.rope_theta
+        self.turns_in_kernel = build.liger
         self._on_host = HiddenStatesOnHost(qwen.hidden_size, build.dtype) if build.recompute == "offload" else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,8 +92,13 @@ class QwenModel(HookedGPTModel):
             return super().forward(*args, **kwargs)
 
     def before_layers(self, position_ids: Tensor) -> Tensor:
-        """Rotary angles [l, 1, 1, head_dim] of ``position_ids`` [1, l]."""
-        return rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta)
+        """Rotary angles [l, 1, 1, head_dim] of ``position_ids`` [1, l], or what the kernel wants of them."""
+        angles = rotary_angles(position_ids[0], self.config.kv_channels, self.rope_theta)
+        if not self.turns_in_kernel:
+            return angles
+        from megatron_eagle.model.liger import rotary_table  # needs Triton, which a CPU may lack
+
+        return rotary_table(angles)
 
     def after_layers(
         self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]

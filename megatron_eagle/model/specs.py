@@ -1,10 +1,12 @@
 """Which module stands in each slot of a transformer layer: Megatron ModuleSpecs for both transformer implementations.
 
-``local`` runs anywhere and is what the tests run. ``transformer_engine`` is for GPUs; without one it can be built over
-a stub, but not run (tests/te), so this branch holds nothing but names, taken from megatron-core's own provider. The two
-write checkpoints with the same keys.
+``local`` runs anywhere and is what the tests run; with kernels, its norms, SwiGLU and rotary positions are
+Liger-Kernel's. ``transformer_engine`` is for GPUs; without one it can be built over a stub, but not run (tests/te), so
+this branch holds nothing but names, taken from megatron-core's own provider. The two write checkpoints with the same
+keys.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -16,9 +18,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_eagle.compat.liger import liger_ops
 from megatron_eagle.compat.mlp_submodule import mlp_submodule
-from megatron_eagle.model.attention import BatchedAttention, PackedAttention
-from megatron_eagle.model.build_context import Kernels, TransformerImpl
+from megatron_eagle.model.attention import BatchedAttention, core_over_packs
+from megatron_eagle.model.build_context import AttentionCore, Kernels, TransformerImpl
 from megatron_eagle.model.norm import LayerNorm, RMSNorm
 
 # Transformer Engine keeps a norm inside the linear layer behind it; checkpoints use its names.
@@ -35,6 +38,7 @@ def block_spec(
     rms_norm: bool,
     mask: AttnMaskType,
     kernels: Kernels = "torch",
+    attention: AttentionCore = "packed",
     residual: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
     """A pre-norm transformer of ``layers`` layers with a norm behind the last one.
@@ -43,14 +47,14 @@ def block_spec(
     encoder. residual: what adds a sublayer's output to its input; None for Megatron's bias-dropout-add.
     """
     add = residual or get_bias_dropout_add
-    over_packs = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
+    over_packs = core_over_packs(attention, kernels)
     if impl == "transformer_engine":
         return _transformer_engine(layers, mask, over_packs, add)
-    norm = RMSNorm if rms_norm else LayerNorm
+    local = _liger() if rms_norm and kernels == "triton" else _Local(norm=RMSNorm if rms_norm else LayerNorm)
     layer = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=local.norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=local.attention,
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,
@@ -59,13 +63,29 @@ def block_spec(
             ),
         ),
         self_attn_bda=add,
-        pre_mlp_layernorm=norm,
-        mlp=mlp_submodule(ColumnParallelLinear, RowParallelLinear),
+        pre_mlp_layernorm=local.norm,
+        mlp=mlp_submodule(ColumnParallelLinear, RowParallelLinear, local.activation),
         mlp_bda=add,
         sharded_state_dict_keys_map=NORMS_IN_CHECKPOINTS,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=local.norm)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """What differs between local layers; activation: None for the one of the config."""
+
+    norm: type
+    attention: type = SelfAttention
+    activation: type | None = None
+
+
+def _liger() -> _Local:
+    liger_ops()  # says what is missing
+    from megatron_eagle.model.liger import LigerRMSNorm, LigerSwiGLU, RotarySelfAttention  # needs Triton
+
+    return _Local(LigerRMSNorm, RotarySelfAttention, LigerSwiGLU)
 
 
 def _transformer_engine(

@@ -154,6 +154,12 @@ class PackMask(PackedSeqParams):
     pieces: list[Piece]
     context: Context
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment, for a place that holds whole packs: each piece is a segment there."""
+        assert self.context.share.ring == 1
+        return max(piece.keys.stop - piece.keys.start for piece in self.pieces)
+
     @staticmethod
     def of(cu_seqlens: Tensor, borders: Sequence[int], context: Context) -> "PackMask":
         """borders: ``cu_seqlens`` on the host."""

@@ -4,7 +4,8 @@ Derived from what autograd saves in this project's modules, tensor by tensor. ``
 is what the CPU runs, and what the tests measure: the norms keep their input in float32, a SwiGLU keeps five tensors,
 keys and values are copied for every query head that shares them, logits are whole and in float32. Transformer Engine's
 norms need only their input and output; this project's kernels read shared heads in place and make the loss of some rows
-at a time. The difference is written down per module, not fitted.
+at a time. ``local`` with ``triton`` also has Liger-Kernel's norms, SwiGLU and rotary positions. The difference is
+written down per module, not fitted.
 
 All sizes are bytes on one process.
 """
@@ -15,7 +16,7 @@ from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, kernels_take, mixture_channels, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.model.build_context import Kernels, Precision, Recompute, TransformerImpl
+from megatron_eagle.model.build_context import AttentionCore, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.cost import EncoderRun, Held, Parts
 from megatron_eagle.model.encoders import encoder_cost
 from megatron_eagle.model.flops import Work
@@ -57,6 +58,7 @@ class Activations:
     recompute: Recompute = "none"
     impl: TransformerImpl = "local"
     kernels: Kernels = "torch"
+    attention: AttentionCore = "packed"
 
     @staticmethod
     def of(recipe: Recipe, stage: Stage) -> "Activations":
@@ -69,7 +71,17 @@ class Activations:
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,
             kernels=recipe.model.kernels or "torch",
+            attention=recipe.model.attention,
         )
+
+    @property
+    def _liger(self) -> bool:
+        return self.impl == "local" and self.kernels == "triton"
+
+    @property
+    def _copies_heads(self) -> bool:
+        """Whether keys and values are copied for every query head: PyTorch's attention on each segment."""
+        return self.attention == "packed" and self.kernels == "torch"
 
     @property
     def _repeats_layers(self) -> bool:
@@ -92,7 +104,7 @@ class Activations:
     def layer(self, pack: PackShape) -> Held:
         """One decoder layer."""
         whole = self._layer_saved(pack)
-        moment = self.hidden(pack) + 2 * self._tokens(pack) * self._inner * self.number
+        moment = self.hidden(pack) + self._mlp_moment(pack)
         if self.recompute == "offload":  # the layers' inputs are kept by the host
             return Held(0.0, whole, whole + moment + 3 * self.hidden(pack))
         if self.recompute == "full":
@@ -100,7 +112,8 @@ class Activations:
             return Held(own, whole, whole + moment + own)
         if self.recompute == "selective":
             core = self._core_saved(pack)
-            return Held(whole - core + self._core_inputs(pack), core, max(core, moment))
+            inputs = self._core_inputs(pack) + self._core_output(pack) * self._liger
+            return Held(whole - core + inputs, core, max(core, moment))
         return Held(whole, 0.0, moment)
 
     def head(self, pack: PackShape) -> Held:
@@ -162,27 +175,45 @@ class Activations:
     def _norm(self, pack: PackShape) -> float:
         """A norm and its output, which the product behind it needs for its weights."""
         width = self._tokens(pack) / self._split * self.config.language.hidden_size
+        kept = width * self.number * (2 if self.parts.language else 1)
         if self.impl == "transformer_engine":
-            return width * self.number * (2 if self.parts.language else 1)
+            return kept
+        if self._liger:
+            return kept + 4 * self._tokens(pack) / self._split
         return width * (4 + 2 * self.number * self.parts.language) + 4 * self._tokens(pack) / self._split
 
     def _layer_saved(self, pack: PackShape) -> float:
         tokens, trains = self._tokens(pack), self.parts.language
-        heads = self.config.language.hidden_size / self.layout.tp
-        project = tokens * heads * self.number * trains
+        project = self._core_output(pack)
         if self.impl == "transformer_engine":
             project, mlp = 0.0, 3 + trains  # the kernel's output is what the projection keeps
+        elif self._liger:
+            project, mlp = 0.0, 2 + trains  # gate and up, and the product's input
         else:
             mlp = 4 + trains
         return 2 * self._norm(pack) + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
 
+    def _core_output(self, pack: PackShape) -> float:
+        """What the projection behind the attention core keeps for its weights."""
+        heads = self.config.language.hidden_size / self.layout.tp
+        return self._tokens(pack) * heads * self.number * self.parts.language
+
+    def _mlp_moment(self, pack: PackShape) -> float:
+        """Beside the hidden states' gradient, where the backward pass of a layer has most: around its SwiGLU."""
+        inner = self._inner * self.number
+        if not self._liger:
+            return 2 * self._tokens(pack) * inner
+        # Liger's gradient overwrites gate and up, so the most is before it, or behind it the first product's weights'.
+        weights = self.config.language.hidden_size * inner * self.parts.language
+        return max(self._tokens(pack) * inner + weights, self.hidden(pack) + 2 * weights)
+
     def _core_saved(self, pack: PackShape) -> float:
-        """Queries, the whole pack's keys and values, the output, and the rotary table that turned them."""
+        """Queries, the whole pack's keys and values, the output, and the rotary table that turned them (Liger's is one
+        for all layers)."""
         language, tokens, length = self.config.language, self._tokens(pack), pack.length
         heads = language.hidden_size / self.layout.tp
-        shared = self.kernels == "torch"  # a copy for every query head
-        keys = heads if shared else self._key_channels
-        rotary = 4 * tokens * language.head_dim * self.number
+        keys = heads if self._copies_heads else self._key_channels
+        rotary = 0.0 if self._liger else 4 * tokens * language.head_dim * self.number
         places = length / self.layout.ulysses if self.layout.cp > 1 else tokens
         exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0
         saved = (2 * tokens * heads + 2 * places * keys) * self.number + rotary + exchanged
@@ -193,7 +224,7 @@ class Activations:
         """What recomputing the attention core starts from: queries, keys, and the product that values are a view of."""
         heads = self.config.language.hidden_size / self.layout.tp
         values = heads + 2 * self._key_channels if self.kernels == "torch" else self._key_channels
-        rotary = 4 * self.config.language.head_dim
+        rotary = 0.0 if self._liger else 4 * self.config.language.head_dim
         return self._tokens(pack) * (heads + self._key_channels + values + rotary) * self.number
 
     @property

@@ -164,6 +164,7 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             precision=recipe.precision,
             recompute=recipe.model.recompute,
             kernels=recipe.model.kernels_on(platform.device.type),
+            attention=recipe.model.attention_on(platform.device.type),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             vp_stage=chunk,

@@ -26,6 +26,15 @@ IN_TESTS: dict[str, set[str]] = {
     "tests/data/test_stream.py": {"torch.utils.data._utils"},
     # Where the backward pass begins, which runs in C++.
     "tests/fake_device.py": {"torch.autograd._engine_run_backward"},
+    # Kernels of Liger-Kernel: which operation one calls, and what it is built to.
+    "tests/compat/test_liger.py": {"liger_kernel.ops.rms_norm._rms_norm_forward_kernel"},
+    "tests/kernels/test_liger.py": {
+        "liger_kernel.ops.rms_norm._rms_norm_forward_kernel",
+        "liger_kernel.ops.rms_norm._rms_norm_backward_kernel",
+        "liger_kernel.ops.swiglu._swiglu_fused_gate_up_forward_kernel",
+        "liger_kernel.ops.swiglu._swiglu_fused_gate_up_backward_kernel",
+        "liger_kernel.ops.rope._triton_rope",
+    },
     # The kernels' tests run without the trainer, so without compat.
     "tests/kernels/test_linear_cross_entropy.py": {
         "torch.utils._python_dispatch.TorchDispatchMode",

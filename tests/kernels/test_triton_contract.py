@@ -1,10 +1,11 @@
-"""What eagle_kernels/checking/interpreter.py replaces inside Triton to compute bfloat16 right without a GPU."""
+"""What eagle_kernels/checking/interpreter.py replaces inside Triton to compute as a GPU does without one."""
 
 import pytest
 from triton.runtime import interpreter
 
 REPLACED = [
     "_get_np_dtype",
+    "_implicit_cvt",
     "_validate_np_data_size",
     "_interpreter.load",
     "_interpreter.store",
@@ -25,6 +26,6 @@ def test_contract_names_that_are_replaced(path):
     for name in path.split("."):
         assert hasattr(found, name), (
             f"Triton's interpreter no longer has {path}: eagle_kernels/checking/interpreter.py replaces or calls it, "
-            "because bfloat16 blocks are raw bits there"
+            "because bfloat16 blocks are raw bits there and float arguments no tensors"
         )
         found = getattr(found, name)

@@ -7,7 +7,9 @@ when stored, rounded to nearest even whenever an operation makes a new block. Th
 casts, elementwise operations and products accumulated in float32; reductions in bfloat16 itself may round in another
 order than on a GPU.
 
-The correction replaces private functions of Triton, hence the check of the version. Bfloat16 atomics stay unsupported.
+Arguments that are Python floats are another difference: a GPU's kernel gets a float32 of Triton's, which has methods.
+
+The corrections replace private functions of Triton, hence the check of the version. Bfloat16 atomics stay unsupported.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ from triton.runtime import interpreter
 from eagle_kernels.device import INTERPRETED
 
 TESTED_TRITON = "3.7."
-_state = {"corrected": False}
+_state = {"corrected": False, "scalars": False}
 
 
 def bfloat16_is_corrected() -> bool:
@@ -30,17 +32,33 @@ def bfloat16_is_corrected() -> bool:
 
 def correct_bfloat16() -> None:
     """Corrects bfloat16 for every kernel interpreted in this process from now on. Calling it again does nothing."""
-    if not INTERPRETED:
-        raise RuntimeError(
-            "kernels are not interpreted in this process: set TRITON_INTERPRET=1 before triton is imported"
-        )
-    if not triton.__version__.startswith(TESTED_TRITON):
-        raise RuntimeError(f"bfloat16 is corrected for Triton {TESTED_TRITON}x, this is {triton.__version__}")
+    _require_tested_interpreter("bfloat16 is")
     if not _state["corrected"]:
         _replace_storage()
         _replace_memory()
         _replace_casts()
         _state["corrected"] = True
+
+
+def correct_scalars() -> None:
+    """Makes float arguments of every kernel interpreted from now on float32 of Triton's, as they are on a GPU.
+
+    Kernels that only compute with them need it not; those that ask a float for its ``to`` do. Calling it again does
+    nothing.
+    """
+    _require_tested_interpreter("float arguments are")
+    if not _state["scalars"]:
+        _replace_arguments()
+        _state["scalars"] = True
+
+
+def _require_tested_interpreter(subject: str) -> None:
+    if not INTERPRETED:
+        raise RuntimeError(
+            "kernels are not interpreted in this process: set TRITON_INTERPRET=1 before triton is imported"
+        )
+    if not triton.__version__.startswith(TESTED_TRITON):
+        raise RuntimeError(f"{subject} corrected for Triton {TESTED_TRITON}x, this is {triton.__version__}")
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -58,6 +76,17 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 def _is_bfloat16(dtype: Any) -> bool:
     return dtype.scalar == tl.bfloat16
+
+
+def _replace_arguments() -> None:
+    convert = interpreter._implicit_cvt
+
+    def corrected_convert(argument: Any) -> Any:
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return convert(argument)
+
+    interpreter._implicit_cvt = corrected_convert
 
 
 def _replace_storage() -> None:
