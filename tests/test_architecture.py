@@ -27,6 +27,7 @@ ORDER = (
     "evaluation",
     "cluster",
     "demo",
+    "gpu_day",
     "cli",
 )
 DATA_ORDER = ("media", "sample", "storage", "order", "stream", "build", "reports")

@@ -57,13 +57,25 @@ SETS = (
 )
 
 
-def run_demo(recipe_path: Path, overrides: Sequence[str], runs: Path, processes: int, setup_seconds: float) -> None:
-    """Do all of it; prints what it is doing. Raises UserError if a part fails (the part has said why)."""
+def run_demo(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    runs: Path,
+    processes: int,
+    setup_seconds: float,
+    sets: Sequence[EmbeddedSet] | None = None,
+) -> None:
+    """Do all of it; prints what it is doing. Raises UserError if a part fails (the part has said why).
+
+    sets: data sets to generate instead of ``SETS``.
+    """
     recipe = load_recipe(recipe_path, overrides)
     folder = runs / recipe.name
     clock = _Clock(folder / TIMES)
     vocab_size = recipe.model.eagle().language.vocab_size
-    clock.timed("setup", partial(_prepare_data, folder, Path(recipe.tokenizer.path), vocab_size))
+    clock.timed(
+        "setup", partial(_prepare_data, folder, Path(recipe.tokenizer.path), vocab_size, SETS if sets is None else sets)
+    )
     common = [str(recipe_path), *overrides, "--runs", str(runs), "--processes", str(processes)]
     for stage in recipe.stages:
         _say(f"training {stage.name} in {processes} processes")
@@ -77,10 +89,10 @@ def run_demo(recipe_path: Path, overrides: Sequence[str], runs: Path, processes:
     _say(f"{seen:.1%} of the held-out questions right, {blank:.1%} without seeing; open {folder / 'report.html'}")
 
 
-def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int) -> None:
+def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int, sets: Sequence[EmbeddedSet]) -> None:
     """Generate, train the tokenizer on the training texts, build the shards."""
     raw = folder / "raw"
-    for part in SETS:
+    for part in sets:
         out = folder / "data" / part.name
         if out.exists():
             continue
@@ -89,7 +101,7 @@ def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int) -> None:
         build_dataset(samples, out)
     if not tokenizer.exists():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        texts = [text for part in SETS if part.split == "train" for text in _texts(raw / part.name / "samples.jsonl")]
+        texts = [text for part in sets if part.split == "train" for text in _texts(raw / part.name / "samples.jsonl")]
         train_sentencepiece(texts, tokenizer, vocab_size)
 
 

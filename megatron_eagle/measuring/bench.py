@@ -7,9 +7,9 @@ is a step without reading. ``bench_report.py`` writes the result down.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
 from megatron_eagle.planning.plan import StagePlan, describe_layout, plan_stage
 from megatron_eagle.planning.samples import Given, Samples, synthetic
-from megatron_eagle.training.engine import build_engine
+from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.step import COMPUTING, DISTRIBUTING, PHASES, UPDATING, Step, packs_per_replica
 from megatron_eagle.training.throughput import useful_flops
 
@@ -66,6 +66,7 @@ class Measurement:
     predicted_bytes: float
     profile: str
     reduced: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of every step, those that warm up included
 
 
 def run_bench(
@@ -78,11 +79,13 @@ def run_bench(
     *,
     trace: Path | None = None,
     reduced: Sequence[str] = (),
+    prepare: Callable[[Engine], object] = lambda engine: None,
 ) -> Measurement | None:
     """Train ``steps`` counted steps; the measurement on rank 0, None on the others.
 
     samples: shapes of synthetic packs, None for the first packs of the stage's own data. trace: file that gets one more
     step as torch's profiler sees it on rank 0. reduced: what differs from the recipe, for the report.
+    prepare: called before the first step, to give the model other weights than those of the recipe's seed.
     """
     recipe = recipe.with_kernels_on(platform.device.type)
     layout = recipe.stage_layout(stage)
@@ -93,14 +96,16 @@ def run_bench(
         shapes = Given(tuple(_shape(batch) for batch in whole))
         plan = plan_stage(recipe, stage, groups.world_size, hardware, shapes, simulated=groups.dp_size)
         bench = _Bench(recipe, stage, platform, groups, whole[groups.dp_rank :: groups.dp_size])
+        prepare(bench.taken.engine)
         times = [bench.step() for _ in range(WARM_UP + steps)][WARM_UP:]
-        peak = bench.peak_bytes()
+        losses, peak = list(bench.losses), bench.peak_bytes()
         if trace is not None:
             with _traced(trace if groups.rank == 0 else None, platform.device):
                 bench.step()
         if groups.rank:
             return None
-        return _summary(recipe, stage, hardware, groups, plan, whole, times, peak, described, platform, reduced)
+        found = _summary(recipe, stage, hardware, groups, plan, whole, times, peak, described, platform, reduced)
+        return replace(found, losses=losses)
     finally:
         destroy()
 
@@ -174,6 +179,9 @@ class _Bench:
         self, recipe: Recipe, stage: Stage, platform: Platform, groups: Groups, own: Sequence[PackedBatch]
     ) -> None:
         self.device, self.own = platform.device, list(own)
+        self.losses: list[float] = []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what ran here before
         self.taken = Step(build_engine(recipe, stage, platform, groups), groups, stage, platform.device)
 
     def step(self) -> list[float]:
@@ -186,7 +194,8 @@ class _Bench:
             yield
             seconds[name] += self._now() - started
 
-        self.taken.run(lambda: self.own, phase=timed)
+        result = self.taken.run(lambda: self.own, phase=timed)
+        self.losses.append(self.taken.collect(result).loss)
         return list(seconds.values())
 
     def peak_bytes(self) -> int:

@@ -1,10 +1,10 @@
 """Finds the rates of a machine from one short run, for a hardware profile of its own.
 
-Each process times what the planner cannot know: the largest matrix product, a copy of memory, an exchange with its
-neighbours, and a few forward and backward passes of the recipe's model on packs that differ in what they are made of -
-one long segment, many short ones, few tokens, many tiles. All processes do so at the same time, as in training, where
-they share caches and memory. The achievable shares are then those with which the planner's own formulas come closest
-to the times measured.
+Each process times what the planner cannot know: an exchange with its neighbours, a few forward and backward passes of
+the recipe's model on packs that differ in what they are made of - one long segment, many short ones, few tokens, many
+tiles - and on a CPU, of which nobody states it, the largest matrix product and a copy of memory. All processes do so at
+the same time, as in training, where they share caches and memory. The achievable shares are then those with which the
+planner's own formulas come closest to the times measured.
 """
 
 import math
@@ -56,7 +56,7 @@ def calibrate(recipe: Recipe, stage: Stage, platform: Platform, start: Hardware)
             return None
         sizes = Activations.of(recipe, alone)
         hardware = fit(replace(start, **measured), sizes, runs)
-        return _explained(hardware, groups.world_size, off=worst_error(hardware, sizes, runs))
+        return _explained(hardware, groups.world_size, {*FITTED, *measured}, off=worst_error(hardware, sizes, runs))
     finally:
         destroy()
 
@@ -135,15 +135,8 @@ def _passes(recipe: Recipe, stage: Stage, platform: Platform, groups: Groups) ->
 
 
 def _machine(groups: Groups, device: torch.device) -> dict[str, Any]:
-    """Peak, memory and link of a process while all others do the same."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    square = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device, dtype=dtype)
-    block = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(block)
-    found: dict[str, Any] = {
-        "peak_flops": 2.0 * PRODUCT_SIDE**3 / _fastest(lambda: square @ square, device, 10),
-        "memory_bytes_per_second": 2.0 * COPIED_BYTES / _fastest(lambda: target.copy_(block), device),
-    }
+    """Peak, memory and link of a process while all others do the same; on a GPU the link alone."""
+    found: dict[str, Any] = _peaks(device) if device.type == "cpu" else {}
     size = groups.world_size
     if size > 1:
         short, long = (torch.zeros(count // 4 // size * size, device=device) for count in (256, EXCHANGED_BYTES))
@@ -160,6 +153,17 @@ def _machine(groups: Groups, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def _peaks(device: torch.device) -> dict[str, Any]:
+    """What a CPU can do at most. A GPU's maker states it, and utilisation is a share of what is stated."""
+    square = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device)
+    block = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    return {
+        "peak_flops": 2.0 * PRODUCT_SIDE**3 / _fastest(lambda: square @ square, device, 10),
+        "memory_bytes_per_second": 2.0 * COPIED_BYTES / _fastest(lambda: target.copy_(block), device),
+    }
+
+
 def _fastest(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
     """Seconds of the fastest of several runs, behind one that warms up; all processes start together."""
     times = []
@@ -173,10 +177,8 @@ def _fastest(work: Callable[[], object], device: torch.device, repeats: int = RE
     return min(times[1:])
 
 
-def _explained(hardware: Hardware, processes: int, off: float) -> Hardware:
+def _explained(hardware: Hardware, processes: int, found: set[str], off: float) -> Hardware:
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    found = {*FITTED, "peak_flops", "memory_bytes_per_second"}
-    found |= {"latency", "inside_bytes_per_second", "link_share"} if processes > 1 else set()
     how = f"measured on {date} by {processes} process(es) at once"
     fitted = f"{how}; fitted to passes of the model, the worst of which it misses by {off:.0%}"
     sources = {

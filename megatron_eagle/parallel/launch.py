@@ -55,11 +55,13 @@ def _start(variables: dict[str, str], arguments: Sequence[str]) -> "subprocess.P
     threads = str(max(1, (os.cpu_count() or 1) // int(variables["WORLD_SIZE"])))
     environment = {"OMP_NUM_THREADS": threads} | os.environ | variables
     command = [sys.executable, "-m", "megatron_eagle", *arguments]
-    return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+    return subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent() -> None:
+    """From now on this process is killed when the one that started it ends; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _explain(rank: int, code: int) -> int:

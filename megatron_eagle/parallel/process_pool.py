@@ -34,7 +34,10 @@ class WorldError(Exception):
 
 
 class World:
-    """``size`` processes joined by gloo. prepare: called in each of them before it imports torch or Megatron."""
+    """``size`` processes joined by gloo, or by NCCL on as many GPUs where there are some.
+
+    prepare: called in each of them before it imports torch or Megatron.
+    """
 
     def __init__(self, size: int, prepare: Callable[[], None] | None = None) -> None:
         self.size, self._prepare = size, prepare
@@ -134,7 +137,7 @@ def _serve(
 
     warnings.simplefilter("ignore")  # what dependencies tell their own developers would bury a test's output
     torch.set_num_threads(1)
-    platform = install()
+    platform = install(local_rank=rank)
     from megatron.core import parallel_state
 
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)

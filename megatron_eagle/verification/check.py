@@ -8,7 +8,7 @@ step, all weights after the last.
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -144,14 +144,18 @@ def _initial_weights(folder: str) -> tuple[dict[str, Tensor], hf_names.HfNames]:
 
 
 def measure(row: Row, folder: str) -> tuple[float, float, float]:
-    """Train the row in this world; (loss, gradient, weight) distances from the reference, equal on every process."""
-    platform = install()
+    """Train the row in this world; (loss, gradient, weight) distances from the reference, equal on every process.
+
+    On CUDA, products and convolutions of float32 are float32's from then on in this process, not TF32's.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    platform = install(local_rank=dist.get_rank())
     subject, expected = _load_subject(folder), _load_expected(folder, row.trainable)
     recipe = _recipe(row, subject)
     stage = recipe.stages[0]
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
     engine = build_engine(recipe, stage, platform, groups)
-    _fill(engine, folder)
+    load_reference(engine, *_initial_weights(folder))
     step = Step(engine, groups, stage, platform.device)
     losses: list[float] = []
     gradient_distances: list[float] = []
@@ -167,7 +171,8 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
         losses.append(step.collect(result).loss)
     weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
-    worst = torch.tensor([loss_distance, *gradient_distances, weight_distance], dtype=torch.float64)
+    distances = [loss_distance, *gradient_distances, weight_distance]
+    worst = torch.tensor(distances, dtype=torch.float64, device=platform.device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return tuple(worst.tolist())
 
@@ -205,8 +210,8 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
     )
 
 
-def _fill(engine: Engine, folder: str) -> None:
-    state, sources = _initial_weights(folder)
+def load_reference(engine: Engine, state: Mapping[str, Tensor], sources: hf_names.HfNames) -> None:
+    """Give ``engine`` the weights of a reference: its ``state_dict`` and ``sources``."""
     for module, group in engine.weight_owners():
         hf_names.load(module, sources, state, group)
     engine.reload_optimizer()
@@ -240,7 +245,8 @@ def _distance(engine: Engine, folder: str, reference: dict[str, Tensor], take: C
         if any(name not in named for name in names):
             continue  # frozen: the reference has no gradient for it
         whole = sources[weight.name].join([named[name] for name in names])
-        difference = take(weight.parameter).double() - weight.cut(whole)
+        held = take(weight.parameter)
+        difference = held.double() - weight.cut(whole).to(held.device)
         worst = max(worst, float(difference.norm() / whole.norm().clamp_min(1e-30)))
     return worst
 

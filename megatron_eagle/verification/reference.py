@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,22 @@ class Published:
 
 
 class ReferenceEagle(nn.Module):
-    """An Eagle of transformers' modules; float64, random weights drawn from ``seed``.
+    """An Eagle of transformers' modules; random weights drawn from ``seed``.
 
     Biases, norms and layer scales are drawn too, so that no parameter can be mixed up with another unseen.
-    published: where the model's config.json lies; None takes all numbers from ``config``.
+    published: where the model's config.json lies; None takes all numbers from ``config``. dtype, attention: those that
+    transformers runs with; the reference is what the defaults make it, others are for holding speeds side by side.
     """
 
-    def __init__(self, config: EagleConfig, seed: int, published: Published | None = None) -> None:
+    def __init__(
+        self,
+        config: EagleConfig,
+        seed: int,
+        published: Published | None = None,
+        *,
+        dtype: torch.dtype = torch.float64,
+        attention: str = "eager",
+    ) -> None:
         super().__init__()
         self.config = config
         numbers = encoder_configs(config)
@@ -54,24 +63,25 @@ class ReferenceEagle(nn.Module):
         width, hidden = mixture_channels(config), config.language.hidden_size
         norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
         self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        self.language = _build_language(config, published.language if published else None)
-        self.double()
+        self.language = _build_language(config, published.language if published else None, attention)
+        self.to(dtype)
         _draw(self, seed)
 
     def forward(self, tokens: Tensor, tiles: Tensor, slots: Tensor) -> Tensor:
         """Logits [n, vocab] of one sample: tokens [n], its tiles, and each tile's first position."""
         embeddings = F.embedding(tokens, self.get_parameter("language.model.embed_tokens.weight"))
         if len(tiles):
-            features = self.mlp1(self._encode(tiles))
+            features = self.visual(tiles)
             places = (slots[:, None] + torch.arange(features.shape[1])).flatten()
             embeddings = embeddings.index_copy(0, places, features.flatten(0, 1))
         return self.language(inputs_embeds=embeddings[None]).logits[0]
 
-    def _encode(self, tiles: Tensor) -> Tensor:
-        """Features [n, tokens, channels] of all encoders, joined by channel."""
-        pixels = tiles.double() / 255
+    def visual(self, tiles: Tensor) -> Tensor:
+        """Embeddings [n, tokens, hidden_size] of tiles: all encoders' features, joined by channel, and the connector."""
+        pixels = tiles.to(self.get_parameter("mlp1.1.weight").dtype) / 255
         pairs = zip(self._parts, self.encoders, strict=True)
-        return torch.cat([part.features(numbers, module, pixels) for (part, numbers), module in pairs], dim=-1)
+        features = [part.features(numbers, module, pixels) for (part, numbers), module in pairs]
+        return cast(Tensor, self.mlp1(torch.cat(features, dim=-1)))
 
     def sources(self) -> hf_names.HfNames:
         """Where each of Megatron's parameters comes from in this module's state dict."""
@@ -172,10 +182,10 @@ def _build_encoder(part: EncoderReference, config: EncoderConfig, folder: Path |
     return built
 
 
-def _build_language(config: EagleConfig, published: Mapping[str, Any] | None) -> nn.Module:
+def _build_language(config: EagleConfig, published: Mapping[str, Any] | None, attention: str) -> nn.Module:
     numbers = config.language
     if published is not None:
-        said = Qwen2Config.from_dict(copy.deepcopy(dict(published)), attn_implementation="eager")
+        said = Qwen2Config.from_dict(copy.deepcopy(dict(published)), attn_implementation=attention)
         said.vocab_size = numbers.vocab_size  # as many as there are rows, which a new model changes
         said.tie_word_embeddings = numbers.tie_word_embeddings  # both matrices are given, tied or not
         return Qwen2ForCausalLM(said)
@@ -190,7 +200,7 @@ def _build_language(config: EagleConfig, published: Mapping[str, Any] | None) ->
             rms_norm_eps=numbers.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": numbers.rope_theta},
             tie_word_embeddings=numbers.tie_word_embeddings,
-            attn_implementation="eager",
+            attn_implementation=attention,
         )
     )
 

@@ -36,7 +36,7 @@ def verify(
 
     sample: so many rows of the table instead of all, drawn with ``seed``.
     """
-    most = processes or (QUICK_PROCESSES if quick else ALL_PROCESSES)
+    most = largest_world(processes or (QUICK_PROCESSES if quick else ALL_PROCESSES))
     rows = quick_table(most) if quick else whole_table(most)
     if sample is not None and sample < len(rows):
         rows = sorted(random.Random(seed).sample(rows, sample), key=lambda row: row.processes)
@@ -45,7 +45,7 @@ def verify(
 
 def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, kernels: Kernels = "torch") -> None:
     """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``)."""
-    most = processes or ALL_PROCESSES
+    most = largest_world(processes or ALL_PROCESSES)
     stage = recipe.stages[0]
     rows = recipe_rows(recipe, packs_of_a_step(recipe, stage))
     fitting = [row for row in rows if row.processes <= most]
@@ -55,13 +55,18 @@ def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, ke
     _run(_with_kernels(fitting, kernels), recipe_subject(recipe, stage), out)
 
 
+def largest_world(wanted: int) -> int:
+    """``wanted`` processes, or one for each GPU if those are fewer: two cannot share one under NCCL."""
+    return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
+
+
 def _with_kernels(rows: Sequence[Row], kernels: Kernels) -> list[Row]:
-    if kernels == "triton":
+    if kernels == "triton" and not torch.cuda.is_available():
         from eagle_kernels.device import INTERPRETED  # imports Triton, which only this needs
 
         if not INTERPRETED:
             raise UserError(
-                "layouts are verified on the CPU, where Triton's kernels have to be interpreted: put "
+                "on a CPU Triton's kernels have to be interpreted: put "
                 "TRITON_INTERPRET=1 in front of the command (about a minute a row)"
             )
     return [replace(row, kernels=kernels) for row in rows]

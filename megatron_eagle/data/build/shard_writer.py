@@ -23,7 +23,7 @@ from megatron_eagle.data.media.frames import Stretch, cut_clip
 from megatron_eagle.data.media.images import decode_image, read_extension
 from megatron_eagle.data.media.pages import read_pages
 from megatron_eagle.data.media.sniff import HEAD, sniff
-from megatron_eagle.data.media.video import VideoReader
+from megatron_eagle.data.media.video import NoVideos, VideoReader
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.data.storage.checksums import SummedWriter
@@ -213,7 +213,7 @@ def _load_video(item: Item, name: str, clip: Stretch | None, max_pixels: int) ->
         with VideoReader(part, max_pixels=max_pixels) as reader:
             reader.check(reader.info if clip is None else cut_clip(reader.info, clip))
             return _Medium(reader.extension, part)
-    except BrokenSample as error:
+    except (BrokenSample, NoVideos) as error:  # the images of a source can be had without the package for videos
         raise BrokenSample(f"video {shorten(name)}: {error}") from error
     except OSError as error:
         raise BrokenSample(f"video {shorten(name)} cannot be read: {error.strerror}") from error

@@ -13,17 +13,23 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from PIL import Image
 
 from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.frames import VideoInfo
-from megatron_eagle.errors import BrokenSample
+from megatron_eagle.errors import BrokenSample, UserError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+try:
+    import av
+except ImportError:  # 36 MB that a machine which trains on images may lack
+    av = None  # type: ignore[assignment]
 
 # Short containers' names of FFmpeg and the ending a shard's entry gets.
 EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "avi": "avi", "mpegts": "ts", "flv": "flv", "mpeg": "mpg", "ogg": "ogv"}
@@ -39,6 +45,10 @@ LONGEST_SECONDS = 7 * 24 * 3600.0
 HIGHEST_RATE = 1000.0  # frames a second; what FFmpeg guesses of uneven frames in a broadcast stream can be above it
 
 Source = bytes | FileSlice
+
+
+class NoVideos(UserError):
+    """This machine lacks the package that videos are read with; the message names it."""
 
 
 @contextlib.contextmanager
@@ -64,10 +74,12 @@ class _Frame:
 class VideoReader:
     """One open video; ``decoded`` counts the frames that were decoded so far.
 
-    Raises BrokenSample if it is no video, has no frames, or frames of more than ``max_pixels``.
+    Raises BrokenSample if it is no video, has no frames, or frames of more than ``max_pixels``; NoVideos without PyAV.
     """
 
     def __init__(self, source: Source, *, max_pixels: int = MAX_PIXELS) -> None:
+        if av is None:
+            raise NoVideos("videos are read with the package av, which is not installed here (pip install av)")
         self.decoded = 0
         self._exit = contextlib.ExitStack()
         try:
@@ -85,7 +97,7 @@ class VideoReader:
         self._shown: _Frame | None = None  # the frame given last
         self._ahead: _Frame | None = None  # one decoded after it, which begins too late to have been given
 
-    def _open(self, source: Source) -> tuple[InputContainer, VideoStream]:
+    def _open(self, source: Source) -> "tuple[InputContainer, VideoStream]":
         with _ffmpeg("opened"):
             file = self._exit.enter_context(io.BytesIO(source) if isinstance(source, bytes) else source.open())
             container = self._exit.enter_context(av.open(file, "r", metadata_errors="replace"))
@@ -276,6 +288,6 @@ class VideoReader:
 
 
 def read_info(source: Source, *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
-    """What the container says of a video; nothing is decoded. Raises BrokenSample."""
+    """What the container says of a video; nothing is decoded. Raises as VideoReader."""
     with VideoReader(source, max_pixels=max_pixels) as reader:
         return reader.info

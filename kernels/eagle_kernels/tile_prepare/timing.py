@@ -1,31 +1,33 @@
 """tile_prepare on a GPU against eager PyTorch and torch.compile, for SigLIP alone and with ConvNeXt's input.
 
-    PYTHONPATH=kernels python benchmarks/kernels/bench_tile_prepare.py
-
 Not run yet for want of a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
 from eagle_kernels.checking.registry import Roofline
+from eagle_kernels.checking.timing import Aim, Measurement, measure
 from eagle_kernels.tile_prepare import tile_prepare, tile_prepare_reference
 from eagle_kernels.tile_prepare.entry import CONVNEXT_SIZE, SIGLIP_SIZE
-from harness import Measurement, arguments, copy_bandwidth, measure, require_gpu, write_report
 
-TILES = (2, 26, 104)
-
-
-def main() -> None:
-    """Measures every case and writes the report."""
-    folder = arguments(__doc__.splitlines()[0])
-    device = require_gpu()
-    sizes = (None, CONVNEXT_SIZE)
-    found = [one for tiles in TILES for size in sizes for one in measured(tiles, size, device)]
-    write_report("tile_prepare", found, copy_bandwidth(device), folder)
+TILES, TOY_TILES = (2, 26, 104), (1,)
 
 
-def measured(tiles: int, convnext_size: int | None, device: torch.device) -> Iterator[Measurement]:
+def measured(device: torch.device, toy: bool) -> Iterator[Measurement]:
+    """All contenders on all cases."""
+    for tiles in TOY_TILES if toy else TILES:
+        for size in (None, CONVNEXT_SIZE):
+            yield from _measured(tiles, size, device)
+
+
+def aims(found: Sequence[Measurement], bandwidth: float | None) -> list[Aim]:
+    """None were set."""
+    return []
+
+
+def _measured(tiles: int, convnext_size: int | None, device: torch.device) -> Iterator[Measurement]:
     """All contenders at Eagle 2's tile size, results in bfloat16."""
     raw = torch.randint(0, 256, (tiles, 3, SIGLIP_SIZE, SIGLIP_SIZE), dtype=torch.uint8, device=device)
     written = tiles * 3 * (SIGLIP_SIZE**2 + (convnext_size or 0) ** 2)
@@ -36,7 +38,7 @@ def measured(tiles: int, convnext_size: int | None, device: torch.device) -> Ite
         def prepared(function: Callable[..., object] = function) -> object:
             return function(raw, convnext_size=convnext_size, dtype=torch.bfloat16)
 
-        yield measure(label, contender, roofline, prepared)
+        yield measure(device, label, contender, roofline, prepared)
 
 
 def contenders() -> dict[str, Callable[..., object]]:
@@ -46,7 +48,3 @@ def contenders() -> dict[str, Callable[..., object]]:
         "eager": tile_prepare_reference,
         "torch.compile": torch.compile(tile_prepare_reference),
     }
-
-
-if __name__ == "__main__":
-    main()
