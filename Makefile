@@ -3,6 +3,7 @@
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
+# make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
 # and nothing else. PYTHON=/path/to/python says which one, VENV=folder where to.
@@ -26,7 +27,7 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model tests/checkpo
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-long lint format clean
+.PHONY: setup demo check test test-stacks test-te test-long gpu lint format clean
 
 setup: $(READY)
 
@@ -67,6 +68,9 @@ test-te: setup
 
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
+
+gpu: setup
+	@$(BIN)/megatron-eagle gpu-day benchmarks/gpu
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

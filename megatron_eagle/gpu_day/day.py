@@ -24,6 +24,7 @@ from megatron_eagle.parallel.launch import die_with_parent
 
 MINUTES = 9.0  # that a part may take
 LAST_WORDS = 2000  # characters of a part's output that its file keeps if it fails
+NOT_KEPT = ("runs/", "traces/", "*.log")  # of a folder that is committed: large, and a trace opens only in a viewer
 Ending = Literal["done", "failed", "out of time"]
 
 
@@ -96,6 +97,8 @@ def run_day(
     if not machine.gpus and not toy:
         raise UserError("there is no GPU here; --toy runs every part at toy size on the CPU")
     folder = choose_folder(out, machine, part_names())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("".join(f"{name}\n" for name in NOT_KEPT), encoding="utf-8")
     for part in parts:
         if not chosen and not _missing(folder, part):
             say(f"{part}: done before")

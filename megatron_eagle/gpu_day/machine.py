@@ -35,7 +35,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What can be found out without starting CUDA for good."""
+    """This one."""
     cuda = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if cuda else None
     return Machine(

@@ -122,10 +122,11 @@ def _theirs(
             run: Run = train(reference.to(device), [rows] * (steps + 1), recipe.stages[0].learning_rate)
         except torch.OutOfMemoryError as error:
             skipped.append(f"{title}: out of memory, {str(error).splitlines()[0][:120]}")
-            reference.zero_grad()
+        else:
+            found.append(Trained(title, run.losses, statistics.median(run.seconds[1:]), run.peak_bytes))
+        reference.zero_grad()
+        if setting.cuda:
             torch.cuda.empty_cache()
-            continue
-        found.append(Trained(title, run.losses, statistics.median(run.seconds[1:]), run.peak_bytes))
     return found, skipped
 
 

@@ -77,7 +77,7 @@ class ReferenceEagle(nn.Module):
         return self.language(inputs_embeds=embeddings[None]).logits[0]
 
     def visual(self, tiles: Tensor) -> Tensor:
-        """Embeddings [n, tokens, hidden_size] of tiles: all encoders' features, joined by channel, and the connector."""
+        """Embeddings [n, tokens, hidden_size] of tiles: all encoders' features joined by channel, and the connector."""
         pixels = tiles.to(self.get_parameter("mlp1.1.weight").dtype) / 255
         pairs = zip(self._parts, self.encoders, strict=True)
         features = [part.features(numbers, module, pixels) for (part, numbers), module in pairs]

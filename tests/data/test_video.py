@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from samples import frame_number, make_settings, make_tokenizer, question, write_jsonl, write_video
 
 from megatron_eagle.config.reading import VideoSettings
@@ -22,7 +23,7 @@ from megatron_eagle.data.media.video import VideoReader, read_info
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.data.stream.streams import PackStream
-from megatron_eagle.errors import BrokenSample
+from megatron_eagle.errors import BrokenSample, UserError
 
 KINDS = [
     ("mp4", "mpeg4"),
@@ -166,6 +167,26 @@ def test_words():
     for bad in ({"frame": "Frame {nr}: "}, {"header": "{"}, {"frame": "{}"}):
         with pytest.raises(ValueError, match=r"video\.(frame|header)=.* cannot be filled in"):
             VideoSettings(**bad)
+
+
+def test_without_the_package_for_videos_images_are_built_and_videos_refused_by_name(tmp_path, films, monkeypatch):
+    monkeypatch.setattr("megatron_eagle.data.media.video.av", None)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30)).save(picture)
+    (tmp_path / "film.mp4").write_bytes(films[KINDS[0]].read_bytes())
+    records = [question("seen", "<image>\nWhat?", "It.", "picture.png")]
+    records += [question("film", "<video>\nWhat?", "It.", video="film.mp4")]
+    report = build_dataset(write_jsonl(tmp_path, records), tmp_path / "out", max_rejected=2)
+    assert (report.written, report.rejected) == (1, 1)
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert "the package av, which is not installed here" in line and "film" in line
+    with pytest.raises(UserError, match="the package av"):
+        read_info(films[KINDS[0]].read_bytes())
+
+
+def test_everything_is_imported_without_the_package_for_videos():
+    code = "import sys; sys.modules['av'] = None; import megatron_eagle.training.loop, megatron_eagle.data.build.dataset"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120).returncode == 0
 
 
 def broken_films(folder, whole):

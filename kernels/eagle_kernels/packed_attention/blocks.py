@@ -2,7 +2,7 @@
 
 One fixed choice per case instead of autotuning: packs differ at every step, so a tuner keyed on shapes would never stop
 tuning. The choices are the largest blocks that spill no registers, read off the compiled kernels (``python -m
-eagle_kernels.check --tier compile``). None was timed yet: ``benchmarks/kernels/bench_packed_attention.py`` times them
+eagle_kernels.check --tier compile``). None was timed yet: ``timing.py`` times them
 against other choices on a GPU.
 """
 
