@@ -56,7 +56,9 @@ def installed(text: str) -> dict[str, str]:
 
 def pinned(stack: str) -> dict[str, str]:
     """name -> version, of constraints/ for a stack."""
-    texts = [(ROOT / "constraints" / name).read_text(encoding="utf-8") for name in ("common.txt", f"megatron-{stack}.txt")]
+    texts = [
+        (ROOT / "constraints" / name).read_text(encoding="utf-8") for name in ("common.txt", f"megatron-{stack}.txt")
+    ]
     return {normal(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", "\n".join(texts), re.MULTILINE)}
 
 

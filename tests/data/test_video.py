@@ -185,7 +185,9 @@ def test_without_the_package_for_videos_images_are_built_and_videos_refused_by_n
 
 
 def test_everything_is_imported_without_the_package_for_videos():
-    code = "import sys; sys.modules['av'] = None; import megatron_eagle.training.loop, megatron_eagle.data.build.dataset"
+    code = (
+        "import sys; sys.modules['av'] = None; import megatron_eagle.training.loop, megatron_eagle.data.build.dataset"
+    )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120).returncode == 0
 
 

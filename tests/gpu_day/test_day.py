@@ -12,11 +12,19 @@ from megatron_eagle.gpu_day.machine import Machine, this_machine
 from megatron_eagle.gpu_day.part import PartResult, Table, part_names, part_of
 from megatron_eagle.gpu_day.report import as_text, troubles, write_report
 
-MACHINE = Machine("NVIDIA H100 80GB HBM3", 1, 85 * 10**9, "590.1", "13.0", "3.12.3", "a CPU", {"torch": "2"}, "abc-dirty")
+MACHINE = Machine(
+    "NVIDIA H100 80GB HBM3", 1, 85 * 10**9, "590.1", "13.0", "3.12.3", "a CPU", {"torch": "2"}, "abc-dirty"
+)
 
 
 def outcome(part="good", **changes):
-    whole = {"ending": "done", "seconds": 61.2, "date": "2026-11-26 10:00", "machine": asdict(MACHINE), "result": RESULT}
+    whole = {
+        "ending": "done",
+        "seconds": 61.2,
+        "date": "2026-11-26 10:00",
+        "machine": asdict(MACHINE),
+        "result": RESULT,
+    }
     return Outcome(part, **(whole | changes))
 
 

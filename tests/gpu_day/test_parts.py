@@ -17,7 +17,9 @@ from megatron_eagle.verification.packs import make_step
 from megatron_eagle.verification.reference import ReferenceEagle, square_root_average
 from megatron_eagle.verification.rows import CONFIG
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, megatron-eagle gpu-day --toy is the test")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, megatron-eagle gpu-day --toy is the test"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def test_train_is_set_beside_the_plan_and_transformers(setting):
     assert [row[0] for row in planned.rows][-1] == "peak of tensors, GB"
     assert abs(float(planned.rows[-1][3].rstrip("%"))) <= 5
     assert (setting.folder / "traces" / "eagle2-1b.json.gz").stat().st_size > 1000
-    assert {row[5] for row in beside.rows} == {"-"} and beside.rows[1][6] == "-", "no MFU, no memory that nobody counted"
+    assert {row[5] for row in beside.rows} == {"-"} and beside.rows[1][6] == "-", (
+        "no MFU, no memory that nobody counted"
+    )
     assert NO_CUDA in skipped(found) and "flash_attn is not installed" in skipped(found)
 
 
@@ -105,7 +109,9 @@ def test_the_embedded_recipe_goes_all_its_way(setting):
 
 
 def test_a_hidden_wait_is_found():
-    expected = Counter({"/x/megatron_eagle/training/step_stats.py:90": 1, "/y/megatron/core/optimizer/clip_grads.py:9": 1})
+    expected = Counter(
+        {"/x/megatron_eagle/training/step_stats.py:90": 1, "/y/megatron/core/optimizer/clip_grads.py:9": 1}
+    )
     assert judged(expected).wrong == ()
     hidden = expected + Counter({"/x/megatron_eagle/model/eagle.py:12": 3})
     assert judged(hidden).wrong == ("model/eagle.py waits 3 x, expected 0",)

@@ -7,8 +7,16 @@ import pytest
 from project import ROOT, STACKS, THIS_STACK, constraints
 
 TOOL = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "offline_wheels.py")))
-PYTHON = "3.11" if THIS_STACK == STACKS[0] else "3.12"
-LACKING = {"megatron-core", "megatron-energon", "multi-storage-client", "pydantic", "pydantic-core", "rapidyaml", "lark"}
+PYTHON = "3.11" if STACKS[0] == THIS_STACK else "3.12"
+LACKING = {
+    "megatron-core",
+    "megatron-energon",
+    "multi-storage-client",
+    "pydantic",
+    "pydantic-core",
+    "rapidyaml",
+    "lark",
+}
 OLDER = {"torch": "2.11.0+cu130", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.5.2", "tokenizers": "0.23.2"}
 BARE = {name: version for name, version in constraints().items() if name not in {*LACKING, "av", "s3fs"}} | OLDER
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.verification.rows import OPTIONS, Row, possible, quick_table, whole_table
-from megatron_eagle.verification.table import verify
+from megatron_eagle.verification.table import largest_world, verify
 
 
 @pytest.mark.slow
@@ -40,6 +40,14 @@ def test_the_whole_table_is_the_product_of_what_is_possible() -> None:
     everything = [Row(**dict(zip(OPTIONS, values, strict=True))) for values in itertools.product(*OPTIONS.values())]
     expected = {row for row in everything if row.processes <= 2 and possible(row)}
     assert set(whole_table(2)) == expected and len(expected) > 100
+
+
+def test_a_gpu_holds_one_process(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert largest_world(4) == 4
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert largest_world(4) == 2 and largest_world(1) == 1
 
 
 def test_every_option_of_the_table_has_a_name_in_the_row() -> None:
