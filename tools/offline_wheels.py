@@ -1,11 +1,11 @@
 """Which wheels to carry to a machine without a network, so that this project runs beside what is installed there.
 
 There:  python -m pip list --format=freeze > machine.txt
-Here:   python tools/offline_wheels.py machine.txt --python 3.12 --leave-out av --leave-out pyarrow --download wheels
+Here:   python tools/offline_wheels.py machine.txt --python 3.12 --leave-out av --download wheels
 There:  python -m pip install --no-deps --no-index --find-links wheels wheels/*.whl, and this checkout on the PYTHONPATH
 
-Run it in an environment of this project (make setup): what a package needs is read from what is installed here, its version
-from constraints/. What the machine has stays as it is wherever setup.py and the packages themselves take its version.
+Run it in an environment of this project (make setup): what a package needs is read from what is installed here, its
+version from constraints/. What the machine has stays as it is wherever setup.py and the packages take its version.
 """
 
 import argparse

@@ -15,7 +15,7 @@ def add(verbs: Verbs) -> None:
         "Runs every part (kernels, layouts, training beside transformers and the plan, checkpoints, ...) in a process\n"
         "of its own, without a network, and writes Markdown, JSON and a picture to OUT/<date>-<device>/. A part that\n"
         "fails or takes too long stops no other; the same command runs what is missing. docs/gpu_day.md says more.",
-        "  megatron-eagle gpu-day benchmarks/gpu\n  megatron-eagle gpu-day benchmarks/gpu --part kernels --part syncs\n",
+        "  megatron-eagle gpu-day benchmarks/gpu\n  megatron-eagle gpu-day /tmp/day --toy --part train_1b\n",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that holds the dated folders of reports")
     parser.add_argument(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.gpu_day.machine import Machine, this_machine
+from megatron_eagle.gpu_day.machine import this_machine
 from megatron_eagle.gpu_day.part import Part, PartResult, Setting, known_parts, part_names, part_of
 from megatron_eagle.parallel.launch import die_with_parent
 
@@ -68,12 +68,12 @@ def read_outcome(folder: Path, part: str) -> Outcome | None:
         raise UserError(f"{file} is no result of gpu-day ({error!r}); remove it to run the part again") from None
 
 
-def choose_folder(out: Path, machine: Machine, parts: Sequence[str]) -> Path:
+def choose_folder(out: Path, device: str, parts: Sequence[str]) -> Path:
     """The newest ``<date>-<device>`` of ``out`` that lacks one of ``parts``, else today's."""
-    earlier = sorted(out.glob(f"[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-{machine.slug}"))
+    earlier = sorted(out.glob(f"[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-{device}"))
     if earlier and any(_missing(earlier[-1], part) for part in parts):
         return earlier[-1]
-    return out / f"{datetime.now(UTC):%Y-%m-%d}-{machine.slug}"
+    return out / f"{datetime.now(UTC):%Y-%m-%d}-{device}"
 
 
 def run_day(
@@ -96,7 +96,7 @@ def run_day(
     machine = this_machine()
     if not machine.gpus and not toy:
         raise UserError("there is no GPU here; --toy runs every part at toy size on the CPU")
-    folder = choose_folder(out, machine, part_names())
+    folder = choose_folder(out, machine.slug + ("-toy" if toy else ""), part_names())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("".join(f"{name}\n" for name in NOT_KEPT), encoding="utf-8")
     for part in parts:

@@ -39,7 +39,7 @@ class Size:
         )
         settings: dict[str, Any] = {"recompute": chosen.recompute, "language": dict(chosen.language)}
         return Recipe(
-            name=self.preset,
+            name=f"{self.preset}-toy" if toy else self.preset,
             model=ModelSettings(preset=chosen.preset, **(settings | model)),
             tokenizer=TokenizerSettings(kind="sentencepiece", path="none"),
             stages=(stage,),

@@ -54,7 +54,7 @@ def train_model(setting: Setting, size: Size) -> PartResult:
     return PartResult(
         tables=(_side_by_side(setting, recipe, packs, trained), _against_plan(ours)),
         values={"bench": vars(ours), "trained": [vars(one) for one in trained]},
-        charts=(Chart(f"{size.preset}: useful tokens a second", "tokens/s", _rates(packs, trained)),),
+        charts=(Chart(f"{recipe.name}: useful tokens a second", "tokens/s", _rates(packs, trained)),),
         skipped=tuple(skipped),
         wrong=tuple(_wrong(mine, theirs, ours)),
         aims=tuple(_aims(setting, size, recipe, packs, mine)),

@@ -39,7 +39,7 @@ def test_parts_end_in_every_way_and_the_day_goes_on(tmp_path):
     assert "ValueError: 3 is not 4" in failing.error and "exit code -9" in killed.error
     assert good.result == RESULT and "good one" in (folder / "parts" / "good.log").read_text()
     assert any("failing: failed" in line and "3 is not 4" in line for line in lines)
-    assert "runs/" in (folder / ".gitignore").read_text() and folder.name.endswith("-cpu")
+    assert "runs/" in (folder / ".gitignore").read_text() and folder.name.endswith("-cpu-toy")
 
     assert run_day(tmp_path, ("killed",), **settings) == folder, "the day that lacks parts is continued"
     assert read_outcome(folder, "killed").ending == "done"
@@ -91,9 +91,10 @@ def test_a_result_is_read_back_and_anything_else_refused(tmp_path):
 def test_the_newest_day_of_this_device_is_continued(tmp_path):
     (tmp_path / "2026-01-02-nvidia-h100-80gb-hbm3").mkdir()
     (tmp_path / "2026-01-03-cpu").mkdir()
-    assert choose_folder(tmp_path, MACHINE, ("good",)).name == "2026-01-02-nvidia-h100-80gb-hbm3"
+    (tmp_path / "2026-01-04-nvidia-h100-80gb-hbm3-toy").mkdir()
+    assert choose_folder(tmp_path, MACHINE.slug, ("good",)).name == "2026-01-02-nvidia-h100-80gb-hbm3"
     outcome().write(tmp_path / "2026-01-02-nvidia-h100-80gb-hbm3")
-    assert choose_folder(tmp_path, MACHINE, ("good",)).name > "2026-01-02-nvidia-h100-80gb-hbm3"
+    assert choose_folder(tmp_path, MACHINE.slug, ("good",)).name > "2026-01-02-nvidia-h100-80gb-hbm3"
 
 
 def test_the_report_has_everything(tmp_path):

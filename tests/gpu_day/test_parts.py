@@ -47,6 +47,7 @@ def test_calibrate_leaves_a_profile_that_later_parts_plan_with(setting):
 def test_train_is_set_beside_the_plan_and_transformers(setting):
     found = run("train_1b", setting)
     beside, planned = found.tables
+    assert beside.title.startswith("eagle2-1b-toy:"), "nobody takes it for the model"
     assert [row[0] for row in beside.rows] == [
         "megatron-eagle",
         "transformers, padded, sdpa",
@@ -56,7 +57,7 @@ def test_train_is_set_beside_the_plan_and_transformers(setting):
     assert max(losses) - min(losses) < 0.01 * min(losses)
     assert [row[0] for row in planned.rows][-1] == "peak of tensors, GB"
     assert abs(float(planned.rows[-1][3].rstrip("%"))) <= 5
-    assert (setting.folder / "traces" / "eagle2-1b.json.gz").stat().st_size > 1000
+    assert (setting.folder / "traces" / "eagle2-1b-toy.json.gz").stat().st_size > 1000
     assert {row[5] for row in beside.rows} == {"-"} and beside.rows[1][6] == "-", (
         "no MFU, no memory that nobody counted"
     )

@@ -73,7 +73,9 @@ def _transformer_engine(setting: Setting) -> Found:
     off = abs(runs["transformer_engine"].losses[0] / runs["local"].losses[0] - 1)
     wrong = () if off <= LOSS_TOLERANCE else (f"first loss with Transformer Engine is {off:.1e} away",)
     header = ("implementation", "first loss", "step, s", "peak of tensors, GB")
-    return (Table(f"{EAGLE_1B.preset}: layers of Megatron and of Transformer Engine", header, rows),), wrong
+    return (
+        Table(f"{EAGLE_1B.recipe(setting.toy).name}: layers of Megatron and of Transformer Engine", header, rows),
+    ), wrong
 
 
 def _dali(setting: Setting) -> Found:

@@ -40,7 +40,7 @@ def run(setting: Setting) -> PartResult:
         for size, one in found.items()
     )
     over = "NCCL" if setting.cuda else "gloo"
-    title = f"{EAGLE_1B.preset}, one replica a process over {over}, as many packs for each"
+    title = f"{EAGLE_1B.recipe(setting.toy).name}, one replica a process over {over}, as many packs for each"
     skipped = tuple(f"{size} processes: there are {count}" for size in SCALES if size > count)
     return PartResult(
         tables=(*layouts.tables, Table(title, ("processes", "step, s", "useful tokens/s", "of linear"), table)),
