@@ -20,8 +20,9 @@ MEGATRON = $(shell "$(PYTHON)" -c 'import sys; print("0.16" if sys.version_info 
 OTHER_PYTHON = $(shell for name in python3.13 python3.12 python3.11 $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3); do \
     $$name -c 'import sys, venv; other = "0.16" if sys.version_info < (3, 12) else "0.19"; sys.exit(other == "$(MEGATRON)" or not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 OTHER_VENV ?= .venv-other
-OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model tests/checkpoint tests/verification \
-    tests/training tests/kernels/test_check.py tests/kernels/test_triton_contract.py
+OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.py tests/model/test_layouts.py \
+    tests/verification/test_table.py tests/training/test_resume.py tests/kernels/test_triton_contract.py \
+    tests/training/test_train.py::test_killed_processes_continue_with_exactly_the_losses_of_an_undisturbed_run
 
 # Transformer Engine's package without its compiled part, in a folder that only make test-te sees.
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
@@ -57,7 +58,8 @@ test-stacks: setup
 	  echo "test-stacks: what leans on megatron-core, with the other one, in $(OTHER_VENV)" && \
 	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
 	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/stacks --other-python $(OTHER_VENV)/bin/python; fi
+	  $(OTHER_VENV)/bin/python -m eagle_kernels.check --tier compile --kernel tile_prepare --kernel pixel_shuffle_concat && \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python; fi
 
 test-te: setup
 	@[ -f $(TE_FOLDER)/ready ] || { echo "test-te: Transformer Engine $(TE) into $(TE_FOLDER), 55 MB" && rm -rf $(TE_FOLDER) && \

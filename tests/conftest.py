@@ -1,5 +1,6 @@
 """Fixtures shared by all tests, worlds of processes and one small data set with recipes, and what a unit test is."""
 
+import hypothesis
 import pytest
 from small_run import small_run
 from worlds import worlds
@@ -7,6 +8,8 @@ from worlds import worlds
 __all__ = ["small_run", "worlds"]
 
 STARTING_PROCESSES = {"worlds", "slurm", "small_run", "verifier"}  # fixtures, or what is only wanted by such tests
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("untimed")
 NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
 
 

@@ -95,14 +95,14 @@ def test_verify_runs_rows_of_one_process(setting):
     assert [row[-1] for row in found.tables[0].rows] == ["equal", "equal"] and "kernels" in skipped(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_processes_are_verified_and_scaled(setting):
     layouts, scaling = run("processes", setting).tables
     assert [row[-1] for row in layouts.rows] == ["equal", "equal"]
     assert [row[0] for row in scaling.rows] == ["1", "2"] and "over gloo" in scaling.title
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_embedded_recipe_goes_all_its_way(setting):
     found = run("demo", setting)
     assert [row[:2] for row in found.tables[0].rows] == [("stage1", "2")]

@@ -227,7 +227,7 @@ def test_the_plan_counts_what_a_layer_keeps(recompute: str, trains: bool, precis
     assert held[1] - held[0] - weights == sizes.layer(PackShape((5, 36, 23), 0)).saved
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.interpreter
 def test_context_parallel_layers_with_recomputation_equal_the_reference() -> None:
     """A row of ``verify``: cp=2, where each place turns queries and keys by its own positions."""

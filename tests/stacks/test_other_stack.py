@@ -45,7 +45,9 @@ def steps(runs: Path) -> list[tuple[str, int, float, float, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2, "sequence_parallel": True}, {}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"pp": 2}, {"tp": 2, "sequence_parallel": True}, pytest.param({}, marks=pytest.mark.long)], ids=str
+)
 def test_each_stack_continues_the_others_checkpoints(small_run, other_python, tmp_path, layout) -> None:
     """Stage ``first`` to its half in one stack and to its end in the other, ``second`` in the first one again."""
     recipe = small_run.write_recipe(tmp_path / "r.yaml", layout=layout)
