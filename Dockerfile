@@ -21,6 +21,7 @@ ENV PIP_CONSTRAINT=/etc/pip/built-for-this-image.txt
 RUN pip install --no-cache-dir \
     av==18.1.0 \
     jinja2==3.1.6 \
+    liger-kernel==0.8.5 \
     markupsafe==3.0.4 \
     matplotlib==3.11.2 \
     megatron-energon==7.4.1 \

@@ -70,6 +70,7 @@ tokens = Number(1, 1e9)  # of a sample
 not_negative = Number(0)
 fraction = Number(0, 1)
 seconds = Number(0, 1e7, above=True)  # four months; waiting longer overflows somewhere
+minutes = Number(0, 1e5, above=True)
 
 
 class Verbs(Protocol):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, verb
+from megatron_eagle.cli.common import Verbs, minutes, verb
 
 
 def add(verbs: Verbs) -> None:
@@ -21,7 +21,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--part", action="append", default=[], help="run this part, also if it is there; may be repeated"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which a part is ended (default: 9)")
+    parser.add_argument("--minutes", type=minutes, default=9.0, help="after which a part is ended (default: 9)")
     parser.add_argument(
         "--toy", action="store_true", help="sizes that a CPU runs in minutes, to try the command itself"
     )
@@ -33,8 +33,6 @@ def _gpu_day(options: argparse.Namespace) -> None:
     from megatron_eagle.gpu_day.day import run_day
     from megatron_eagle.gpu_day.report import troubles, write_report
 
-    if options.minutes <= 0:
-        raise UserError(f"--minutes {options.minutes:g}: a part needs time")
     folder = run_day(options.out, options.part, toy=options.toy, minutes=options.minutes, after_each=write_report)
     print(write_report(folder), flush=True)
     found = troubles(folder)

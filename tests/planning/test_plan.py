@@ -42,9 +42,9 @@ def planned(layout, recompute="selective", stage="stage1.5", gpus=256, mix=None)
 
 
 def test_every_stage_is_planned_in_its_own_layout():
-    overrides = ["layout.tp=2", "stages.stage2.layout.tp=4", "stages.stage2.layout.encoder=spread"]
+    overrides = ["layout.tp=2", "stages.stage1.5.layout.tp=4", "stages.stage1.5.layout.encoder=spread"]
     recipe = load_recipe(EXAMPLES / "eagle2-9b" / "recipe.yaml", overrides)
-    first, last = (plan_stage(recipe, recipe.stage(name), 256, H100, Mix()).layout for name in ("stage1", "stage2"))
+    first, last = (plan_stage(recipe, recipe.stage(name), 256, H100, Mix()).layout for name in ("stage1", "stage1.5"))
     assert (first, last) == (recipe.layout, replace(recipe.layout, tp=4, encoder="spread")) and first.tp == 2
 
 
