@@ -21,7 +21,7 @@ OTHER_PYTHON = $(shell for name in python3.13 python3.12 python3.11 $(wildcard $
     $$name -c 'import sys, venv; other = "0.16" if sys.version_info < (3, 12) else "0.19"; sys.exit(other == "$(MEGATRON)" or not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 OTHER_VENV ?= .venv-other
 OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.py tests/model/test_layouts.py \
-    tests/verification/test_table.py tests/training/test_resume.py tests/kernels/test_triton_contract.py \
+    tests/verification/test_table.py tests/kernels/test_triton_contract.py \
     tests/training/test_train.py::test_killed_processes_continue_with_exactly_the_losses_of_an_undisturbed_run
 
 # Transformer Engine's package without its compiled part, in a folder that only make test-te sees.
