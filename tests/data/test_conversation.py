@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folder import write_qwen_like
 
-from megatron_eagle.data.sample.conversation import Conversation, Turn, encode_conversation, encode_prompt, parse_record
+from megatron_eagle.data.sample.chatml import encode_conversation, encode_prompt
+from megatron_eagle.data.sample.conversation import Conversation, Turn, parse_record
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import HuggingFaceTokenizer
 from megatron_eagle.errors import BrokenSample

@@ -25,7 +25,7 @@ from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.order.plan import Plan
 from megatron_eagle.data.reports.inspection import write_page
-from megatron_eagle.data.sample.conversation import encode_conversation
+from megatron_eagle.data.sample.chatml import encode_conversation
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream.digest import digest_of, read_digest, read_steps
 from megatron_eagle.data.stream.pack_reader import PackReader

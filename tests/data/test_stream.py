@@ -18,7 +18,7 @@ from megatron_eagle.config.data import BlendSource
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.data.media.tiling import cut_tiles
-from megatron_eagle.data.sample.conversation import encode_conversation
+from megatron_eagle.data.sample.chatml import encode_conversation
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream import energon

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megatron_eagle.data.media.frames import VideoInfo, cut_clip
 from megatron_eagle.data.media.images import read_size
 from megatron_eagle.data.media.video import read_info
-from megatron_eagle.data.sample.conversation import encode_conversation
+from megatron_eagle.data.sample.chatml import encode_conversation
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import Pictures
 from megatron_eagle.data.storage.location import Location, load_array, locate_dataset, read_text

@@ -18,7 +18,7 @@ from megatron_eagle.data.media.frames import (
 )
 from megatron_eagle.data.media.tiling import Grid, choose_grid
 from megatron_eagle.data.sample.budget import Allocation, BudgetRequest, allocate, capped, outcomes, tiles_under
-from megatron_eagle.data.sample.conversation import ShownFrame
+from megatron_eagle.data.sample.chatml import ShownFrame
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.errors import BrokenSample
 

@@ -18,7 +18,7 @@ from megatron_eagle.data.media.tiling import choose_grid, cut_tiles
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.order.sample_index import read_pictures
 from megatron_eagle.data.sample.assemble import Segment
-from megatron_eagle.data.sample.conversation import EncodedConversation, encode_conversation, encode_prompt
+from megatron_eagle.data.sample.chatml import EncodedConversation, encode_conversation, encode_prompt
 from megatron_eagle.data.sample.visual_plan import Clip, VisualPlan, VisualPlanner
 from megatron_eagle.data.storage.shards import StoredSample
 from megatron_eagle.errors import BrokenSample
