@@ -17,7 +17,7 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.gpu_day.alone import NO_CUDA, alone, now
 from megatron_eagle.gpu_day.part import PartResult, Setting, Table
 from megatron_eagle.gpu_day.sizes import EAGLE_1B, mix
-from megatron_eagle.measuring.bench import Measurement, run_bench
+from megatron_eagle.gpu_day.variants import bench_each
 from megatron_eagle.parallel.groups import Groups, initialise
 from megatron_eagle.planning.samples import synthetic
 from megatron_eagle.training.engine import build_engine
@@ -121,14 +121,9 @@ def _description(recipe: Recipe, step: Step, number: int) -> Description:
 
 def _offload(setting: Setting) -> tuple[Table, dict[str, object], list[str]]:
     """Whole layers recomputed, from hidden states on the device and on the host."""
-    runs: dict[str, Measurement] = {}
-    for recompute in ("full", "offload"):
-        recipe = EAGLE_1B.recipe(setting.toy, recompute=recompute)
-        steps = OFFLOAD_TOY_STEPS if setting.toy else OFFLOAD_STEPS
-        with alone(setting.platform):
-            found = run_bench(recipe, recipe.stages[0], setting.platform, setting.hardware(), mix(setting.toy), steps)
-        assert found is not None  # this process is rank 0
-        runs[recompute] = found
+    steps = OFFLOAD_TOY_STEPS if setting.toy else OFFLOAD_STEPS
+    ways = {name: EAGLE_1B.recipe(setting.toy, recompute=name) for name in ("full", "offload")}
+    runs = bench_each(setting, ways, steps)
     rows = tuple(
         (
             name,

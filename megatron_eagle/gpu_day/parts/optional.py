@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_eagle.config.reading import MAX_PIXELS, Tiling
 from megatron_eagle.data.media.dali import DaliDecoder
 from megatron_eagle.data.media.tiling import Grid, cut_tiles
-from megatron_eagle.gpu_day.alone import NO_CUDA, alone
+from megatron_eagle.gpu_day.alone import NO_CUDA
 from megatron_eagle.gpu_day.part import PartResult, Setting, Table
-from megatron_eagle.gpu_day.sizes import EAGLE_1B, mix
-from megatron_eagle.measuring.bench import Measurement, run_bench
+from megatron_eagle.gpu_day.sizes import EAGLE_1B
+from megatron_eagle.gpu_day.variants import bench_each
 
 STEPS, TOY_STEPS = 5, 1
 LOSS_TOLERANCE = 1e-2  # of the first step in bf16, as in verification
@@ -58,14 +58,8 @@ def _version(module: str) -> str:
 
 def _transformer_engine(setting: Setting) -> Found:
     """The same steps with both implementations of a layer."""
-    runs: dict[str, Measurement] = {}
-    for implementation in ("local", "transformer_engine"):
-        recipe = EAGLE_1B.recipe(setting.toy, transformer_impl=implementation)
-        steps = TOY_STEPS if setting.toy else STEPS
-        with alone(setting.platform):
-            found = run_bench(recipe, recipe.stages[0], setting.platform, setting.hardware(), mix(setting.toy), steps)
-        assert found is not None  # this process is rank 0
-        runs[implementation] = found
+    ways = {name: EAGLE_1B.recipe(setting.toy, transformer_impl=name) for name in ("local", "transformer_engine")}
+    runs = bench_each(setting, ways, TOY_STEPS if setting.toy else STEPS)
     rows = tuple(
         (name, f"{one.losses[0]:.4f}", f"{statistics.median(one.seconds):.3f}", f"{one.peak_bytes / 1e9:.2f}")
         for name, one in runs.items()
