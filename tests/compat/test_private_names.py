@@ -44,6 +44,8 @@ IN_TESTS: dict[str, set[str]] = {
         "torch.utils._python_dispatch.TorchDispatchMode",
         "torch.utils._pytree.tree_leaves",
     },
+    # What attention each part of a loaded model runs with.
+    "tests/outside_code.py": {"module.config._attn_implementation"},
     # Operators whose work is counted.
     "tests/planning/test_flops.py": {
         "ATEN._scaled_dot_product_flash_attention_for_cpu",
