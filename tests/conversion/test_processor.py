@@ -3,6 +3,7 @@
 The folder's processor is loaded by AutoProcessor from a copy, never imported from the package.
 """
 
+import json
 import random
 import shutil
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ from samples import make_settings, write_video
 from tokenizer_folder import write_qwen_like
 
 from megatron_eagle.config.presets import SMALLEST
-from megatron_eagle.config.reading import ReadingSettings, VideoSettings
+from megatron_eagle.config.reading import ReadingSettings, Tiling, VideoSettings
 from megatron_eagle.conversion import remote_code
-from megatron_eagle.conversion.processor_files import RELEASED, write_processor
+from megatron_eagle.conversion.processor_files import RELEASED, chat_template, write_processor
 from megatron_eagle.conversion.tokenizer_files import TOKENS, copy_tokenizer
+from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.sample.conversation import parse_record
 from megatron_eagle.data.sample.markers import find_marks
 from megatron_eagle.data.sample.tokenizer import HuggingFaceTokenizer
@@ -230,3 +232,163 @@ def test_500_conversations(exported: Exported, pictures: list[Path], films: list
     for number in range(first, first + 167):
         stored, messages = drawn(number, pictures, films)
         check(stored, messages, exported, prompt=number % 3 == 0)
+
+
+def sizes_of_the_table() -> list[list[int]]:
+    table = Path(__file__).parent / "official" / "grids.json"
+    return json.loads(table.read_text(encoding="utf-8"))["grids"]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(export(tmp_path_factory.mktemp("released"), RELEASED), trust_remote_code=True)
+
+
+def test_grids_of_2000_sizes_are_the_released_codes(released: Any) -> None:
+    released.image_processor.size = {"height": 448, "width": 448}
+    try:
+        for width, height, _, _, columns, rows, _, _ in sizes_of_the_table():
+            assert released.image_processor.grid(width, height) == (columns, rows)
+    finally:
+        released.image_processor.size = {"height": 28, "width": 28}
+
+
+def same_pixels(released: Any, sizes: list[list[int]]) -> None:
+    tiling = Tiling(28, 1, 12, "area")
+    for number, (width, height, *_) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        found = released.image_processor(Image.fromarray(pixels))
+        tiles = cut_tiles(pixels, tiling)
+        assert found["num_tiles"] == [len(tiles)] and torch.equal(found["pixel_values"], normalise(tiles))
+
+
+def test_pixels_of_some_sizes(released: Any) -> None:
+    same_pixels(released, [size for size in sizes_of_the_table() if max(size[:2]) < 400][:100])
+
+
+@pytest.mark.long
+def test_pixels_of_2000_sizes(released: Any) -> None:
+    same_pixels(released, sizes_of_the_table())
+
+
+def ask(text: str, *media: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+RED = {"type": "image", "image": Image.new("RGB", (60, 30), "red")}
+
+
+def test_a_batch_is_padded_on_the_left(released: Any) -> None:
+    chats = [ask("Short?"), ask("Which colour is this one?", RED, RED), ask("And this?", RED)]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    batch = released.apply_chat_template(chats, **options)
+    alone = [released.apply_chat_template(chat, **options) for chat in chats]
+    for row, mask, one in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+        assert row[mask.bool()].tolist() == one["input_ids"][0].tolist()
+        assert mask.tolist() == sorted(mask.tolist())
+    assert torch.equal(batch["pixel_values"], torch.cat([one["pixel_values"] for one in alone[1:]]))
+
+
+def test_it_is_saved_and_loaded_again(released: Any, tmp_path: Path, films: list[Path]) -> None:
+    from transformers import AutoProcessor
+
+    released.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    chat = ask("What?", RED, {"type": "video", "path": str(films[0])})
+    found, before = (p.apply_chat_template(chat, tokenize=True, return_dict=True) for p in (again, released))
+    assert found["input_ids"] == before["input_ids"] and torch.equal(found["pixel_values"], before["pixel_values"])
+
+
+def test_decoded_frames_are_a_video(released: Any, films: list[Path]) -> None:
+    import av
+
+    with av.open(str(films[0])) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    text = "<video>"
+    whole = released(text=text, videos=[str(films[0])])
+    assert released(text=text, videos=[frames], video_metadata=[{"fps": 10.0}])["input_ids"] == whole["input_ids"]
+    chosen = {"fps": 10.0, "total_num_frames": 25, "frames_indices": [0, 5, 10, 15, 20]}
+    arrays = np.stack([np.asarray(frames[number]) for number in chosen["frames_indices"]])
+    found = released(text=text, videos=[arrays], video_metadata=[chosen])
+    assert found["input_ids"] == whole["input_ids"] and torch.equal(found["pixel_values"], whole["pixel_values"])
+    assert len(released(text=text, videos=[str(films[0])], num_frames=3)["pixel_values"]) == 3
+    assert len(released(text="<image>", images=RED["image"], max_dynamic_tiles=1)["pixel_values"]) == 1
+
+
+def test_grounded_answers_keep_their_marks(released: Any) -> None:
+    ids = released(text="<ref>a</ref><box>[[1]]</box><|im_end|>")["input_ids"]
+    assert released.batch_decode(ids, skip_special_tokens=True) == ["<ref>a</ref><box>[[1]]</box>"]
+
+
+REFUSED = {
+    "more marks than pictures": (
+        {"text": "<image><image>", "images": [RED["image"]]},
+        r"\[2\] <image> marks, given.*\[1\]",
+    ),
+    "pictures of another text": (
+        {"text": ["<image>", "<image>"], "images": [[RED["image"], RED["image"]], []]},
+        r"\[1, 1\] <image> marks, given are \[2, 0\]",
+    ),
+    "a URL": ({"text": "<image>", "images": "http://127.0.0.1/x.png"}, "is not fetched"),
+    "no file": ({"text": "<image>", "images": "no-such.png"}, "no such file: no-such.png"),
+    "truncation": ({"text": "a", "truncation": True}, "would cut through pictures"),
+    "an unknown option": ({"text": "a", "images_kwargs": {"crop": 3}}, "does not know crop"),
+    "frames without times": ({"text": "<video>", "videos": [[RED["image"]]]}, "need video_metadata"),
+    "no text": ({"images": RED["image"]}, "a text is needed"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refused_with_the_reason(released: Any, name: str) -> None:
+    arguments, reason = REFUSED[name]
+    with pytest.raises((ValueError, TypeError), match=reason):
+        released(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        ([{"role": "tool", "content": "x"}], "roles are"),
+        ([*ask("a"), {"role": "system", "content": "b"}], "only the first turn"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "of type 'audio'"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "not trained with tools"),
+    ],
+)
+def test_chats_that_are_not_eagles_are_refused(released: Any, chat: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(Exception, match=reason):  # Jinja's own, where the template finds it
+        released.apply_chat_template(chat, tokenize=True, return_dict=True)
+
+
+def test_a_folder_that_says_otherwise_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    folder = export(tmp_path, RELEASED)
+    file = folder / "preprocessor_config.json"
+    for name, value, reason in [
+        ("tiling_rule", "eagle2", "none of ratio, area"),
+        ("use_thumbnail", False, "use_thumbnail"),
+    ]:
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({**said, name: value}))
+        with pytest.raises(ValueError, match=reason):
+            AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        file.write_text(json.dumps(said))
+
+
+def test_the_template_for_nvidias_processor_gives_trainings_text(tmp_path: Path) -> None:
+    import jinja2
+
+    template = jinja2.Template(chat_template("Be brief.", numbered=True))
+    chat = [
+        {"role": "user", "content": [RED, {"type": "text", "text": "a"}, RED]},
+        {"role": "assistant", "content": "b"},
+    ]
+    text = template.render(messages=chat)
+    # What that processor makes of a mark: its number, tokens around and of the tiles, no line break.
+    text = text.replace("<image-1>", "<image 1>P").replace("<image-2>", "<image 2>P")
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image 1>P\na<image 2>P<|im_end|>\n"
+        "<|im_start|>assistant\nb<|im_end|>\n"
+    )
