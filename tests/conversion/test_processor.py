@@ -164,7 +164,7 @@ def escaped(words: str, media: bool) -> str:
 def drawn(number: int, pictures: list[Path], films: list[Path]) -> tuple[StoredSample, list[dict[str, Any]]]:
     """A conversation as a shard holds it, and as messages; every fourth is without media."""
     draw = random.Random(number)
-    kinds = ["text", "text", "image", "image", "video"] if number % 4 else ["text"]
+    kinds = ["text"] * 4 + ["image"] * 4 + ["video"] if number % 4 else ["text"]
     roles = ["system"] * (draw.random() < 0.4) + ["user", "assistant"] * draw.randint(1, 3)
     roles[-2:-2] = ["observation"] * (draw.random() < 0.2)
     turns, messages = [], []
