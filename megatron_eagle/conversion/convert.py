@@ -23,10 +23,12 @@ from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.checkpoint.sharded_state import CONTENT
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, tokens_per_tile
+from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.conversion import logits
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, write_configs
+from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
@@ -128,19 +130,20 @@ def megatron_to_hf(
     kind: Literal["A", "B"] | None = None,
     tokenizer: Path | None = None,
     code: Code = "own",
+    reading: ReadingSettings = RELEASED,
 ) -> Proof:
     """A checkpoint of ours, of any layout, in a released form.
 
     checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
     it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own. code:
-    our own goes into the folder, which then loads by itself; NVIDIA's is pointed to.
+    our own goes into the folder, which then loads by itself; NVIDIA's is pointed to. reading: what it was trained
+    with, by default as the released ones; it goes into the folder.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
     config = model_of(checkpoint, read_description(checkpoint))
     dialect = dialect_of(checkpoint, config, kind)
-    partial = start(
-        out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code}
-    )
+    said = {"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)}
+    partial = start(out, [checkpoint], {**asdict(options), **said})
     clock = _Clock()
     stored = TorchDist(checkpoint)
     renamed = Finite(AsHuggingFace(stored, config, dialect))
@@ -151,8 +154,10 @@ def megatron_to_hf(
     write_safetensors(rounded, partial)
     dtype = rounded.infos[dialect.embedding].dtype
     kind = dialect.format
-    tokens = tokens_per_tile(config)
-    write_configs(partial, config, dialect, code, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens)
+    of_tile = tokens_per_tile(config)
+    write_configs(
+        partial, config, dialect, code, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=of_tile, reading=reading
+    )
     clock.lap("conversion")
     target = SafetensorsFolder(partial)
     found, found_dialect = recognise(target.infos, read_config(partial), str(partial))

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from megatron_eagle.config.model import EagleConfig, encoder_configs
-from megatron_eagle.conversion.processor_files import write_json, write_processor
+from megatron_eagle.config.reading import ReadingSettings
+from megatron_eagle.conversion.processor_files import RELEASED, write_json, write_processor
 from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, prefix_alone
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
@@ -38,8 +39,10 @@ def write_configs(
     dtype: torch.dtype,
     ids: Mapping[str, int],
     tokens_per_tile: int,
+    reading: ReadingSettings = RELEASED,
 ) -> None:
-    """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer.
+    """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer; ``reading``: what the
+    model was trained with.
 
     Raises UserError where ``code`` cannot compute the model.
     """
@@ -50,10 +53,10 @@ def write_configs(
         "dynamic_image_size": True,
         "force_image_size": config.tile_size,
         "use_thumbnail": True,
-        "min_dynamic_tiles": 1,
-        "max_dynamic_tiles": 12,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": 12,
+        "min_dynamic_tiles": reading.min_tiles,
+        "max_dynamic_tiles": reading.max_tiles,
+        "min_dynamic_patch": reading.min_tiles,
+        "max_dynamic_patch": reading.max_tiles,
     }
     common = {
         **tiling,
@@ -82,7 +85,7 @@ def write_configs(
     if code == "own":
         for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
             shutil.copyfile(file, folder / file.name)
-    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile)
+    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading)
 
 
 def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:

@@ -15,10 +15,9 @@ from hypothesis import settings as how_often
 from hypothesis import strategies as st
 from samples import BITS, frame_number, make_settings, make_tokenizer, write_video
 
-from megatron_eagle.config.reading import VideoSettings
+from megatron_eagle.config.reading import Tiling, VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.frames import VideoInfo, cut_clip, frame_times, frame_words, wanted_frames
-from megatron_eagle.data.media.tiling import Tiling
 from megatron_eagle.data.order.lengths import dataset_lengths
 from megatron_eagle.data.order.sample_index import open_sample_index, read_pictures
 from megatron_eagle.data.sample.visual_plan import VisualPlanner

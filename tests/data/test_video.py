@@ -157,9 +157,10 @@ def test_words():
     eagle = VideoSettings()
     assert frame_words(eagle, 0, INFO, (0.0, 10.0)) == (
         "The first video of 20.00 seconds at 0.10 fps: Frame 1: ",
-        "\nFrame 2: ",
+        "Frame 2: ",
     )
-    other = VideoSettings(header="This is a video:\n", frame="Frame {number} sampled at {time:.2f} seconds: ")
+    frame = "Frame {number} sampled at {time:.2f} seconds: "
+    other = VideoSettings(header="This is a video:\n", frame=frame, between="\n")
     assert frame_words(other, 1, INFO, (0.0, 10.0)) == (
         "This is a video:\nFrame 1 sampled at 0.00 seconds: ",
         "\nFrame 2 sampled at 10.00 seconds: ",

@@ -19,7 +19,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 
 class FrameSettings(Protocol):
-    """sampling, fps, max_frames: which frames. header, frame, between: words before a video, each frame, between two."""
+    """sampling, fps, max_frames: which frames. header, frame, between: words before a video, a frame, between two."""
 
     @property
     def sampling(self) -> str: ...

@@ -4,8 +4,8 @@
 Part of an exported folder, which ``AutoProcessor`` loads it from with ``trust_remote_code=True``. In a text,
 ``<image>`` and ``<video>`` say where the next medium is shown; the chat template writes them. Tokens are made piece by
 piece, as in training: words by themselves, without the normalisation that a tokenizer may bring, and a control token's
-name in somebody's words is spelled out. ``apply_chat_template`` quotes such names by a character that is none (``QUOTE``), so
-that they are still words when the template's text is read.
+name in somebody's words is spelled out. ``apply_chat_template`` quotes such names by a character that is none
+(``QUOTE``), so that they are still words when the template's text is read.
 """
 
 import base64
@@ -192,13 +192,16 @@ class EagleProcessor(ProcessorMixin):
         content = message.get("content")
         if isinstance(content, str):
             return {**message, "content": self.quote(content)}
-        parts = [dict(part) for part in content or []]
-        for part in parts:
+        parts: list[dict[str, Any]] = []
+        for part in content or []:
             if part.get("type") not in ("text", "image", "image_url", "video"):
                 raise ValueError(f"a part of a message is of type {part.get('type')!r}; text, image, video are known")
-            if part["type"] == "text":
-                part["text"] = self.quote(part["text"])
-        return {**message, "content": parts}
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += part["text"]  # two parts might spell a token together
+            else:
+                parts.append(dict(part))
+        quoted = [{**part, "text": self.quote(part["text"])} if part["type"] == "text" else part for part in parts]
+        return {**message, "content": quoted}
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, videos: Any = None, **kwargs: Any

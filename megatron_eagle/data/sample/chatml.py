@@ -20,8 +20,8 @@ from megatron_eagle.data.sample.markers import (
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 
-# How a conversation becomes tokens; kept with what is counted of it and with positions in a stream. 2, of 2026-11-26: no
-# line break after an image at the end of a turn; marks of intervals are tokens where the tokenizer has them.
+# How a conversation becomes tokens; kept with what is counted of it and with positions in a stream. 2, of 2026-11-26:
+# no line break after an image at the end of a turn; marks of intervals are tokens where the tokenizer has them.
 TEXT_FORMAT = 2
 
 
