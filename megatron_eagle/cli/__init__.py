@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from megatron_eagle import __version__
 from megatron_eagle.cli import (
+    ask,
     bench,
     convert,
     data,
@@ -22,8 +23,10 @@ from megatron_eagle.cli import (
     evaluate,
     gpu_day,
     job,
+    page,
     plan,
     recipe,
+    serve,
     status,
     submit,
     train,
@@ -52,6 +55,9 @@ VERBS = (
     evaluate.add,
     verify.add,
     convert.add,
+    ask.add,
+    page.add,
+    serve.add,
     demo.add,
     gpu_day.add,
     submit.add,

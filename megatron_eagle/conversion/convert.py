@@ -1,18 +1,19 @@
 """The two directions of conversion, each with its proof."""
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from megatron_eagle.checkpoint.files import (
     DESCRIPTION,
+    TOKENIZER,
     Description,
     effective_numbers,
     find_latest,
@@ -28,21 +29,22 @@ from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, write_configs
 from megatron_eagle.conversion.proof import Proof, compare, digests
+from megatron_eagle.conversion.reading_of import reading_of
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
 from megatron_eagle.conversion.resumable_output import JOURNAL, finish, start
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, write_safetensors
+from megatron_eagle.conversion.sentencepiece_files import write_as_tokenizer_json
 from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
-from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
+from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer, own_tokenizer
 from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
-from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_eagle.verification.reference import Published
 
-TOKENIZER = "tokenizer"
 NEW: dict[str, Any] = {"tile_size": 448, "tokens": "eagle2", "seed": 1234}  # what a new Eagle has by default
 
 
@@ -147,12 +149,20 @@ def megatron_to_hf(
     rounded: TensorSource = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
         logits.check_memory(renamed.infos)
-    vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
+    vocabulary = _export_tokenizer(tokenizer or own_tokenizer(checkpoint), partial, config)
     write_safetensors(rounded, partial)
     dtype = rounded.infos[dialect.embedding].dtype
     kind = dialect.format
-    tokens = tokens_per_tile(config)
-    write_configs(partial, config, dialect, code, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens)
+    write_configs(
+        partial,
+        config,
+        dialect,
+        code,
+        dtype=dtype,
+        ids=vocabulary.ids,
+        tokens_per_tile=tokens_per_tile(config),
+        reading=reading_of(checkpoint),
+    )
     clock.lap("conversion")
     target = SafetensorsFolder(partial)
     found, found_dialect = recognise(target.infos, read_config(partial), str(partial))
@@ -225,14 +235,10 @@ def _check_image_token(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:
-    if source.is_file():  # a SentencePiece model, as small runs use: transformers cannot load it, but it belongs here
-        tokenizer = load_tokenizer("sentencepiece", source)
-        check_vocabulary(tokenizer, config.language.vocab_size, source)
-        shutil.copyfile(source, partial / "tokenizer.model")
-        ids = {"<|im_end|>": tokenizer.im_end, "<IMG_CONTEXT>": tokenizer.image_context, "<|endoftext|>": tokenizer.pad}
-        return Vocabulary(tokenizer.vocab_size, tokenizer.largest_id, (), ids)
-    if not source.is_dir():
-        raise UserError(f"{source.parent} holds no tokenizer; name one with --tokenizer")
+    if source.is_file():  # a SentencePiece model, as small runs use
+        with TemporaryDirectory() as folder:
+            write_as_tokenizer_json(source, Path(folder))
+            return _export_tokenizer(Path(folder), partial, config)
     vocabulary = copy_tokenizer(source, partial, TOKENS["eagle2"])
     check_vocabulary(vocabulary, config.language.vocab_size, source)
     return vocabulary

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from megatron_eagle.config.model import EagleConfig, encoder_configs
-from megatron_eagle.conversion.processor_files import write_json, write_processor
+from megatron_eagle.config.reading import ReadingSettings
+from megatron_eagle.conversion.processor_files import RELEASED, write_json, write_processor
 from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, prefix_alone
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
@@ -38,6 +39,7 @@ def write_configs(
     dtype: torch.dtype,
     ids: Mapping[str, int],
     tokens_per_tile: int,
+    reading: ReadingSettings | None = None,
 ) -> None:
     """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer.
 
@@ -82,7 +84,7 @@ def write_configs(
     if code == "own":
         for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
             shutil.copyfile(file, folder / file.name)
-    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile)
+    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading or RELEASED)
 
 
 def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:
