@@ -87,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options."""
+    """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options, and so may the last argument of
+    a verb that names it as ``late``: argparse takes one that may be left out only before the first option."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    late = getattr(options, "late", None)
+    if late and getattr(options, late) is None and len(rest) == 1 and not rest[0].startswith("-"):
+        setattr(options, late, rest.pop())
     strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if strange or (rest and not hasattr(options, "overrides")):
         first = next(iter(strange), "").partition("=")[0]

@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--temperature", type=not_negative, default=0.0, help="0: the likeliest token each time (default: 0)"
     )
-    parser.set_defaults(run=_ask)
+    parser.set_defaults(run=_ask, late="question")
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--temperature", type=not_negative, default=0.0, help="0: the likeliest token each time (default: 0)"
     )
-    parser.set_defaults(run=_page)
+    parser.set_defaults(run=_page, late="second")
 
 
 def _page(options: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def _page(options: argparse.Namespace) -> None:
     from megatron_eagle.serving.limits import Limits
     from megatron_eagle.serving.worker import Worker
 
-    models = [model for model in (options.model, options.second) if model]
+    models = [Path(model) for model in (options.model, options.second) if model]
     workers = [Worker(open_answerer(options, model)[0], Limits()) for model in models]
     local = options.host in ("127.0.0.1", "localhost", "::1")
     app = build_page(workers, drawn, local=local)
