@@ -21,7 +21,7 @@ TRAINER = [
     "megatron-core==0.19.2; python_version >= '3.12'",
     "megatron-energon==7.4.1",
     "numpy>=2.4",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "psutil>=7.2",
     "pyarrow>=26.0",
     "pydantic>=2.14",

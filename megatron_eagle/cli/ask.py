@@ -19,9 +19,9 @@ def add(verbs: Verbs) -> None:
         verbs,
         "ask",
         "ask a model about pictures and videos",
-        "MODEL is an exported folder, or a checkpoint, a stage or a run, whose newest checkpoint is exported first. The\n"
-        "answer is printed as it comes. --questions answers a JSONL file of {\"question\", \"image\", \"video\", \"id\",\n"
-        "\"system\"}; given again, it goes on where it was.",
+        "MODEL is an exported folder, or a checkpoint, a stage or a run, whose newest checkpoint is exported first.\n"
+        'answer is printed as it comes. --questions answers a JSONL file of {"question", "image", "video", "id",\n'
+        '"system"}; given again, it goes on where it was.',
         "  megatron-eagle ask runs/demo/export --image chart.png 'Which bar is the tallest?'\n",
     )
     add_model_arguments(parser)
@@ -29,7 +29,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given again")
     parser.add_argument("--video", type=Path, action="append", default=[], help="a video; may be given again")
     parser.add_argument("--system", default=None, help="system text (default: the one the model was trained with)")
-    parser.add_argument("--show", type=Path, default=None, metavar="PNG", help="draw how the pictures were cut into tiles")
+    parser.add_argument(
+        "--show", type=Path, default=None, metavar="PNG", help="draw how the pictures were cut into tiles"
+    )
     parser.add_argument("--questions", type=Path, default=None, metavar="JSONL", help="a file of questions")
     parser.add_argument("--answers", type=Path, default=None, metavar="JSONL", help="where their answers go")
     parser.add_argument("--batch", type=positive_int, default=8, help="questions of a file at once (default: 8)")
@@ -58,7 +60,9 @@ def _check(options: argparse.Namespace) -> None:
     if (options.questions is None) != (options.answers is None):
         raise UserError("--questions and --answers belong together")
     if options.questions and (options.image or options.video or options.show):
-        raise UserError("--image, --video and --show belong to a QUESTION; the lines of --questions name their own files")
+        raise UserError(
+            "--image, --video and --show belong to a QUESTION; the lines of --questions name their own files"
+        )
 
 
 def _answer_one(options: argparse.Namespace, answerer: "Answerer", drawn: "Options") -> None:

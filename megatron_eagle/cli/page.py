@@ -16,8 +16,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "page",
         "a page to ask a model, or two side by side",
-        "Opens no browser: it prints its address. Pictures and videos are dropped into the page; it shows the tiles that\n"
-        "the model saw and the answer as it comes. Nothing leaves this machine. Needs the extra 'serve'.",
+        "Opens no browser: it prints its address. Pictures and videos are dropped into the page; it shows the tiles\n"
+        "that the model saw and the answer as it comes. Nothing leaves this machine. Needs the extra 'serve'.",
         "  megatron-eagle page runs/demo/checkpoints/stage1 runs/demo/checkpoints/stage2\n",
     )
     add_model_arguments(parser)

@@ -14,8 +14,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "serve",
         "an OpenAI-compatible endpoint for a model",
-        "Serves /v1/models, /v1/chat/completions and /v1/files to this machine alone; one question after another, so it\n"
-        "is for machines without a GPU and for trying. With a GPU, vllm serve is faster (docs/serving.md).\n"
+        "Serves /v1/models, /v1/chat/completions and /v1/files to this machine alone; one question after another, so\n"
+        "it is for machines without a GPU and for trying. With a GPU, vllm serve is faster (docs/serving.md).\n"
         "Pictures come as data: URLs or uploads; other URLs are refused unless --allow-url covers them.",
         "  megatron-eagle serve runs/demo/export --port 8000\n",
     )

@@ -28,6 +28,7 @@ from megatron_eagle.conversion import logits
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, write_configs
+from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.reading_of import reading_of
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
@@ -161,7 +162,7 @@ def megatron_to_hf(
         dtype=dtype,
         ids=vocabulary.ids,
         tokens_per_tile=tokens_per_tile(config),
-        reading=reading_of(checkpoint),
+        reading=reading_of(checkpoint) or RELEASED,
     )
     clock.lap("conversion")
     target = SafetensorsFolder(partial)

@@ -39,9 +39,10 @@ def write_configs(
     dtype: torch.dtype,
     ids: Mapping[str, int],
     tokens_per_tile: int,
-    reading: ReadingSettings | None = None,
+    reading: ReadingSettings = RELEASED,
 ) -> None:
-    """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer.
+    """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer; ``reading``: how the
+    model was shown pictures in training.
 
     Raises UserError where ``code`` cannot compute the model.
     """
@@ -52,10 +53,10 @@ def write_configs(
         "dynamic_image_size": True,
         "force_image_size": config.tile_size,
         "use_thumbnail": True,
-        "min_dynamic_tiles": 1,
-        "max_dynamic_tiles": 12,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": 12,
+        "min_dynamic_tiles": reading.min_tiles,
+        "max_dynamic_tiles": reading.max_tiles,
+        "min_dynamic_patch": reading.min_tiles,
+        "max_dynamic_patch": reading.max_tiles,
     }
     common = {
         **tiling,
@@ -84,7 +85,7 @@ def write_configs(
     if code == "own":
         for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
             shutil.copyfile(file, folder / file.name)
-    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading or RELEASED)
+    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading)
 
 
 def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:

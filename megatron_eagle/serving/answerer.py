@@ -188,7 +188,7 @@ def _as_transformers(message: Message) -> dict[str, Any]:
 
 
 def _picture_size(medium: Medium, most: int) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header; Refused if it is none or has more than ``most`` pixels."""
+    """(width, height) of the upright picture, from its header; Refused if it is none, or larger than ``most``."""
     try:
         with Image.open(io.BytesIO(medium.data), formats=FORMATS) as image:
             size = (image.width, image.height)
@@ -257,7 +257,14 @@ class _Stopped:
         return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def load_answerer(folder: Path, *, name: str | None = None, device: str | None = None, limits: Limits | None = None, trust: bool = False) -> Answerer:
+def load_answerer(
+    folder: Path,
+    *,
+    name: str | None = None,
+    device: str | None = None,
+    limits: Limits | None = None,
+    trust: bool = False,
+) -> Answerer:
     """The exported model in ``folder`` on ``device``, by default a GPU if there is one.
 
     trust: run the folder's code even if it is not what this package writes. Raises UserError if the folder is not one.

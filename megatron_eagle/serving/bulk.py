@@ -1,8 +1,8 @@
 """Questions of a JSONL file answered into another: resumable, and every question read is answered or failed.
 
-A question is ``{"question": "..."}`` with, as needed, ``id`` (by default the number of its line), ``image`` and ``video``
-(one file or a list, below the file's folder) and ``system``. An answer is ``{"id", "asked", "answer", "complete"}``, or has
-``error`` instead of the last two; ``asked`` is a digest of the question, the model and the options.
+A question is ``{"question": "..."}`` with, as needed, ``id`` (by default the number of its line), ``image`` and
+``video`` (one file or a list, seen from the file's folder) and ``system``. An answer is ``{"id", "asked", "answer",
+"complete"}``, or has ``error`` instead of the last two; ``asked`` is a digest of question, model and options.
 """
 
 import hashlib
@@ -135,9 +135,7 @@ def _answer(
             yield {**entry, "answer": answer.text, "complete": answer.end.reason == "stop"}
 
 
-def _prepare(
-    answerer: Answerer, record: dict[str, Any], folder: Path, options: Options, system: str | None
-) -> Prompt:
+def _prepare(answerer: Answerer, record: dict[str, Any], folder: Path, options: Options, system: str | None) -> Prompt:
     if "error" in record and "question" not in record:
         raise UserError(str(record["error"]))
     if strange := sorted(set(record) - set(KEYS)):

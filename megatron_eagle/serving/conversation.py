@@ -3,9 +3,9 @@
 Plain data, without torch: the command line, the endpoint and the page make it, ``answerer.py`` reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from megatron_eagle.errors import UserError
 
@@ -52,8 +52,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.temperature < 100 or not 0 < self.top_p <= 1:
             raise UserError(
-                f"an answer needs at least 1 token, a temperature from 0 to 100 and a top_p above 0 and up to 1; these are "
-                f"{self.max_new_tokens}, {self.temperature} and {self.top_p}"
+                f"an answer needs at least 1 token, a temperature from 0 to 100 and a top_p above 0 and up to 1; these "
+                f"are {self.max_new_tokens}, {self.temperature} and {self.top_p}"
             )
 
 
@@ -82,8 +82,5 @@ class Finished:
 Event = str | tuple[Shown, ...] | Finished | Exception
 """Of one answer, in order: what the model saw, pieces of text, the end; or an error, after which nothing comes."""
 
-
-class Say(Protocol):
-    """Takes the events of one answer, from the thread that makes them."""
-
-    def __call__(self, event: Event) -> None: ...
+Say = Callable[[Event], None]
+"""Takes the events of one answer, from the thread that makes them."""

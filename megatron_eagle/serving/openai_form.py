@@ -114,7 +114,9 @@ class _Reader:
             raise Refused(f"{where} has {', '.join(strange)[:200]}, which is not supported", "unsupported", param=where)
         role = "system" if message.get("role") == "developer" else message.get("role")
         if role not in ROLES:
-            raise Refused(f"{where} has role {str(role)[:50]!r}; known are {', '.join(ROLES)}", "invalid_role", param=where)
+            raise Refused(
+                f"{where} has role {str(role)[:50]!r}; known are {', '.join(ROLES)}", "invalid_role", param=where
+            )
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list):
@@ -139,7 +141,9 @@ class _Reader:
         except (KeyError, TypeError):
             raise Refused(f"{where} of type {kind} is not complete", "invalid_part", param=where) from None
         raise Refused(
-            f"{where} is of type {str(kind)[:50]!r}; known are text, image_url, video_url and file", "invalid_part", param=where
+            f"{where} is of type {str(kind)[:50]!r}; known are text, image_url, video_url and file",
+            "invalid_part",
+            param=where,
         )
 
     def _file(self, file: Mapping[str, str], where: str) -> Medium:
@@ -147,7 +151,7 @@ class _Reader:
             data, name = self.load_file(_text(file["file_id"])), _text(file["file_id"])
         else:
             data, name = _data_url(_text(file["file_data"]), where)[1], ""
-        kind = "video" if looks_like_video(data) else "image"
+        kind: Literal["image", "video"] = "video" if looks_like_video(data) else "image"
         return Medium(kind, self._name(kind, _text(file.get("filename", name))), data)
 
     def _medium(self, kind: Literal["image", "video"], url: str, where: str) -> Medium:
@@ -182,7 +186,9 @@ def _url(value: Any) -> str:
 def _data_url(url: str, where: str) -> tuple[str, bytes]:
     head = DATA_URL.match(url)
     if head is None:
-        raise Refused(f"{where} should be data:TYPE;base64,DATA, begins with {url[:40]!r}", "invalid_data_url", param=where)
+        raise Refused(
+            f"{where} should be data:TYPE;base64,DATA, begins with {url[:40]!r}", "invalid_data_url", param=where
+        )
     try:
         return head["type"], base64.b64decode(url[head.end() :], validate=True)
     except binascii.Error as error:

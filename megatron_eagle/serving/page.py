@@ -85,7 +85,9 @@ def _lay_out(workers: Sequence[Worker], options: talk.Options) -> None:
     with gradio.Row():
         for worker in workers:
             with gradio.Column():
-                chat = gradio.Chatbot(label=worker.model.name, feedback_options=None, allow_tags=False, buttons=["copy"])
+                chat = gradio.Chatbot(
+                    label=worker.model.name, feedback_options=None, allow_tags=False, buttons=["copy"]
+                )
                 tiles = gradio.Image(label="what the model saw", interactive=False, buttons=[], format="png")
                 columns.append((worker, chat, tiles, gradio.State(Talk())))
     box = gradio.MultimodalTextbox(

@@ -1,4 +1,4 @@
-"""The one thread that a model answers in, and the queue before it: whoever asks gets their own answer and no other's."""
+"""The one thread that a model answers in, and the queue before it: whoever asks gets their own answer and no other."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""What a client that is no browser can get of the page: no file that was not uploaded, no URL fetched, no large body."""
+"""What a client that is no browser gets of the page: no file that was not uploaded, no URL fetched, no large body."""
 
 import http.client
 import json
@@ -31,10 +31,24 @@ def secret(tmp_path: Path) -> Path:
 
 def test_no_route_gives_a_file_that_was_not_uploaded(page: str, secret: Path) -> None:
     inside = Path(__file__).resolve()
-    ways = [str(secret), str(inside), "/etc/passwd", "..%2f..%2f..%2fetc/passwd", "pyproject.toml", "/proc/self/environ"]
+    ways = [
+        str(secret),
+        str(inside),
+        "/etc/passwd",
+        "..%2f..%2f..%2fetc/passwd",
+        "pyproject.toml",
+        "/proc/self/environ",
+    ]
     ways += [quote(str(secret), safe=""), f"{secret.parent}/x/../secret.png", f"//{secret}", f"file://{secret}"]
     for way in ways:
-        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/stream/"):
+        for route in (
+            "/gradio_api/file=",
+            "/file=",
+            "/gradio_api/file/",
+            "/static/",
+            "/assets/",
+            "/gradio_api/stream/",
+        ):
             status, text = send(page, "GET", f"{route}{way}")
             assert status >= 400 and "secret" not in text and "root:" not in text, (route, way, status)
 
@@ -44,7 +58,11 @@ def joined(page: str, path: str) -> tuple[int, str]:
     config = json.loads(send(page, "GET", "/config")[1])
     number = next(i for i, d in enumerate(config["dependencies"]) if any(t[1] == "submit" for t in d["targets"]))
     file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-    body = {"data": [{"text": "?", "files": [file]}], "fn_index": config["dependencies"][number]["id"], "session_hash": "s"}
+    body = {
+        "data": [{"text": "?", "files": [file]}],
+        "fn_index": config["dependencies"][number]["id"],
+        "session_hash": "s",
+    }
     status, text = send(page, "POST", "/gradio_api/queue/join", body)
     return (status, text) if status != 200 else send(page, "GET", "/gradio_api/queue/data?session_hash=s")
 

@@ -1,4 +1,4 @@
-"""The endpoint over real HTTP: answers whole and in pieces, 50 clients at once, and what is refused, with its reason."""
+"""The endpoint over real HTTP: answers whole and in pieces, 50 clients at once, and what is refused, and why."""
 
 import base64
 import http.client
@@ -141,11 +141,31 @@ def test_uploads_are_limited_together(address: str) -> None:
 REFUSED = {
     "what is not supported": (ask("?", n=2), "unsupported_value", "n=2 is not supported"),
     "an unknown key": (ask("?", guided_json={}), "unsupported_parameter", "'guided_json'"),
-    "an answer too long": (ask("?", max_tokens=1001), "too_many_new_tokens", "1001 tokens was asked for, the limit is 1000"),
-    "too many pictures": (ask("?", *[picture(png((1, 1, 1)))] * 4), "too_many_images", "4 images in one request, the limit is 3"),
-    "a URL": (ask("?", {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "url_refused", "no --allow-url"),
-    "a file URL": (ask("?", {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "url_refused", "refused"),
-    "no base64": (ask("?", {"type": "image_url", "image_url": {"url": "data:;base64,$$"}}), "invalid_base64", "not base64"),
+    "an answer too long": (
+        ask("?", max_tokens=1001),
+        "too_many_new_tokens",
+        "1001 tokens was asked for, the limit is 1000",
+    ),
+    "too many pictures": (
+        ask("?", *[picture(png((1, 1, 1)))] * 4),
+        "too_many_images",
+        "4 images in one request, the limit is 3",
+    ),
+    "a URL": (
+        ask("?", {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}),
+        "url_refused",
+        "no --allow-url",
+    ),
+    "a file URL": (
+        ask("?", {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}),
+        "url_refused",
+        "refused",
+    ),
+    "no base64": (
+        ask("?", {"type": "image_url", "image_url": {"url": "data:;base64,$$"}}),
+        "invalid_base64",
+        "not base64",
+    ),
     "an unknown part": (ask("?", {"type": "input_audio"}), "invalid_part", "input_audio"),
     "no messages": ({"model": "echo", "messages": []}, "invalid_value", "at least one message"),
     "a wrong type": (ask("?", temperature="hot"), "invalid_type", "temperature"),
@@ -228,7 +248,8 @@ class TestFetching:
     """URLs: only below a prefix, only from the internet, without following where a server points to."""
 
     @pytest.mark.parametrize(
-        "address", ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1%eth0"]
+        "address",
+        ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1%eth0"]
         + ["::ffff:127.0.0.1", "fc00::1", "224.0.0.1", "100.64.0.1"],
     )
     def test_addresses_that_are_not_of_the_internet(self, address: str) -> None:
@@ -237,7 +258,9 @@ class TestFetching:
     def test_addresses_of_the_internet(self) -> None:
         assert is_public("93.184.215.14") and is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
 
-    @pytest.mark.parametrize("name", ["http://localhost/a", "http://127.0.0.1/a", "http://[::1]/a", "http://2130706433/a"])
+    @pytest.mark.parametrize(
+        "name", ["http://localhost/a", "http://127.0.0.1/a", "http://[::1]/a", "http://2130706433/a"]
+    )
     def test_this_machine_is_refused_even_if_it_was_allowed(self, name: str) -> None:
         with pytest.raises(Refused, match="not an address of the internet|has no address"):
             Fetcher((name,), 1000).fetch(name)
