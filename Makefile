@@ -4,6 +4,7 @@
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
 # make support  run on this stack what the README's table of what has been run names, and write the table
+# make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
@@ -32,7 +33,7 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.p
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-long support gpu lint format clean
+.PHONY: setup demo check test test-stacks test-te test-page test-long support gpu lint format clean
 
 setup: $(READY)
 
@@ -72,6 +73,12 @@ test-te: setup
 	@echo "test-te: megatron-core $(MEGATRON), Transformer Engine $(TE)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER) $(RECORD)
 
+test-page: setup
+	@[ -f .page/ready ] || { echo "test-page: Gradio and Selenium into .page, 220 MB" && rm -rf .page && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .page \
+	    --requirement constraints/serve.txt && touch .page/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
@@ -91,4 +98,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) .te runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) .te .page runs build *.egg-info

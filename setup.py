@@ -21,7 +21,7 @@ TRAINER = [
     "megatron-core==0.19.2; python_version >= '3.12'",
     "megatron-energon==7.4.1",
     "numpy>=2.4",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "psutil>=7.2",
     "pyarrow>=26.0",
     "pydantic>=2.14",
@@ -47,6 +47,9 @@ GPU = [
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
 TESTS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "setuptools"]
+# The endpoint's; with the page's, whose Gradio takes no Pillow of 13 (docs/install.md), the extra "serve".
+ENDPOINT = ["python-multipart>=0.0.34", "starlette>=1.10", "uvicorn>=0.54"]
+PAGE = ["fastapi>=0.165", "gradio>=6.31,<7"]
 DEV = [*TESTS, "mypy", "ruff", "types-pyyaml", "types-tqdm"]
 
 
@@ -78,7 +81,12 @@ setup(
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
     install_requires=TRAINER,
-    extras_require={"gpu": GPU, "documents": DOCUMENTS, "dev": [*DEV, *DOCUMENTS]},
+    extras_require={
+        "gpu": GPU,
+        "documents": DOCUMENTS,
+        "serve": [*ENDPOINT, *PAGE],
+        "dev": [*DEV, *DOCUMENTS, *ENDPOINT],
+    },
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -25,6 +25,7 @@ ORDER = (
     "verification",
     "conversion",
     "evaluation",
+    "serving",
     "cluster",
     "demo",
     "gpu_day",

@@ -3,6 +3,7 @@
     runs/<name>/checkpoints/<stage>/
         step_00000250/            weights, optimizer, schedule (torch_dist), position in the data and RNG per process
             checkpoint.json       what it is: stage, step, model, layout, recipe; read before any tensor
+            tokenizer/            the files of the recipe's tokenizer, so that the weights are never without theirs
             checksums.json        size and CRC-32 of every file; held against the files before they are loaded
         latest                    name of the newest whole checkpoint; moved last
 
@@ -43,6 +44,7 @@ from megatron_eagle.parallel.groups import Groups
 
 LATEST = "latest"
 DESCRIPTION = "checkpoint.json"
+TOKENIZER = "tokenizer"
 PROCESS_FILE = "process_{:05d}.pt"  # random states, one a process
 POSITION_FILE = "position_{:05d}.pt"  # place in the data, one a data-parallel rank
 

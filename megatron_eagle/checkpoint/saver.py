@@ -13,7 +13,7 @@ import gc
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Saver:
     """Saves the checkpoints of one stage, one at a time; every process calls the same methods at the same steps.
 
     device: where small tensors for the exchange between processes lie. keep: how many checkpoints stay.
-    say: tells the user a line, on one process.
+    tokenizer: its files by name, which go into every checkpoint (rank 0). say: tells the user a line, on one process.
     """
 
     def __init__(
@@ -55,9 +55,11 @@ class Saver:
         device: torch.device,
         *,
         keep: int,
+        tokenizer: Mapping[str, bytes] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._folder, self._groups, self._device, self._keep, self._say = stage_folder, groups, device, keep, say
+        self._tokenizer = dict(tokenizer or {})
         self._pending: Save | None = None
         self._checked = False
         self._failures, self._last_failure = 0, ""
@@ -129,7 +131,8 @@ class Saver:
         if data_position is not None:
             position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
             small[POSITION_FILE.format(self._groups.dp_rank)] = position
-        return Save(description, final, planned.index, planned.writer, planned.common, planned.buckets, small, started)
+        parts = (planned.index, planned.writer, planned.common, planned.buckets)
+        return Save(description, final, *parts, small, self._tokenizer, started)
 
     def _conclude(self, save: Save) -> None:
         self._pending = None

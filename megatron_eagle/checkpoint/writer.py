@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_eagle.checkpoint import checksums
-from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, Description
+from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, TOKENIZER, Description
 from megatron_eagle.checkpoint.safe_index import BACKEND, COMMON, METADATA
 from megatron_eagle.compat.checkpoint_saving import FileSystemWriterAsync, write_bucket
 
@@ -28,7 +28,7 @@ class Save:
     """One checkpoint on its way to the disk.
 
     index, writer: what becomes ``.metadata`` (rank 0) and who writes it. common: what is the same in every process.
-    buckets: copies of this process's tensors, by file. small: its other files' content.
+    buckets: copies of this process's tensors, by file. small: its other files' content. tokenizer: files by name.
     thread, results, measured, error: who writes, and what came of it.
     """
 
@@ -39,6 +39,7 @@ class Save:
     common: dict[str, Any]
     buckets: list[Any]
     small: dict[str, Any]
+    tokenizer: dict[str, bytes]
     started: float
     thread: Thread | None = None
     results: list[Any] = field(default_factory=list)
@@ -105,10 +106,12 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
     texts = {BACKEND: asdict(torch_dist), DESCRIPTION: asdict(save.description)}
     for name, content in texts.items():
         (partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    tokenizer = _write_tokenizer(partial / TOKENIZER, save.tokenizer)
     small = [partial / name for name in (METADATA, COMMON, *texts)]
     measured = {name: entry for _, part in parts for name, entry in part.items()}
-    checksums.write(partial, {**measured, **checksums.measure(small)})
-    for file in (*small, partial / checksums.CHECKSUMS, partial):
+    carried = {f"{TOKENIZER}/{name}": entry for name, entry in checksums.measure(tokenizer).items()}
+    checksums.write(partial, {**measured, **checksums.measure(small), **carried})
+    for file in (*small, *tokenizer, partial / checksums.CHECKSUMS, partial):
         _flush(file)
     if final.exists():
         _put_away(final)
@@ -122,6 +125,14 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
     older = sorted(folder for folder in final.parent.glob("step_*[0-9]") if folder.name < final.name)
     for old in older[: max(0, len(older) + 1 - keep)]:
         _put_away(old)
+
+
+def _write_tokenizer(folder: Path, files: dict[str, bytes]) -> list[Path]:
+    if files:
+        folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
 
 
 def _put_away(checkpoint: Path) -> None:

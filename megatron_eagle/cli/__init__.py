@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from megatron_eagle import __version__
 from megatron_eagle.cli import (
+    ask,
     bench,
     convert,
     data,
@@ -22,8 +23,10 @@ from megatron_eagle.cli import (
     evaluate,
     gpu_day,
     job,
+    page,
     plan,
     recipe,
+    serve,
     status,
     submit,
     train,
@@ -52,6 +55,9 @@ VERBS = (
     evaluate.add,
     verify.add,
     convert.add,
+    ask.add,
+    page.add,
+    serve.add,
     demo.add,
     gpu_day.add,
     submit.add,
@@ -81,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options."""
+    """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options, and so may the last argument of
+    a verb that names it as ``late``: argparse takes one that may be left out only before the first option."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    late = getattr(options, "late", None)
+    if late and getattr(options, late) is None and len(rest) == 1 and not rest[0].startswith("-"):
+        setattr(options, late, rest.pop())
     strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if strange or (rest and not hasattr(options, "overrides")):
         first = next(iter(strange), "").partition("=")[0]

@@ -13,6 +13,8 @@ from megatron_eagle.config.numbers import Range
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
+    from megatron_eagle.serving.answerer import Answerer
+    from megatron_eagle.serving.limits import Limits
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,6 +126,31 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace-platform", action="store_true", help="list what was redirected to run Megatron-Core without a GPU"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and how it is loaded."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported folder, checkpoint, stage or run")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="of a checkpoint that does not carry its own")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="run the code of MODEL even if it is not what this version exports"
+    )
+
+
+def open_answerer(
+    options: argparse.Namespace, model: Path, *, name: str | None = None, limits: "Limits | None" = None
+) -> "tuple[Answerer, Path]":
+    """The model of ``add_model_arguments`` ready to answer, and the exported folder that it was loaded from."""
+    from megatron_eagle.serving.model_folder import exported_folder
+
+    folder = exported_folder(model, print_once, tokenizer=options.tokenizer)
+    from megatron_eagle.serving.answerer import load_answerer
+
+    answerer = load_answerer(
+        folder, name=name or model.resolve().name, device=options.device, limits=limits, trust=options.trust_code
+    )
+    return answerer, folder
 
 
 def open_platform(options: argparse.Namespace) -> "Platform":

@@ -1,18 +1,19 @@
 """The two directions of conversion, each with its proof."""
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from megatron_eagle.checkpoint.files import (
     DESCRIPTION,
+    TOKENIZER,
     Description,
     effective_numbers,
     find_latest,
@@ -30,21 +31,22 @@ from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, write_configs
 from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
+from megatron_eagle.conversion.reading_of import reading_of
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
 from megatron_eagle.conversion.resumable_output import JOURNAL, finish, start
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, write_safetensors
+from megatron_eagle.conversion.sentencepiece_files import write_as_tokenizer_json
 from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
-from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
+from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer, own_tokenizer
 from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
-from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_eagle.verification.reference import Published
 
-TOKENIZER = "tokenizer"
 NEW: dict[str, Any] = {"tile_size": 448, "tokens": "eagle2", "seed": 1234}  # what a new Eagle has by default
 
 
@@ -130,16 +132,17 @@ def megatron_to_hf(
     kind: Literal["A", "B"] | None = None,
     tokenizer: Path | None = None,
     code: Code = "own",
-    reading: ReadingSettings = RELEASED,
+    reading: ReadingSettings | None = None,
 ) -> Proof:
     """A checkpoint of ours, of any layout, in a released form.
 
     checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
     it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own. code:
     our own goes into the folder, which then loads by itself; NVIDIA's is pointed to. reading: what it was trained
-    with, by default as the released ones; it goes into the folder.
+    with; None takes the checkpoint's own, of one that carries none the released models'. It goes into the folder.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
+    reading = reading or reading_of(checkpoint) or RELEASED
     config = model_of(checkpoint, read_description(checkpoint))
     dialect = dialect_of(checkpoint, config, kind)
     said = {"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)}
@@ -150,7 +153,7 @@ def megatron_to_hf(
     rounded: TensorSource = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
         logits.check_memory(renamed.infos)
-    vocabulary = _export_tokenizer(tokenizer or checkpoint / TOKENIZER, partial, config)
+    vocabulary = _export_tokenizer(tokenizer or own_tokenizer(checkpoint), partial, config)
     write_safetensors(rounded, partial)
     dtype = rounded.infos[dialect.embedding].dtype
     kind = dialect.format
@@ -230,14 +233,10 @@ def _check_image_token(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:
-    if source.is_file():  # a SentencePiece model, as small runs use: transformers cannot load it, but it belongs here
-        tokenizer = load_tokenizer("sentencepiece", source)
-        check_vocabulary(tokenizer, config.language.vocab_size, source)
-        shutil.copyfile(source, partial / "tokenizer.model")
-        ids = {"<|im_end|>": tokenizer.im_end, "<IMG_CONTEXT>": tokenizer.image_context, "<|endoftext|>": tokenizer.pad}
-        return Vocabulary(tokenizer.vocab_size, tokenizer.largest_id, (), ids)
-    if not source.is_dir():
-        raise UserError(f"{source.parent} holds no tokenizer; name one with --tokenizer")
+    if source.is_file():  # a SentencePiece model, as small runs use
+        with TemporaryDirectory() as folder:
+            write_as_tokenizer_json(source, Path(folder))
+            return _export_tokenizer(Path(folder), partial, config)
     vocabulary = copy_tokenizer(source, partial, TOKENS["eagle2"])
     check_vocabulary(vocabulary, config.language.vocab_size, source)
     return vocabulary

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, IMAGE_CONTEXT, HuggingFaceTokenizer
+from megatron_eagle.checkpoint.files import TOKENIZER, read_description
+from megatron_eagle.data.sample.tokenizer import (
+    EAGLE_TOKENS,
+    FILES,
+    IMAGE_CONTEXT,
+    SENTENCEPIECE,
+    HuggingFaceTokenizer,
+)
 from megatron_eagle.errors import UserError
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Order of the released models' added tokens: it decides their ids.
 TOKENS = {
     "eagle2": EAGLE_TOKENS,
@@ -57,6 +54,20 @@ class Vocabulary:
     def rows(self) -> int:
         """Of an embedding that has one for every id, those that no token has included."""
         return self.largest_id + 1
+
+
+def own_tokenizer(checkpoint: Path) -> Path:
+    """The folder or SentencePiece model that ``checkpoint`` was trained with: the one it carries or, of checkpoints
+    that carry none (as until 2026-11-26), the one its recipe names; UserError if neither is there."""
+    folder = checkpoint / TOKENIZER
+    if folder.is_dir():
+        return folder / SENTENCEPIECE if (folder / SENTENCEPIECE).is_file() else folder
+    named = read_description(checkpoint).recipe.get("tokenizer.path")
+    if named is None:
+        raise UserError(f"{checkpoint} holds no tokenizer and does not say its recipe's; name one with --tokenizer")
+    if not Path(named).exists():
+        raise UserError(f"{checkpoint} holds no tokenizer, and {named}, its recipe's, is not here; give --tokenizer")
+    return Path(named)
 
 
 def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary:

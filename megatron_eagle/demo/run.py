@@ -38,6 +38,8 @@ from megatron_eagle.training.log import read_metrics
 
 SEED = 2026
 TIMES = "seconds.json"
+EXPORT = "export"
+EXAMPLE = "heldout-00001-0.png"  # tasks follow one another, and the second one is to read a number
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,16 @@ def run_demo(
     if not (evaluation / PREDICTIONS).exists():
         _say("answering the held-out questions")
         clock.timed("evaluate", partial(_command, "evaluate", *common, "--data", str(folder / "data" / "heldout")))
+    export = folder / EXPORT
+    if not export.exists():
+        _say(f"exporting the model to {export}")
+        checkpoint = folder / "checkpoints" / recipe.stages[-1].name
+        clock.timed("export", partial(_command, "convert", "megatron-to-hf", str(checkpoint), str(export)))
     summary = _write_summary(recipe, folder, processes, clock, setup_seconds)
     seen, blank = summary.accuracy.overall, summary.accuracy.blank_images
     _say(f"{seen:.1%} of the held-out questions right, {blank:.1%} without seeing; open {folder / 'report.html'}")
+    image = folder / "raw" / "heldout" / "images" / EXAMPLE
+    _say(f"megatron-eagle ask {export} --image {image} 'Read the number in the image.'")
 
 
 def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int, sets: Sequence[EmbeddedSet]) -> None:

@@ -33,7 +33,7 @@ from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
-from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
+from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
 from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import LostContact, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
@@ -119,7 +119,7 @@ class StageRun:
             require_continuable(resume_from, description, self.recipe, self.stage)
             self.step, self.rejected_total = description.step, description.rejected_total
             self.peak_rss_bytes = description.peak_rss_bytes
-        self._check_tokenizer()
+        tokenizer = self._read_tokenizer()
         first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
@@ -132,19 +132,25 @@ class StageRun:
         if description:
             self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
-        self._train(engine, stream, stage_folder)
+        self._train(engine, stream, stage_folder, tokenizer)
 
-    def _check_tokenizer(self) -> None:
-        """Before anything is built: one process reads the tokenizer, and all stop if it does not fit the model."""
+    def _read_tokenizer(self) -> dict[str, bytes]:
+        """Before anything is built: one process reads the tokenizer, and all stop if it does not fit the model.
+
+        Its files, for the checkpoints; none but on rank 0.
+        """
         refusal: list[str | None] = [None]
+        files: dict[str, bytes] = {}
         if self.groups.rank == 0:
             try:
                 recipe_tokenizer(self.recipe)
+                files = tokenizer_files(self.recipe.tokenizer)
             except UserError as error:
                 refusal = [str(error)]
         dist.broadcast_object_list(refusal)
         if refusal[0] is not None:
             raise UserError(refusal[0])
+        return files
 
     def _say_changes(self, saved: Description, what: str) -> None:
         if not saved.recipe:
@@ -178,11 +184,16 @@ class StageRun:
             raise UserError(next(text for text in messages if text))
         return stream
 
-    def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
+    def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path, tokenizer: dict[str, bytes]) -> None:
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
-            stage_folder, self.groups, self.platform.device, keep=self.stage.keep_checkpoints, say=self._say
+            stage_folder,
+            self.groups,
+            self.platform.device,
+            keep=self.stage.keep_checkpoints,
+            tokenizer=tokenizer,
+            say=self._say,
         )
         try:
             while self.step < self.stage.steps:

@@ -1,12 +1,14 @@
 """The demo from end to end, with few samples and two steps a stage: everything happens and everything is written."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_eagle.cli import main
 from megatron_eagle.demo import run as demo
 
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny" / "recipe.yaml"
@@ -40,6 +42,12 @@ def test_the_demo_writes_its_summary_and_report(tmp_path: Path, monkeypatch: pyt
     assert 0.1 < summary["peak_rss_gb"] < 6.0
     page = (folder / "report.html").read_text()
     assert "<img" in page and "http" not in page.replace("http://www.w3.org", "")
+
+    said = capfd.readouterr().out.splitlines()[-1]
+    command = shlex.split(said.removeprefix("demo: megatron-eagle "))
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--max-new-tokens", "3", "--device", "cpu"])
+    assert ended.value.code == 0 and command[:2] == ["ask", str(folder / "export")]
 
     before = (folder / "metrics.jsonl").read_bytes()
     demo.run_demo(*arguments)

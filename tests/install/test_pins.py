@@ -96,7 +96,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     arguments = setup_arguments()
     asked = required([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])], stack)
-    pinned = constraints(stack)
+    pinned = constraints(stack) | pins((ROOT / "constraints" / "serve.txt").read_text(encoding="utf-8"))
     assert len(asked) > 25
     assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}
     assert asked["megatron-core"].specifier == f"=={pinned['megatron-core']}"
@@ -105,7 +105,7 @@ def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
 def test_the_lower_ends_are_the_oldest_versions_tested() -> None:
     asked = required(setup_arguments()["install_requires"], STACKS[1])
     lowest = pins((ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8"))
-    assert len(lowest) == 5
+    assert len(lowest) == 6
     for name, version in lowest.items():
         (lower,) = (one.version for one in asked[name].specifier if one.operator == ">=")
         assert version in (lower, f"{lower}.0"), name
@@ -125,7 +125,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
     needed = names(arguments["install_requires"])
-    extras = names(arguments["extras_require"]["gpu"]) | names(arguments["extras_require"]["documents"])
+    extras = set().union(*(names(arguments["extras_require"][extra]) for extra in ("gpu", "documents", "serve")))
     assert needed - used == set(), "required, and not imported"
     assert used - needed - extras - OPTIONAL == set(), "imported, not required"
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import signal
 from pathlib import Path
 
 from throwaway import DAEMON_PORTS, ThrowawaySlurm
@@ -34,6 +35,8 @@ def test_two_clusters_on_one_host_do_not_touch_each_other(tmp_path: Path) -> Non
         assert not set(one.processes()) & set(other.processes())
         said = [(tmp_path / name / "said").read_text() for name in ("one", "other")]
         assert said == [f"train {slurm.ports[DAEMON_PORTS]} {1000 - DAEMON_PORTS}\n" for slurm in (one, other)]
+        other.kill_node("n1")
+        assert len(one.ranks(job)) == 1 and not other.processes()
 
 
 def test_a_job_whose_old_processes_live_on_starts_again_beside_them(tmp_path: Path) -> None:

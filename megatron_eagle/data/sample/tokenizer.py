@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from megatron_eagle.config.recipe import Recipe
+from megatron_eagle.config.recipe import Recipe, TokenizerSettings
 from megatron_eagle.errors import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -29,6 +29,19 @@ GROUNDING = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 INTERVAL = ("<interval>", "</interval>")
 # The order in which Eagle 2 added its tokens to Qwen2.5's (added_tokens.json of the released checkpoints).
 EAGLE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, *GROUNDING)
+
+# Of a tokenizer's folder: what transformers reads, or a SentencePiece model alone.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SENTENCEPIECE = "tokenizer.model"
 
 SPACE_MARK = "\u2581"
 PROBE = " a  b\n\n\tc \u00e9 e\u0301 \u2581 \U0001f985 \u4e2d "
@@ -256,6 +269,13 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     tokenizer = load_tokenizer(recipe.tokenizer.kind, Path(recipe.tokenizer.path))
     check_vocabulary(tokenizer, recipe.model.eagle().language.vocab_size, recipe.tokenizer.path)
     return tokenizer
+
+
+def tokenizer_files(settings: TokenizerSettings) -> dict[str, bytes]:
+    """What a checkpoint carries of a recipe's tokenizer, by file name; ``load_tokenizer`` reads a folder of them."""
+    path = Path(settings.path)
+    files = {name: path / name for name in FILES} if settings.kind == "huggingface" else {SENTENCEPIECE: path}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
 
 def check_if_there(recipe: Recipe) -> None:

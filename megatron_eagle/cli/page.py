@@ -1,0 +1,52 @@
+"""``megatron-eagle page``: a page to ask one model or two side by side."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from megatron_eagle.cli.common import Verbs, add_model_arguments, not_negative, open_answerer, positive_int, verb
+from megatron_eagle.cli.serve import add_address_arguments
+from megatron_eagle.errors import UserError
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb and its arguments."""
+    parser = verb(
+        verbs,
+        "page",
+        "a page to ask a model, or two side by side",
+        "Opens no browser: it prints its address. Pictures and videos are dropped into the page; it shows the tiles\n"
+        "that the model saw and the answer as it comes. Nothing leaves this machine. Needs the extra 'serve'.",
+        "  megatron-eagle page runs/demo/checkpoints/stage1 runs/demo/checkpoints/stage2\n",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("second", type=Path, nargs="?", metavar="MODEL2", help="another model, beside the first")
+    add_address_arguments(parser, default_port=7860)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="longest answer (default: 512)")
+    parser.add_argument(
+        "--temperature", type=not_negative, default=0.0, help="0: the likeliest token each time (default: 0)"
+    )
+    parser.set_defaults(run=_page, late="second")
+
+
+def _page(options: argparse.Namespace) -> None:
+    from megatron_eagle.serving.conversation import Options
+
+    drawn = Options(max_new_tokens=options.max_new_tokens, temperature=float(options.temperature))
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="megatron-eagle-page-")  # the only folder that it reads
+    try:
+        import uvicorn
+
+        from megatron_eagle.serving.page import build_page
+    except ImportError as error:
+        raise UserError(f"page needs the packages of the extra 'serve': {error}") from None
+    from megatron_eagle.serving.limits import Limits
+    from megatron_eagle.serving.worker import Worker
+
+    models = [Path(model) for model in (options.model, options.second) if model]
+    workers = [Worker(open_answerer(options, model)[0], Limits()) for model in models]
+    local = options.host in ("127.0.0.1", "localhost", "::1")
+    app = build_page(workers, drawn, local=local)
+    print(f"http://{options.host}:{options.port}", flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")

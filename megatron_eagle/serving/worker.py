@@ -1,0 +1,79 @@
+"""The one thread that a model answers in, and the queue before it: whoever asks gets their own answer and no other."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megatron_eagle.serving.conversation import Event, Finished, Message, Options, Say
+from megatron_eagle.serving.limits import Limits, Refused
+
+
+class Model(Protocol):
+    """What the worker needs of a model; ``answerer.Answerer`` is one."""
+
+    name: str
+
+    def answer(self, messages: Sequence[Message], options: Options, say: Say, stop: threading.Event) -> None:
+        """Tell all events of an answer; raises what is wrong with the question. stop: nobody listens any more."""
+        ...
+
+
+@dataclass
+class Job:
+    """One question on its way; set ``stop`` when nobody waits for the rest of its answer."""
+
+    messages: Sequence[Message]
+    options: Options
+    say: Say
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """Answers one question after another, in the order in which they came."""
+
+    def __init__(self, model: Model, limits: Limits) -> None:
+        self.model, self.limits = model, limits
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, messages: Sequence[Message], options: Options, say: Say) -> Job:
+        """Queue a question; raises Refused if it, or the queue, is beyond the limits."""
+        self.limits.check_request(messages, options)
+        waiting = self._jobs.qsize()
+        if waiting >= self.limits.waiting:
+            raise Refused(f"{waiting} questions wait already, the limit is {self.limits.waiting}", "busy", status=429)
+        job = Job(messages, options, say)
+        self._jobs.put(job)
+        return job
+
+    def ask(self, messages: Sequence[Message], options: Options) -> Iterator[Event]:
+        """The events of an answer as they come; an error is raised. Leaving the iterator stops the answer."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        job = self.submit(messages, options, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            job.stop.set()
+
+    def close(self) -> None:
+        """Answer what is queued, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if job.stop.is_set():
+                continue
+            try:
+                self.model.answer(job.messages, job.options, job.say, job.stop)
+            except Exception as error:  # it belongs to this question; the next one is another's
+                job.say(error)

@@ -1,0 +1,298 @@
+"""The endpoint over real HTTP: answers whole and in pieces, 50 clients at once, and what is refused, and why."""
+
+import base64
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serving_cases import Echo, expected, png, served
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.serving.endpoint import build_app
+from megatron_eagle.serving.fetching import Fetcher, check_prefix, is_public
+from megatron_eagle.serving.limits import Limits, Refused
+from megatron_eagle.serving.worker import Worker
+
+LIMITS = Limits(body_bytes=300_000, images=3, new_tokens=1000, stored_bytes=250_000)
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    worker = Worker(Echo(), LIMITS)
+    with served(build_app(worker, Fetcher((), LIMITS.body_bytes))) as found:
+        yield found
+    worker.close()
+
+
+def send(address: str, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+    """(status, body) of a request; a body that is no bytes goes as JSON."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, path, data, headers or JSON)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        streamed = answer.getheader("content-type", "").startswith("text/event-stream")
+        return answer.status, text if streamed or not text.startswith("{") else json.loads(text)
+    finally:
+        connection.close()
+
+
+def picture(data: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
+
+
+def ask(words: str, *parts: Any, **more: Any) -> dict[str, Any]:
+    content = [*parts, {"type": "text", "text": words}]
+    return {"model": "echo", "messages": [{"role": "user", "content": content}], **more}
+
+
+def refused(address: str, body: Any, *, status: int = 400) -> dict[str, Any]:
+    found, answer = send(address, "POST", "/v1/chat/completions", body)
+    assert found == status, answer
+    assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}
+    return answer["error"]
+
+
+def pieces(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_models_lists_the_one_there_is(address: str) -> None:
+    status, models = send(address, "GET", "/v1/models")
+    assert status == 200 and [model["id"] for model in models["data"]] == ["echo"]
+
+
+def test_a_whole_answer_has_its_text_and_its_tokens(address: str) -> None:
+    data = png((1, 2, 3))
+    status, answer = send(address, "POST", "/v1/chat/completions", ask("What?", picture(data), n=1, user="me"))
+    assert status == 200 and answer["object"] == "chat.completion"
+    choice = answer["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": expected("What?", data)}
+    assert choice["finish_reason"] == "stop"
+    tokens = answer["usage"]
+    assert tokens["total_tokens"] == tokens["prompt_tokens"] + tokens["completion_tokens"] > 0
+
+
+def test_a_streamed_answer_comes_in_pieces(address: str) -> None:
+    body = ask("What?", stream=True, stream_options={"include_usage": True})
+    status, text = send(address, "POST", "/v1/chat/completions", body)
+    found = pieces(text)
+    assert status == 200 and len({piece["id"] for piece in found}) == 1
+    deltas = [piece["choices"][0]["delta"].get("content", "") for piece in found if piece["choices"]]
+    assert "".join(deltas) == expected("What?") and len(deltas) > 3
+    assert found[-2]["choices"][0]["finish_reason"] == "stop" and found[-1]["usage"]["completion_tokens"] > 0
+
+
+def test_fifty_clients_at_once_get_their_own_answers(address: str) -> None:
+    answers: dict[int, str] = {}
+
+    def client(number: int) -> None:
+        data = png((number, 0, 255 - number))
+        body = ask(f"question {number}", picture(data), stream=number % 2 == 0)
+        status, answer = send(address, "POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        if number % 2:
+            answers[number] = answer["choices"][0]["message"]["content"]
+        else:
+            answers[number] = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces(answer))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: expected(f"question {number}", png((number, 0, 255 - number))) for number in range(50)}
+
+
+def test_a_file_is_uploaded_once_and_asked_about(address: str) -> None:
+    data = png((9, 9, 9))
+    form = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n--b\r\nContent-Disposition: '
+    form += b'form-data; name="file"; filename="../../x.png"\r\n\r\n' + data + b"\r\n--b--\r\n"
+    status, file = send(address, "POST", "/v1/files", form, {"content-type": "multipart/form-data; boundary=b"})
+    assert status == 200 and file["bytes"] == len(data)
+    for _ in range(2):
+        body = ask("Again?", {"type": "file", "file": {"file_id": file["id"]}})
+        _, answer = send(address, "POST", "/v1/chat/completions", body)
+        assert answer["choices"][0]["message"]["content"] == expected("Again?", data)
+    assert send(address, "DELETE", f"/v1/files/{file['id']}")[1]["deleted"]
+    error = refused(address, ask("?", {"type": "file", "file": {"file_id": file["id"]}}), status=404)
+    assert error["code"] == "file_not_found"
+    assert refused(address, ask("?", {"type": "file", "file": {"file_id": "../../etc/passwd"}}), status=404)
+
+
+def test_uploads_are_limited_together(address: str) -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    _, first = send(address, "POST", "/v1/files", head + bytes(200_000) + b"\r\n--b--\r\n", kind)
+    status, answer = send(address, "POST", "/v1/files", head + bytes(60_000) + b"\r\n--b--\r\n", kind)
+    assert status == 413 and "60000 bytes and 200000 are kept" in answer["error"]["message"]
+    send(address, "DELETE", f"/v1/files/{first['id']}")
+
+
+REFUSED = {
+    "what is not supported": (ask("?", n=2), "unsupported_value", "n=2 is not supported"),
+    "an unknown key": (ask("?", guided_json={}), "unsupported_parameter", "'guided_json'"),
+    "an answer too long": (
+        ask("?", max_tokens=1001),
+        "too_many_new_tokens",
+        "1001 tokens was asked for, the limit is 1000",
+    ),
+    "too many pictures": (
+        ask("?", *[picture(png((1, 1, 1)))] * 4),
+        "too_many_images",
+        "4 images in one request, the limit is 3",
+    ),
+    "a URL": (
+        ask("?", {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}),
+        "url_refused",
+        "no --allow-url",
+    ),
+    "a file URL": (
+        ask("?", {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}),
+        "url_refused",
+        "refused",
+    ),
+    "no base64": (
+        ask("?", {"type": "image_url", "image_url": {"url": "data:;base64,$$"}}),
+        "invalid_base64",
+        "not base64",
+    ),
+    "an unknown part": (ask("?", {"type": "input_audio"}), "invalid_part", "input_audio"),
+    "no messages": ({"model": "echo", "messages": []}, "invalid_value", "at least one message"),
+    "a wrong type": (ask("?", temperature="hot"), "invalid_type", "temperature"),
+    "a list": ([], "invalid_json", "JSON object"),
+    "no JSON": (b"{", "invalid_json", "not JSON"),
+    "a deep one": (b"[" * 100_000, "invalid_json", "not JSON"),
+    "a broken picture": (ask("?", picture(b"no")), "invalid_request", "image 1 is no picture"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_says_why(address: str, case: str) -> None:
+    body, code, words = REFUSED[case]
+    error = refused(address, body)
+    assert error["code"] == code and words in error["message"] and len(error["message"]) < 500
+
+
+def test_another_model_is_not_found(address: str) -> None:
+    assert refused(address, {**ask("?"), "model": "gpt-5"}, status=404)["code"] == "model_not_found"
+
+
+def test_a_large_body_is_refused_before_it_is_read(address: str) -> None:
+    with socket.create_connection(("127.0.0.1", urlsplit(address).port)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 209715200\r\n\r\n{"
+        )
+        answer = client.recv(4096).decode()
+    assert " 413 " in answer and "the request has 209715200 bytes, the limit is 300000" in answer
+
+
+def test_a_body_of_unknown_length_is_refused_at_the_limit(address: str) -> None:
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    chunks = (b'{"a": "' if number == 0 else b"x" * 65536 for number in range(6))
+    connection.request("POST", "/v1/chat/completions", chunks, JSON, encode_chunked=True)
+    answer = connection.getresponse()
+    assert answer.status == 413 and b"more than 300000 bytes" in answer.read()
+    connection.close()
+
+
+def test_a_web_page_cannot_reach_it(address: str) -> None:
+    """Not by a name that was made to mean this machine, and not by a form, which browsers send without asking."""
+    status, _ = send(address, "GET", "/v1/models", headers={"host": "rebound.example.org"})
+    assert status == 400
+    status, answer = send(address, "POST", "/v1/chat/completions", ask("?"), {"content-type": "text/plain"})
+    assert status == 415 and "application/json" in answer["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_the_model_for_the_next() -> None:
+    worker = Worker(Echo(pause=0.05), Limits())
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        with socket.create_connection(("127.0.0.1", urlsplit(address).port)) as client:
+            body = json.dumps(ask("x" * 2000, stream=True)).encode()  # 20 seconds
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            assert b"200 OK" in client.recv(4096)
+        status, answer = send(address, "POST", "/v1/chat/completions", ask("next"))
+        assert status == 200 and answer["choices"][0]["message"]["content"] == expected("next")
+    worker.close()
+
+
+def test_a_full_queue_is_refused() -> None:
+    worker = Worker(Echo(pause=0.2), Limits(waiting=1))
+    body = ask("a long question")
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        statuses: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(send(address, "POST", "/v1/chat/completions", body)[0]))
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) == {200, 429} and len(statuses) == 6
+    worker.close()
+
+
+class TestFetching:
+    """URLs: only below a prefix, only from the internet, without following where a server points to."""
+
+    @pytest.mark.parametrize(
+        "address",
+        ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1%eth0"]
+        + ["::ffff:127.0.0.1", "fc00::1", "224.0.0.1", "100.64.0.1"],
+    )
+    def test_addresses_that_are_not_of_the_internet(self, address: str) -> None:
+        assert not is_public(address)
+
+    def test_addresses_of_the_internet(self) -> None:
+        assert is_public("93.184.215.14") and is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+
+    @pytest.mark.parametrize(
+        "name", ["http://localhost/a", "http://127.0.0.1/a", "http://[::1]/a", "http://2130706433/a"]
+    )
+    def test_this_machine_is_refused_even_if_it_was_allowed(self, name: str) -> None:
+        with pytest.raises(Refused, match="not an address of the internet|has no address"):
+            Fetcher((name,), 1000).fetch(name)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "https://images.org.evil.org/public/a.png",
+            "https://images.org@evil.org/public/a.png",
+            "http://images.org/public/a.png",
+            "https://images.org:444/public/a.png",
+            "https://images.org/private/a.png",
+            "https://images.org/public/../private/a.png",
+            "https://images.org/public/%2e%2e/private/a.png",
+            "https://[",
+        ],
+    )
+    def test_a_prefix_allows_nothing_beside_it(self, url: str) -> None:
+        with pytest.raises(Refused, match="no --allow-url covers it|cannot be read as one"):
+            Fetcher(("https://images.org/public/",), 1000).fetch(url)
+
+    def test_what_is_allowed_is_fetched_up_to_a_size(self, address: str) -> None:
+        def fetch(path: str, most: int) -> bytes:
+            return Fetcher((f"{address}/v1",), most, public=lambda ip: True).fetch(address + path)
+
+        assert json.loads(fetch("/v1/models", 1000))["object"] == "list"
+        with pytest.raises(Refused, match="more than 10 bytes"):
+            fetch("/v1/models", 10)
+        with pytest.raises(Refused, match="the server answered 307, and redirects are not followed"):
+            fetch("/v1/models/", 1000)
+
+    @pytest.mark.parametrize("prefix", ["images.org", "ftp://images.org/", "https://", "https://a@images.org/"])
+    def test_a_prefix_is_a_url(self, prefix: str) -> None:
+        with pytest.raises(UserError, match="--allow-url"):
+            check_prefix(prefix)
