@@ -3,6 +3,7 @@
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
+# make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
@@ -32,7 +33,7 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.p
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-long support gpu lint format clean
+.PHONY: setup demo check test test-stacks test-te test-bare test-long support gpu lint format clean
 
 setup: $(READY)
 
@@ -72,6 +73,18 @@ test-te: setup
 	@echo "test-te: megatron-core $(MEGATRON), Transformer Engine $(TE)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER) $(RECORD)
 
+# The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
+BARE_VENV ?= .venv-bare
+BARE_PYTHON = $(shell for name in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3); do \
+    $$name -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$name && break; done)
+
+test-bare: setup
+	@if [ -z "$(BARE_PYTHON)" ]; then echo "test-bare: skipped, there is no Python 3.12 here"; else \
+	  [ -f $(BARE_VENV)/ready ] || { echo "test-bare: making $(BARE_VENV) with $(BARE_PYTHON)" && rm -rf $(BARE_VENV) && \
+	    $(BARE_PYTHON) -m venv $(BARE_VENV) && $(BARE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	      --constraint constraints/lowest.txt torch triton transformers numpy==2.5.2 && touch $(BARE_VENV)/ready; } && \
+	  $(BIN)/python -m pytest -q -rP -m long tests/install/test_bare_image.py --bare-python $(BARE_VENV)/bin/python $(RECORD); fi
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
@@ -91,4 +104,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) .te runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) .te runs build *.egg-info
