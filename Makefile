@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 # Tests side by side; each holds up to 6 GB of processes. WORKERS=0 is one after the other, in this process.
 WORKERS ?= 2
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+# RECORD=--record-support: test, test-stacks and test-te also write down what passed, for the README's table.
+RECORD ?=
 READY := $(VENV)/ready
 # The newest that runs: a name on the PATH may be a shim without an interpreter behind it.
 PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -56,13 +58,13 @@ check: lint
 
 test: setup
 	@echo "test: unit, parity, layouts and process tests on this machine's CPU"
-	@OMP_NUM_THREADS=1 $(TESTS) -m "not long"
+	@OMP_NUM_THREADS=1 $(TESTS) -m "not long" $(RECORD)
 
 test-stacks: setup
 	@if [ -z "$(OTHER_PYTHON)" ]; then echo "test-stacks: skipped, no Python here has the other megatron-core than $(MEGATRON)"; else \
 	  echo "test-stacks: what leans on megatron-core, with the other one, in $(OTHER_VENV)" && \
 	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
-	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
+	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) $(RECORD) && \
 	  $(OTHER_VENV)/bin/python -m eagle_kernels.check --tier compile --kernel tile_prepare --kernel pixel_shuffle_concat && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python $(RECORD); fi
 
@@ -88,10 +90,8 @@ test-bare: setup
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
-# Those that need a second environment or a package of their own are recorded by test-stacks and test-te with RECORD.
-RECORD ?=
 support: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --record-support $$($(BIN)/python tools/support.py tests | grep -v '^tests/stacks\|^tests/te'); \
+	@OMP_NUM_THREADS=1 $(TESTS) -m "not long" --record-support $$($(BIN)/python tools/support.py tests | grep -v '^tests/stacks\|^tests/te'); \
 	  failed=$$?; $(MAKE) --no-print-directory test-te RECORD=--record-support; $(BIN)/python tools/support.py table; exit $$failed
 
 gpu: setup

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--record-support"):
+    if config.getoption("--record-support") and not hasattr(config, "workerinput"):  # one of xdist's sees all
         config.pluginmanager.register(runpy.run_path(str(ROOT / "tools" / "support.py"))["recorder"]())
 
 

@@ -48,8 +48,8 @@ def rows(folder: Path = FOLDER) -> list[Row]:
 
 
 def covers(test: str, node: str) -> bool:
-    """Whether ``test`` of a row - a folder, a file or a function - holds pytest's ``node``."""
-    return node.startswith(test) and node[len(test) :][:1] in ("", "/", ":", "[")
+    """Whether ``test`` of a row - a folder, a file or a function - holds pytest's ``node`` (xdist adds ``@group``)."""
+    return node.startswith(test) and node[len(test) :][:1] in ("", "/", ":", "[", "@")
 
 
 class Recorder:

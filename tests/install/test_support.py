@@ -62,14 +62,15 @@ def test_endings_are_counted_by_row(folder):
         report("tests/a.py::test_y[1]", "skipped", "setup"),
         report("tests/b.py::test_one[2]", "passed"),
         report("tests/b.py::test_one[2]", "failed", "teardown"),
+        report("tests/b.py::test_one@worlds", "passed"),
         report("tests/b.py::test_one_more", "passed"),
         report("tests/a.pyx", "passed"),
     )
     assert {test: [each[name] for name in TOOL.ENDINGS] for test, each in ran.items()} == {
         "tests/a.py": [1, 1, 0],
-        "tests/b.py::test_one": [0, 0, 1],
+        "tests/b.py::test_one": [1, 0, 1],
     }
-    assert "| a | it | **1 FAILED**, 1, 1 skipped | not yet run |" in TOOL.table(folder, folder)
+    assert "| a | it | **1 FAILED**, 2, 1 skipped | not yet run |" in TOOL.table(folder, folder)
 
 
 def test_a_file_that_cannot_be_read_has_failed(folder):
