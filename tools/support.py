@@ -129,6 +129,7 @@ def cell(row: Row, ran: dict[str, dict[str, Any]]) -> str:
     said = [f"**{found['failed']} FAILED**"] if found["failed"] else []
     said += [f"{found['passed']}"] if found["passed"] else []
     said += [f"{found['skipped']} skipped"] if found["skipped"] else []
+    said += ["others not run"] if said and not set(row.tests) <= ran.keys() else []
     return ", ".join(said) or NOT_RUN
 
 
