@@ -3,6 +3,7 @@
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
+# make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
@@ -15,6 +16,8 @@ BIN := $(VENV)/bin
 # Tests side by side; each holds up to 6 GB of processes. WORKERS=0 is one after the other, in this process.
 WORKERS ?= 2
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+# RECORD=--record-support: test, test-stacks and test-te also write down what passed, for the README's table.
+RECORD ?=
 READY := $(VENV)/ready
 # The newest that runs: a name on the PATH may be a shim without an interpreter behind it.
 PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -33,7 +36,7 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.p
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-page test-long support gpu lint format clean
+.PHONY: setup demo check test test-stacks test-te test-page test-long support gpu lint format clean test-bare
 
 setup: $(READY)
 
@@ -56,13 +59,13 @@ check: lint
 
 test: setup
 	@echo "test: unit, parity, layouts and process tests on this machine's CPU"
-	@OMP_NUM_THREADS=1 $(TESTS) -m "not long"
+	@OMP_NUM_THREADS=1 $(TESTS) -m "not long" $(RECORD)
 
 test-stacks: setup
 	@if [ -z "$(OTHER_PYTHON)" ]; then echo "test-stacks: skipped, no Python here has the other megatron-core than $(MEGATRON)"; else \
 	  echo "test-stacks: what leans on megatron-core, with the other one, in $(OTHER_VENV)" && \
 	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
-	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
+	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) $(RECORD) && \
 	  $(OTHER_VENV)/bin/python -m eagle_kernels.check --tier compile --kernel tile_prepare --kernel pixel_shuffle_concat && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python $(RECORD); fi
 
@@ -79,13 +82,23 @@ test-page: setup
 	    --requirement constraints/serve.txt && touch .page/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
 
+# The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
+BARE_VENV ?= .venv-bare
+BARE_PYTHON = $(shell for name in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3); do \
+    $$name -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$name && break; done)
+
+test-bare: setup
+	@if [ -z "$(BARE_PYTHON)" ]; then echo "test-bare: skipped, there is no Python 3.12 here"; else \
+	  [ -f $(BARE_VENV)/ready ] || { echo "test-bare: making $(BARE_VENV) with $(BARE_PYTHON)" && rm -rf $(BARE_VENV) && \
+	    $(BARE_PYTHON) -m venv $(BARE_VENV) && $(BARE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	      --constraint constraints/lowest.txt torch triton transformers numpy==2.5.2 && touch $(BARE_VENV)/ready; } && \
+	  $(BIN)/python -m pytest -q -rP -m long tests/install/test_bare_image.py --bare-python $(BARE_VENV)/bin/python $(RECORD); fi
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
-# Those that need a second environment or a package of their own are recorded by test-stacks and test-te with RECORD.
-RECORD ?=
 support: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --record-support $$($(BIN)/python tools/support.py tests | grep -v '^tests/stacks\|^tests/te'); \
+	@OMP_NUM_THREADS=1 $(TESTS) -m "not long" --record-support $$($(BIN)/python tools/support.py tests | grep -v '^tests/stacks\|^tests/te'); \
 	  failed=$$?; $(MAKE) --no-print-directory test-te RECORD=--record-support; $(BIN)/python tools/support.py table; exit $$failed
 
 gpu: setup
@@ -98,4 +111,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) .te .page runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) .te .page runs build *.egg-info

@@ -48,8 +48,8 @@ def rows(folder: Path = FOLDER) -> list[Row]:
 
 
 def covers(test: str, node: str) -> bool:
-    """Whether ``test`` of a row - a folder, a file or a function - holds pytest's ``node``."""
-    return node.startswith(test) and node[len(test) :][:1] in ("", "/", ":", "[")
+    """Whether ``test`` of a row - a folder, a file or a function - holds pytest's ``node`` (xdist adds ``@group``)."""
+    return node.startswith(test) and node[len(test) :][:1] in ("", "/", ":", "[", "@")
 
 
 class Recorder:
@@ -129,6 +129,7 @@ def cell(row: Row, ran: dict[str, dict[str, Any]]) -> str:
     said = [f"**{found['failed']} FAILED**"] if found["failed"] else []
     said += [f"{found['passed']}"] if found["passed"] else []
     said += [f"{found['skipped']} skipped"] if found["skipped"] else []
+    said += ["others not run"] if said and not set(row.tests) <= ran.keys() else []
     return ", ".join(said) or NOT_RUN
 
 

@@ -34,9 +34,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], settings: typ
     for override in sorted(overrides, key=lambda override: _is_of_a_stages_layout(_keys(raw, override))):
         try:
             place = _apply(raw, _keys(raw, override), override.partition("=")[2], settings)
-            lost = next((other for known, other in given.items() if known[: len(place)] == place), None)
-            if lost is not None:
-                raise ValueError(f"it would undo {_quoted(lost)}, which is given too")
+            if place in given:
+                raise ValueError(f"it would undo {_quoted(given[place])}, which is given too")
             given[place] = override
         except ValueError as error:
             raise UserError(f"override {_quoted(override)}: {error}") from None

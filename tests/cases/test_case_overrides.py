@@ -80,7 +80,6 @@ def at(recipe: Recipe, *path: str) -> object:
         (["seed=1", "layout.tp=2", "seed=2"], "override 'seed=2': it would undo 'seed=1', which is given too"),
         (["seed=1", "seed=1"], "override 'seed=1': it would undo 'seed=1'"),
         (["stages.s1.steps=3", "stages.0.steps=4"], "'stages.0.steps=4': it would undo 'stages.s1.steps=3'"),
-        (["layout.tp=2", "layout={pp: 2}"], "override 'layout={pp: 2}': it would undo 'layout.tp=2'"),
         (["stages.s1.layout.tp=2", "stages.s1.layout.tp=1"], "it would undo 'stages.s1.layout.tp=2'"),
         (["precision=fp8", "seed=-1", "layout.tp=0"], "; precision: one of fp32, bf16 is wanted"),
     ],

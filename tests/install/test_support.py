@@ -62,14 +62,15 @@ def test_endings_are_counted_by_row(folder):
         report("tests/a.py::test_y[1]", "skipped", "setup"),
         report("tests/b.py::test_one[2]", "passed"),
         report("tests/b.py::test_one[2]", "failed", "teardown"),
+        report("tests/b.py::test_one@worlds", "passed"),
         report("tests/b.py::test_one_more", "passed"),
         report("tests/a.pyx", "passed"),
     )
     assert {test: [each[name] for name in TOOL.ENDINGS] for test, each in ran.items()} == {
         "tests/a.py": [1, 1, 0],
-        "tests/b.py::test_one": [0, 0, 1],
+        "tests/b.py::test_one": [1, 0, 1],
     }
-    assert "| a | it | **1 FAILED**, 1, 1 skipped | not yet run |" in TOOL.table(folder, folder)
+    assert "| a | it | **1 FAILED**, 2, 1 skipped | not yet run |" in TOOL.table(folder, folder)
 
 
 def test_a_file_that_cannot_be_read_has_failed(folder):
@@ -78,11 +79,12 @@ def test_a_file_that_cannot_be_read_has_failed(folder):
     for node, outcome in ("", "failed"), ("tests/b.py", "passed"), ("tests/a.py", "failed"):
         one.pytest_collectreport(report(node, outcome))
     one.pytest_sessionfinish()
-    assert "| **1 FAILED** |" in TOOL.table(folder, folder)
+    assert "| **1 FAILED**, others not run |" in TOOL.table(folder, folder)
 
 
 def test_what_did_not_run_stays_on_file_and_what_never_ran_is_said(folder):
     record(folder, report("tests/a.py::test_x", "passed"))
+    assert "| 1, others not run |" in TOOL.table(folder, folder)
     assert set(record(folder, report("tests/b.py::test_one", "passed"))) == {"tests/a.py", "tests/b.py::test_one"}
     (folder / "3.13-0.19.2-cpu.json").write_text("{}")
     assert TOOL.table(folder, folder).splitlines() == [
@@ -98,7 +100,7 @@ def test_a_gpu_has_its_tests_and_its_day(folder):
         (folder / name).mkdir()
         parts = [{"part": "kernels", "ending": ending, "date": f"{name[:10]} 10:00", "result": {"wrong": []}}]
         (folder / name / "report.json").write_text(json.dumps({"parts": parts, "missing": []}))
-    assert "| a | it | 1, `kernels` 2026-12-01 |" in TOOL.table(folder, folder)
+    assert "| a | it | 1, others not run, `kernels` 2026-12-01 |" in TOOL.table(folder, folder)
 
 
 def test_a_readme_without_the_marks_is_refused():
