@@ -21,8 +21,9 @@ from megatron_eagle.training.log import digest_as_text, id_sum
 from megatron_eagle.training.throughput import useful_flops
 
 # float64: exact for counts up to 2^53, and for the 32-bit halves of digests of up to two million readers.
-_SUMMED = ("stop", "superseded", "digest_high", "digest_low", "useful_tokens", "tiles", "flops", "rejected")
+_SUMMED = ("stop", "digest_high", "digest_low", "useful_tokens", "tiles", "flops", "rejected")
 _HALF = 32
+_SUPERSEDED = float(1 << 32)  # beside the wishes to stop, of which there is at most one a process
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def collect_stats(
     whether it has seen a newer start. The one place of a step where the host waits for the device.
     """
     tiles = sum(len(batch.tile_starts) for batch in batches)
-    counts = dict.fromkeys(_SUMMED, 0.0) | {"stop": float(stop), "superseded": float(superseded)}
+    counts = dict.fromkeys(_SUMMED, 0.0) | {"stop": stop + superseded * _SUPERSEDED}
     if groups.is_reader:
         digest = id_sum(identity for batch in batches for identity in batch.sample_ids)
         counts |= {
@@ -89,8 +90,8 @@ def collect_stats(
         tiles=int(summed["tiles"]),
         flops=summed["flops"],
         rejected=int(summed["rejected"]),
-        stop=summed["stop"] > 0,
-        superseded=summed["superseded"] > 0,
+        stop=summed["stop"] % _SUPERSEDED > 0,
+        superseded=summed["stop"] >= _SUPERSEDED,
         tile_balance=_balance(summed["tiles"], groups.world_size, others[-1]) if groups.spread_encoders else None,
     )
 
