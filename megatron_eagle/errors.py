@@ -8,8 +8,20 @@ class UserError(Exception):
     """Bad input, said in one line that holds the numbers and names needed to mend it."""
 
 
+class Damaged(UserError):
+    """A checkpoint whose files are not what was written. what: the first half of the message, without advice."""
+
+    def __init__(self, message: str, what: str = "", folder: str = "") -> None:
+        super().__init__(message)
+        self.what, self.folder = what or message, folder
+
+
 class LostContact(Exception):
     """Another process died or hung; says which process noticed, in which step, and in which operation."""
+
+
+class Superseded(Exception):
+    """A newer start of the same run is at work (``training.fencing``): this one writes nothing more and leaves."""
 
 
 class BrokenSample(ValueError):

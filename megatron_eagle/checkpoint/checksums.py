@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import Damaged
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 22
@@ -38,17 +38,16 @@ def write(folder: Path, entries: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise, in every process, a UserError that names what is damaged; all processes call this together.
+    """Raise, in every process, a Damaged that names what is damaged; all processes call this together.
 
     A checkpoint without checksums (an older one, or one that is being put together by hand) passes.
     """
     rank, size = rank_and_size()
     found = [line for part in gather(damage(folder, rank, size)) for line in part]
     if found:
-        raise UserError(
-            f"{folder} is damaged: {'; '.join(sorted(set(found)))}. "
-            "'megatron-eagle train --fallback' continues from the newest checkpoint that is not"
-        )
+        what = f"{folder} is damaged: {'; '.join(sorted(set(found)))}"
+        advice = "'megatron-eagle train --fallback' continues from the newest checkpoint that is not"
+        raise Damaged(f"{what}. {advice}", what, str(folder))
 
 
 def damage(folder: Path, rank: int = 0, size: int = 1) -> list[str]:

@@ -39,7 +39,7 @@ from megatron_eagle.checkpoint.sharded_state import (
 )
 from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.model import EagleConfig
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import Damaged, UserError
 from megatron_eagle.parallel.groups import Groups
 
 LATEST = "latest"
@@ -108,11 +108,12 @@ def find_good(stage_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_description(checkpoint: Path) -> Description:
-    """Read what ``checkpoint`` is; UserError if it is not a checkpoint of this project."""
+    """Read what ``checkpoint`` is; Damaged if it is not a checkpoint of this project."""
     try:
         return Description(**json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of megatron-eagle: its {DESCRIPTION}: {error}") from None
+        what = f"{checkpoint} is not a checkpoint of megatron-eagle: its {DESCRIPTION}: {error}"
+        raise Damaged(what, folder=str(checkpoint)) from None
 
 
 def model_of(checkpoint: Path, description: Description) -> EagleConfig:

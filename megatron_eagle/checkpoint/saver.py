@@ -31,7 +31,7 @@ from megatron_eagle.checkpoint.sharded_state import (
 )
 from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
 from megatron_eagle.compat.checkpoint_saving import plan_save
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import Superseded, UserError
 from megatron_eagle.parallel.groups import Groups
 
 FAILURES_IN_A_ROW = 2  # a full disk may be cleared while the run goes on; after so many it has to be told
@@ -46,6 +46,9 @@ class Saver:
 
     device: where small tensors for the exchange between processes lie. keep: how many checkpoints stay.
     tokenizer: its files by name, which go into every checkpoint (rank 0). say: tells the user a line, on one process.
+    start: number of this start of the run, in the names of folders that are being written, so that no two starts write
+    into one. may_publish: called on rank 0 before a checkpoint is begun or becomes whole; raises Superseded, which is
+    then raised on every process.
     """
 
     def __init__(
@@ -57,7 +60,11 @@ class Saver:
         keep: int,
         tokenizer: Mapping[str, bytes] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        start: int | None = None,
+        may_publish: Callable[[], None] = lambda: None,
     ) -> None:
+        self._may_publish = may_publish
+        self._partial = PARTIAL if start is None else f".{start}{PARTIAL}"
         self._folder, self._groups, self._device, self._keep, self._say = stage_folder, groups, device, keep, say
         self._tokenizer = dict(tokenizer or {})
         self._pending: Save | None = None
@@ -84,7 +91,7 @@ class Saver:
         with self._stalled():
             final = self._folder / f"step_{description.step:08d}"
             try:
-                _on_rank_zero(final.with_suffix(PARTIAL), start_partial)
+                self._on_rank_zero(final.with_suffix(self._partial), start_partial)
             except SaveFailed as failure:
                 self._count(failure)
                 return
@@ -123,16 +130,15 @@ class Saver:
         started = time.perf_counter()
         stored = sharded_state(state, optimizer_parts(state, is_loading=False))
         # That the shards make up whole tensors is checked once; the next saves have the same.
-        planned = plan_save(
-            {**stored, "content_metadata": CONTENT}, final.with_suffix(PARTIAL), check=not self._checked
-        )
+        partial = final.with_suffix(self._partial)
+        planned = plan_save({**stored, "content_metadata": CONTENT}, partial, check=not self._checked)
         self._checked = True
         small: dict[str, Any] = {PROCESS_FILE.format(self._groups.rank): random_state()}
         if data_position is not None:
             position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
             small[POSITION_FILE.format(self._groups.dp_rank)] = position
         parts = (planned.index, planned.writer, planned.common, planned.buckets)
-        return Save(description, final, *parts, small, self._tokenizer, started)
+        return Save(description, final, partial, *parts, small, self._tokenizer, started)
 
     def _conclude(self, save: Save) -> None:
         self._pending = None
@@ -143,7 +149,7 @@ class Saver:
                 raise SaveFailed("; ".join(error for error in errors if error))
             parts: list[Any] | None = [None] * self._groups.world_size if self._groups.rank == 0 else None
             dist.gather_object((save.results, save.measured), parts)
-            _on_rank_zero(save.partial, lambda _: publish(save, parts or [], self._keep))
+            self._on_rank_zero(save.partial, lambda _: publish(save, parts or [], self._keep))
         except SaveFailed as failure:
             if self._groups.rank == 0:  # its bytes are what the disk lacks
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -161,6 +167,21 @@ class Saver:
             raise failure
         self._say(f"{failure}; training goes on, the next save tries again")
 
+    def _on_rank_zero(self, file: Path, action: Callable[[Path], None]) -> None:
+        """Run ``action`` on rank 0 while the others wait; its failure is everybody's, so that nobody waits for ever."""
+        failure: list[Exception | None] = [None]
+        if self._groups.rank == 0:
+            try:
+                self._may_publish()
+                action(file)
+            except Superseded as superseded:
+                failure = [superseded]
+            except (OSError, RuntimeError) as error:
+                failure = [SaveFailed(describe_failure(file, error))]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+
     @contextmanager
     def _stalled(self) -> Iterator[None]:
         started = time.perf_counter()
@@ -168,16 +189,3 @@ class Saver:
             yield
         finally:
             self._stall += time.perf_counter() - started
-
-
-def _on_rank_zero(file: Path, action: Callable[[Path], None]) -> None:
-    """Run ``action`` on rank 0 while the others wait; its failure is everybody's, so that nobody waits for ever."""
-    message: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action(file)
-        except (OSError, RuntimeError) as error:
-            message = [describe_failure(file, error)]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise SaveFailed(message[0])

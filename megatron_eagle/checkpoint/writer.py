@@ -29,11 +29,12 @@ class Save:
 
     index, writer: what becomes ``.metadata`` (rank 0) and who writes it. common: what is the same in every process.
     buckets: copies of this process's tensors, by file. small: its other files' content. tokenizer: files by name.
-    thread, results, measured, error: who writes, and what came of it.
+    partial: the folder it is written in. thread, results, measured, error: who writes, and what came of it.
     """
 
     description: Description
     final: Path
+    partial: Path
     index: Any
     writer: FileSystemWriterAsync
     common: dict[str, Any]
@@ -45,10 +46,6 @@ class Save:
     results: list[Any] = field(default_factory=list)
     measured: dict[str, dict[str, int]] = field(default_factory=dict)
     error: str | None = None
-
-    @property
-    def partial(self) -> Path:
-        return self.final.with_suffix(PARTIAL)
 
 
 def write(save: Save) -> None:

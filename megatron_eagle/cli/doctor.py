@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -41,12 +42,16 @@ def add(verbs: Verbs) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    from megatron_eagle.training.watchdog import Watchdog
+
+    # Before PyTorch, whose import takes seconds; a stop that comes amid a pre-flight must not look like a bad node.
+    Watchdog().leave_on(signal.SIGUSR1, signal.SIGTERM)
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
     import torch.distributed as dist
 
+    from megatron_eagle.cluster.causes import BAD_NODE
     from megatron_eagle.cluster.doctor import Wants, examine
-    from megatron_eagle.cluster.supervisor import BAD_NODE
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -13,8 +13,9 @@ def add(verbs: Verbs) -> None:
         verbs,
         "job",
         "for batch scripts: note a start or an end of a stage's job, and say what to do",
-        "Writes to the run's events.jsonl. 'begin' fails if the stage has used up its restarts; 'end' prints as its\n"
-        "last line 'complete', 'stop', or 'requeue' with the nodes to leave out.",
+        "Writes to the run's events.jsonl. The last line that it prints is for the script: before a start 'go' with\n"
+        "the start's number, or 'stop' if the stage has used up its restarts; after it 'complete', 'stop', or\n"
+        "'requeue' with the nodes to leave out.",
         "  megatron-eagle job begin --run runs/demo --stage stage1 --job 17 --log slurm-17.out --nodes 'n[1-2]'\n",
     )
     parser.add_argument("moment", choices=("begin", "end"))
@@ -23,6 +24,10 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--job", required=True, metavar="ID", help="Slurm's number of the job")
     parser.add_argument("--log", type=Path, required=True, help="the job's log, where causes are looked for")
     parser.add_argument("--nodes", default="", help="begin: Slurm's list of the nodes")
+    parser.add_argument(
+        "--reads-only", action="store_true", help="begin: this job writes nothing of the run, so no other start ends"
+    )
+    parser.add_argument("--start", type=positive_int, metavar="N", help="end: the number that 'begin' said")
     parser.add_argument("--code", type=Number(-255, 255, whole=True), default=0, help="end: exit code of the srun")
     parser.add_argument("--asked", action="store_true", help="end: the job had been asked to stop")
     parser.add_argument("--stacks", type=Path, default=Path(), metavar="FOLDER", help="end: where hung processes wrote")
@@ -39,9 +44,18 @@ def _job(options: argparse.Namespace) -> None:
     budget = supervisor.Budget(options.failures, options.without_progress)
     run, stage, job = options.run_folder, options.stage, options.job
     if options.moment == "begin":
-        reason = supervisor.begin(run, stage, job=job, nodes=options.nodes, log=options.log, budget=budget)
-        if reason is not None:
-            sys.exit(f"megatron-eagle: not starting {stage} again: {reason}")
+        verdict = supervisor.begin(
+            run,
+            stage,
+            job=job,
+            nodes=options.nodes,
+            log=options.log,
+            budget=budget,
+            writes=not options.reads_only,
+        )
+        if verdict.action == "stop":
+            print(f"megatron-eagle: not starting {stage} again: {verdict.reason}", file=sys.stderr, flush=True)
+        print(verdict.action, verdict.start or "")
         return
     verdict = supervisor.end(
         run,
@@ -52,6 +66,7 @@ def _job(options: argparse.Namespace) -> None:
         log=options.log,
         stacks=options.stacks,
         budget=budget,
+        start=options.start,
     )
     print(f"megatron-eagle: {stage}: {verdict.action}: {verdict.reason}", file=sys.stderr, flush=True)
     print(verdict.action, ",".join(verdict.exclude))

@@ -26,7 +26,7 @@ def _status(options: argparse.Namespace) -> None:
     from megatron_eagle.cluster.status import OVER, read_status, table
 
     while True:
-        rows = read_status(options.run_folder)
+        rows = read_status(options.run_folder, **({"patience": 0.0} if options.watch else {}))  # it asks again itself
         if options.watch:
             print("\033[H\033[J", end="")  # cursor home, clear what is below
         print(table(rows), flush=True)

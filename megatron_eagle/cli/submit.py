@@ -36,6 +36,11 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the scripts and their order instead of submitting; needs no Slurm"
     )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="a stage whose newest checkpoint is damaged goes on from its newest that is not; checks all files first",
+    )
     parser.set_defaults(run=_submit)
 
 
@@ -49,8 +54,9 @@ def _submit(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     profile = load_profile(options.cluster)
     stages = [name for name in options.stages.split(",") if name]
+    folders = (options.runs, options.export)
     if options.dry_run:
-        chain = plan_chain(recipe, stages, replace(profile, needs_account=False), options.runs, options.export)
+        chain = plan_chain(recipe, stages, replace(profile, needs_account=False), *folders, fallback=options.fallback)
         _show(chain)
         if missing := missing_account(profile):
             print(f"### not to be submitted as it is: {missing}")
@@ -59,7 +65,7 @@ def _submit(options: argparse.Namespace) -> None:
         else:
             print("### Slurm is not installed here: not checked against its partitions")
         return
-    chain = plan_chain(recipe, stages, profile, options.runs, options.export)
+    chain = plan_chain(recipe, stages, profile, *folders, fallback=options.fallback)
     check_chain(chain, profile)
     jobs = submit_chain(chain)
     for link, job in zip(chain.links, jobs, strict=True):

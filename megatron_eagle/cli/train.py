@@ -14,10 +14,12 @@ from megatron_eagle.cli.common import (
     become_part_of_a_run,
     not_negative,
     open_platform,
+    positive_int,
     print_once,
     seconds,
     verb,
 )
+from megatron_eagle.errors import Superseded
 
 if TYPE_CHECKING:
     from megatron_eagle.training.watchdog import Watchdog
@@ -52,26 +54,42 @@ def add(verbs: Verbs) -> None:
         action="store_true",
         help="if the newest checkpoint is damaged, continue from the newest that is not; without it that is an error",
     )
+    parser.add_argument(
+        "--start",
+        type=positive_int,
+        metavar="N",
+        help="under a scheduler: number of this start of the run, as 'megatron-eagle job begin' has said",
+    )
     parser.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_eagle.config.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
+    # Before PyTorch, whose import takes seconds in which a signal may come.
+    watch = _open_watch(options.stacks, options.hang) if "RANK" in os.environ else None
+    recipe = load_recipe(options.recipe, options.overrides)  # also before it: a typo is answered at once
     recipe.stage(options.stage)
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
-    watch = _open_watch(options.stacks, options.hang)
+    watch = watch or _open_watch(options.stacks, options.hang)
     from megatron_eagle.training.loop import train_stage
     from megatron_eagle.training.non_finite import NonFinite
     from megatron_eagle.training.run_folder import RunFolder
-    from megatron_eagle.training.watchdog import NON_FINITE_EXIT_CODE, STOPPED_EXIT_CODE, StoppedEarly
+    from megatron_eagle.training.watchdog import (
+        NON_FINITE_EXIT_CODE,
+        STOPPED_EXIT_CODE,
+        SUPERSEDED_EXIT_CODE,
+        StoppedEarly,
+    )
 
+    run_folder = RunFolder(options.runs / recipe.name)
+    settings = {"fallback": options.fallback, "start": options.start}
     try:
-        train_stage(
-            recipe, options.stage, RunFolder(options.runs / recipe.name), platform, watch, fallback=options.fallback
-        )
+        train_stage(recipe, options.stage, run_folder, platform, watch, **settings)
+    except Superseded as superseded:
+        print_once(f"megatron-eagle: {superseded}: leaving")
+        sys.exit(SUPERSEDED_EXIT_CODE)
     except StoppedEarly as stopped:
         print_once(f"megatron-eagle: {stopped}")
         sys.exit(STOPPED_EXIT_CODE)
@@ -93,13 +111,16 @@ def _hang(text: str) -> tuple[float, ...]:
 
 
 def _open_watch(stacks: Path | None, hang: tuple[float, ...]) -> "Watchdog":
-    """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs."""
+    """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs.
+
+    A stop before the first step is an end at once, also amid imports.
+    """
     from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
     if stacks is None:
         watch = Watchdog()
-        watch.stop_on(signal.SIGUSR1)
+        watch.leave_on(signal.SIGUSR1)
         return watch
     watch = Watchdog(HangLimits(*hang), stacks, rank=int(os.environ["RANK"]))
-    watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
+    watch.leave_on(signal.SIGUSR1, signal.SIGTERM)
     return watch

@@ -1,13 +1,24 @@
 """Slurm's own commands, each called in one place and its answer turned into a value or one clear line."""
 
+import itertools
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+
+AWAY = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted", "did not answer")
+NOT_REACHED = "connect failure"  # then nothing can have been done, and any command may be given again
+PATIENCE = 120.0  # seconds for which a controller that is away is asked again
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # then the last for ever
+
+
+class CannotAsk(UserError):
+    """Slurm's controller does not answer: nothing is known of the queue."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +97,43 @@ def cancel(jobs: Sequence[str]) -> None:
         _run("scancel", *jobs)
 
 
-def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """job -> (state, Slurm's reason) of those that Slurm still has in its queue."""
+def states(jobs: Sequence[str], *, patience: float = PATIENCE) -> dict[str, tuple[str, str]]:
+    """job -> (state, Slurm's reason) of those that Slurm still has in its queue; CannotAsk after ``patience``."""
     if not jobs or not is_installed():
         return {}
     # A number that Slurm has forgotten makes squeue fail, so all of the user's jobs are listed instead.
-    listed = _run("squeue", "--noheader", "--me", "--format=%i|%T|%r")
+    listed = _run("squeue", "--noheader", "--me", "--format=%i|%T|%r", patience=patience)
     rows = [line.split("|", 2) for line in listed.splitlines()]
     return {job: (state, reason) for job, state, reason in rows if job in jobs}
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, patience: float = PATIENCE) -> str:
+    """Output of a command. While the controller cannot be reached it is given again, for ``patience`` seconds.
+
+    A question also when the answer was lost; what changes something may have been done by then.
+    """
+    is_question = command[0] in ("squeue", "sinfo") or command[1:2] in (("show",), ("--test-only",))
+    deadline, pauses = time.monotonic() + patience, itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1]))
+    while True:
+        try:
+            return _once(*command)
+        except CannotAsk as error:
+            pause = next(pauses)
+            again = is_question or NOT_REACHED in str(error)
+            if not again or time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+
+
+def _once(*command: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         raise UserError(f"'{command[0]}' is not installed here: give this command where Slurm's are") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"Slurm did not answer '{command[0]}' within 60 s") from None
+        raise CannotAsk(f"Slurm did not answer '{command[0]}' within 60 s") from None
     if result.returncode:
         words = re.sub(rf"^{command[0]}: (error: )?", "", " ".join(result.stderr.split())) or "no reason given"
-        raise UserError(f"Slurm refuses '{' '.join(command)}': {words}")
+        kind = CannotAsk if any(sign in words for sign in AWAY) else UserError
+        raise kind(f"Slurm refuses '{' '.join(command)}': {words}")
     return result.stdout

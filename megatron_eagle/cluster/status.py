@@ -19,8 +19,11 @@ from megatron_eagle.training.log import (
 )
 
 GONE, GAVE_UP, CANCELLED, COMPLETE = "not in the queue", "gave up", "cancelled", "complete"
+UNKNOWN = "unknown"  # Slurm cannot be asked
 OVER = (GONE, GAVE_UP, CANCELLED, COMPLETE)  # states of a job that will not change any more
 HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s", "ETA", "restarts", "why")
+
+Queue = dict[str, tuple[str, str]]  # what ``slurm.states`` returns
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,25 @@ class StageStatus:
         )
 
 
-def read_status(run_folder: Path) -> list[StageStatus]:
-    """One row per job of the chain last submitted; UserError if none ever was."""
+def read_status(run_folder: Path, *, patience: float = 20.0) -> list[StageStatus]:
+    """One row per job of the chain last submitted; UserError if none ever was.
+
+    patience: seconds for which a Slurm that does not answer is asked again; then the run's files say what they can.
+    """
     events = read_events(run_folder)
     submitted = {event["stage"]: event for event in events if event["event"] == "submitted"}
     if not submitted:
         raise UserError(f"nothing has been submitted in {run_folder} (no events.jsonl with a 'submitted' line)")
     try:
-        queue = slurm.states([event["job"] for event in submitted.values()])
+        queue: Queue | None = slurm.states([event["job"] for event in submitted.values()], patience=patience)
+    except slurm.CannotAsk:
+        queue = None
     except UserError:  # no Slurm to be asked from here: the files still say most
         queue = {}
     records = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else {}
     rows: list[StageStatus] = []
     for stage, event in submitted.items():
-        row = _row(run_folder, event, events, queue.get(event["job"]), records.get(stage, []))
+        row = _row(run_folder, event, events, queue, records.get(stage, []))
         if rows and row.state == GONE and not row.step and rows[-1].state in (GAVE_UP, CANCELLED):
             row = replace(row, state=CANCELLED, why=f"{rows[-1].stage} did not reach its end")
         rows.append(row)
@@ -78,10 +86,11 @@ def _row(
     run_folder: Path,
     submitted: dict[str, Any],
     events: Sequence[dict[str, Any]],
-    queued: tuple[str, str] | None,
+    queue: Queue | None,
     records: Sequence[StepRecord],
 ) -> StageStatus:
     stage, steps = submitted["stage"], submitted["steps"]
+    queued = (queue or {}).get(submitted["job"])
     made = attempts(events, stage)
     step = records[-1].step if records else 0
     recent = [record.seconds for record in records[-ETA_WINDOW:]]
@@ -90,16 +99,21 @@ def _row(
     if queued:
         state, why = queued[0].lower(), queued[1] if queued[0] == "PENDING" and not ended else ""
     else:
-        state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else GONE), ""
+        absent = UNKNOWN if queue is None else GONE
+        state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else absent), ""
     if gave_up and not queued:
         state = GAVE_UP
     failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
     why = (gave_up[-1] if gave_up else "") or (failures[-1] if failures else "") or why
+    if state == UNKNOWN and not why:
+        why = "Slurm cannot be asked"
     if state == GONE and made and made[-1].outcome is None:
         free = shutil.disk_usage(run_folder).free
         why = "ended without a word" + (
             f": only {free / 1e6:.1f} MB are free in {run_folder}" * (free < FULL_DISK_BYTES)
         )
+        superseded = [e["cause"] for e in events if e["event"] == "superseded" and e["job"] == submitted["job"]]
+        why = superseded[-1] if superseded else why
     return StageStatus(
         stage=stage,
         job=submitted["job"],

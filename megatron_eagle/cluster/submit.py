@@ -48,9 +48,18 @@ class Chain:
 
 
 def plan_chain(
-    recipe: Recipe, stage_names: Sequence[str], profile: Profile, runs: Path, export: Path | None = None
+    recipe: Recipe,
+    stage_names: Sequence[str],
+    profile: Profile,
+    runs: Path,
+    export: Path | None = None,
+    *,
+    fallback: bool = False,
 ) -> Chain:
-    """Scripts of all jobs; UserError if a stage cannot run on that many processes, or with the recipe's tokenizer."""
+    """Scripts of all jobs; UserError if a stage cannot run on that many processes, or with the recipe's tokenizer.
+
+    fallback: each stage passes over its damaged checkpoints.
+    """
     if missing := missing_account(profile):
         raise UserError(missing)
     check_if_there(recipe)
@@ -65,7 +74,7 @@ def plan_chain(
             f"stage '{stages[0].name}' starts from '{before.name}', which is at step "
             f"{newest_step(folder, before.name)} of {before.steps} in {folder}; submit it, too"
         )
-    links = [_stage_link(recipe, stage, profile, folder) for stage in stages]
+    links = [_stage_link(recipe, stage, profile, folder, fallback) for stage in stages]
     if export is not None:
         if export.exists():
             raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
@@ -122,7 +131,7 @@ def _write(chain: Chain) -> None:
         raise UserError(f"cannot write {chain.jobs}: {error.strerror}") from None
 
 
-def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path) -> Link:
+def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fallback: bool) -> Link:
     nodes = _nodes(stage, profile)
     processes = nodes * profile.processes_per_node
     try:
@@ -137,6 +146,7 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path) ->
     hang = profile.hang
     settings = {
         "STAGE": stage.name,
+        **({"FALLBACK": "1"} if fallback else {}),
         **_budget(profile),
         "EXCLUDE_BAD_NODES": str(int(profile.restarts.exclude_bad_nodes)),
         "PREFLIGHT": str(int(profile.preflight)),

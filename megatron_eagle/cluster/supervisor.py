@@ -5,44 +5,26 @@ The batch script does what only Slurm's commands can (requeue, exclude a node); 
 - the last step was reached: the chain goes on;
 - asked to stop (time limit, preemption), or ended from outside (a dead node): again, while it comes forward;
 - failed (a rank died, a hang, a bad node): again, within the budget of failures;
+- superseded by a newer start of the run: nothing, it is the newer one's business;
 - refused (a mistake in the recipe, a full disk, a loss that is no number): not again, a restart cannot mend it.
 """
 
-import re
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eagle.cluster.causes import Finding, find_cause
 from megatron_eagle.cluster.events import (
     FULL_DISK_BYTES,
     Attempt,
-    Outcome,
     append_event,
     attempts,
     newest_step,
     read_events,
 )
-from megatron_eagle.training.watchdog import (
-    HANG_EXIT_CODE,
-    NON_FINITE_EXIT_CODE,
-    SILENT,
-    STACKS_FOLLOW,
-    STOPPED_EXIT_CODE,
-)
-
-USER_ERROR = 2  # exit code of the command line after a UserError
-BAD_NODE = 4  # exit code of ``megatron-eagle doctor``
-NO_SPACE = "No space left on device"
-WAITING = "torch/distributed/"  # a process whose innermost call is there waits for others
-_TASK = re.compile(r"^srun: error: (?P<node>[^:\s]+): tasks? (?P<ranks>[\d,\-]+): (?P<end>.+)$", re.MULTILINE)
-_EXITED = re.compile(r"Exited with exit code (\d+)")
-_COLLATERAL = re.compile(r"^srun: .*Terminating (StepId|job step)", re.MULTILINE)
-_OURS = re.compile(r"^(?:\s*\d+: )?(megatron-eagle: .+)$", re.MULTILINE)
-_DOCTOR = re.compile(r"^(?:\s*\d+: )?megatron-eagle: bad node (?P<node>\S+): (?P<why>.+)$", re.MULTILINE)
-_SILENT = re.compile(rf"^{SILENT}(.*)$", re.MULTILINE)
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
+from megatron_eagle.errors import Superseded
+from megatron_eagle.training.fencing import Start, claim
 
 
 @dataclass(frozen=True)
@@ -54,25 +36,26 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Why a start ended."""
-
-    outcome: Outcome
-    cause: str
-    bad_nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """What the batch script is to do: ``complete``, ``requeue`` or ``stop``, why, and which nodes to leave out."""
+    """What the batch script is to do, and why.
+
+    action: ``go`` or ``stop`` before a start, ``complete``, ``requeue`` or ``stop`` after it. exclude: nodes to leave
+    out. start: number of the start that begins.
+    """
 
     action: str
     reason: str
     exclude: tuple[str, ...] = ()
+    start: int | None = None
 
 
-def begin(run_folder: Path, stage: str, *, job: str, nodes: str, log: Path, budget: Budget) -> str | None:
-    """Note that a start begins; returns why it must not, or None."""
+def begin(
+    run_folder: Path, stage: str, *, job: str, nodes: str, log: Path, budget: Budget, writes: bool = True
+) -> Verdict:
+    """Note that a start begins, as the newest of the run: ``go`` with its number, or ``stop``.
+
+    writes: whether the job trains; one that only reads the run takes no number.
+    """
     before = attempts(read_events(run_folder), stage)
     if before and before[-1].outcome is None:
         cause = "ended from outside without a word: a lost node, a requeue, a preemption, or a kill"
@@ -81,20 +64,40 @@ def begin(run_folder: Path, stage: str, *, job: str, nodes: str, log: Path, budg
     reason = why_not_again(before, budget)
     if reason is not None:
         append_event(run_folder, "gave_up", stage=stage, job=job, cause=reason)
-        return reason
+        return Verdict("stop", reason)
+    number = None
+    if writes:  # from here on, what may be left of the start before writes no more
+        number = claim(run_folder, job=job, nodes=nodes).number
+        _drop_partial_checkpoints(run_folder, stage)
     offset = log.stat().st_size if log.exists() else 0
     step = newest_step(run_folder, stage)
     append_event(run_folder, "started", stage=stage, job=job, nodes=nodes, step=step, log_offset=offset)
-    return None
+    return Verdict("go", "", start=number)
 
 
 def end(
-    run_folder: Path, stage: str, *, job: str, code: int, asked: bool, log: Path, stacks: Path, budget: Budget
+    run_folder: Path,
+    stage: str,
+    *,
+    job: str,
+    code: int,
+    asked: bool,
+    log: Path,
+    stacks: Path,
+    budget: Budget,
+    start: int | None = None,
 ) -> Verdict:
     """Note that a start ended with exit ``code`` of its srun, and say what to do.
 
-    asked: the batch script had passed on a signal to stop.
+    asked: the batch script had passed on a signal to stop. start: what ``begin`` said; a start that is no longer the
+    newest notes nothing, because what follows is the newer one's business.
     """
+    if start is not None:
+        try:
+            Start(run_folder, start).require_newest()
+        except Superseded as superseded:
+            append_event(run_folder, "superseded", stage=stage, job=job, cause=str(superseded))
+            return Verdict("stop", str(superseded))
     last = attempts(read_events(run_folder), stage)
     offset = last[-1].log_offset if last else 0
     finding = find_cause(code, asked, _tail(log, offset), _stacks(stacks))
@@ -136,99 +139,6 @@ def why_not_again(made: Sequence[Attempt], budget: Budget) -> str | None:
             f"{budget.without_progress} are allowed; last: {last.cause}"
         )
     return None
-
-
-def find_cause(code: int, asked: bool, log: str, stacks: dict[int, str]) -> Finding:
-    """Why a start ended, from its exit code, its part of the log, and the stacks its processes left.
-
-    stacks: rank -> text of its file; a rank that did not notice a hang has only the heading, "rank 3 on n2, ...".
-    """
-    if code == 0:
-        return Finding("complete", "reached its end")
-    full = next((line.strip() for line in log.splitlines() if NO_SPACE in line), None)
-    if full is not None:
-        return Finding("refused", f"the disk is full: {full[-300:]}")
-    doctor = list(dict.fromkeys(_DOCTOR.findall(log)))
-    if doctor:
-        cause = "; ".join(f"node {node}: {why}" for node, why in doctor)
-        return Finding("failed", f"pre-flight: {cause}", tuple(sorted({node for node, _ in doctor})))
-    if any(STACKS_FOLLOW in text for text in stacks.values()):
-        return _hang(stacks)
-    first, killed = _first_task(log), _killed_tasks(log)
-    exited = _EXITED.search(first["end"]) if first else None
-    code = int(exited.group(1)) if exited else code
-    too_early = first is not None and first["end"].startswith("User defined signal 1")  # before it could catch it
-    if asked or too_early or code == STOPPED_EXIT_CODE:
-        return Finding("stopped", "asked to stop (time limit, preemption or an operator)")
-    if code in (USER_ERROR, NON_FINITE_EXIT_CODE):
-        said = _OURS.findall(log)
-        mistake = f"exit code {code}: a mistake in the recipe or the arguments, or a loss that is no number"
-        return Finding("refused", said[-1] if said else mistake)
-    if first is None:
-        return Finding("failed", f"exit code {code}")
-    what = _say(first)
-    if code == HANG_EXIT_CODE:
-        return Finding("failed", f"hang; {what}")
-    if exited and killed:  # peers notice within milliseconds, and may be reported before the one that was killed
-        what += f"; {'; '.join(map(_say, killed))}"
-    return Finding("failed", what, () if exited else (first["node"],))
-
-
-def _hang(stacks: dict[int, str]) -> Finding:
-    """A process that cannot even write its stacks is the one that the others wait for; or one that stands elsewhere."""
-    headings = {rank: text.split("\n", 1)[0].split(",")[0] for rank, text in stacks.items()}
-    seen = [line.split() for text in stacks.values() for line in _SILENT.findall(text)]
-    silent = {int(rank) for ranks in seen for rank in ranks} or {r for r in stacks if STACKS_FOLLOW not in stacks[r]}
-    if silent:
-        names = ", ".join(headings.get(rank, f"rank {rank}") for rank in sorted(silent))
-        nodes = {headings[rank].rpartition(" on ")[2] for rank in silent if rank in headings}
-        cause = f"hang: the others waited for {names} (no stack: stopped, or its node is gone)"
-        return Finding("failed", cause, tuple(sorted(nodes)))
-    places = {rank: _innermost(text) for rank, text in stacks.items()}
-    busy = [rank for rank, place in sorted(places.items()) if WAITING not in place]
-    if 0 < len(busy) < len(places) / 2:
-        names = ", ".join(f"{headings[rank]} at {places[rank]}" for rank in busy)
-        return Finding("failed", f"hang: the others waited for {names}")
-    usual, count = Counter(places.values()).most_common(1)[0]
-    odd = [rank for rank, place in sorted(places.items()) if place != usual]
-    if odd and count > len(places) / 2:
-        names = ", ".join(f"{headings[rank]} at {places[rank]}" for rank in odd)
-        return Finding("failed", f"hang: {names}, all others at {usual}")
-    return Finding("failed", f"hang: no step in time, stacks of all {len(stacks)} ranks are in the job's folder")
-
-
-def _innermost(stacks: str) -> str:
-    """Where the main thread stood: faulthandler writes it last, innermost call first."""
-    main = stacks.rpartition("Thread 0x")[2]
-    frame = _FRAME.search(main)
-    if frame is None:
-        return "an unknown place"
-    file = frame["file"]
-    short = WAITING + Path(file).name if f"/{WAITING}" in file else Path(file).name
-    return f"{frame['function']} ({short}:{frame['line']})"
-
-
-def _say(task: dict[str, str]) -> str:
-    return f"rank {task['ranks']} on node {task['node']}: {task['end']}"
-
-
-def _killed_tasks(log: str) -> list[dict[str, str]]:
-    """Tasks ended by a signal; not by SIGTERM, with which srun ends the rest."""
-    tasks = (match.groupdict() for match in _TASK.finditer(log))
-    return [task for task in tasks if not _EXITED.search(task["end"]) and task["end"] != "Terminated"]
-
-
-def _first_task(log: str) -> dict[str, str] | None:
-    """What srun said of the first task that ended badly; later ones were ended by srun, or by losing the first.
-
-    Of those before srun ended the rest, one that a signal killed comes first: its peers fail within milliseconds, and
-    may be reported earlier.
-    """
-    cut = _COLLATERAL.search(log)
-    found = [match.groupdict() for match in _TASK.finditer(log[: cut.start()] if cut else log)]
-    found = found or [match.groupdict() for match in _TASK.finditer(log)]
-    killed = [task for task in found if not _EXITED.search(task["end"])]
-    return next(iter(killed or found), None)
 
 
 def _note_end(run_folder: Path, stage: str, job: str, finding: Finding) -> None:

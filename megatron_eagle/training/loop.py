@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,18 +36,20 @@ from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
 from megatron_eagle.data.stream.streams import Stream, open_stage_stream
-from megatron_eagle.errors import LostContact, UserError
+from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.fencing import Start, claim_by_hand
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_folder import RunFolder
-from megatron_eagle.training.run_lock import LEASE_SECONDS, hold_as_one
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected
 from megatron_eagle.training.throughput import stated_peak, utilisation
 from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
+
+Found = TypeVar("Found")
 
 
 def train_stage(
@@ -57,19 +60,22 @@ def train_stage(
     watch: Watchdog | None = None,
     *,
     fallback: bool = False,
+    start: int | None = None,
 ) -> None:
     """Train ``stage_name`` to its last step, or on from its newest checkpoint; every process of the run calls this.
 
     fallback: pass over checkpoints whose files are damaged; without it a damaged newest one is an error.
+    start: number of this start of the run (``training.fencing``), if whoever started the processes has taken one.
 
-    Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step; NonFinite if a loss or a
-    gradient is no number.
+    Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step; Superseded, without, if a
+    newer start of the run is at work; NonFinite if a loss or a gradient is no number.
     """
     stage = recipe.stage(stage_name)
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
     try:
-        StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), fallback=fallback).train()
+        run = StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), fallback=fallback, start=start)
+        run.train()
     finally:
         destroy()
 
@@ -87,24 +93,33 @@ class StageRun:
         watch: Watchdog | None = None,
         *,
         fallback: bool = False,
+        start: int | None = None,
     ) -> None:
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
-        self.fallback = fallback
+        self.fallback, self.number = fallback, start
         self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
+        self.start: Start | None = None
+        self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
+        self.superseded_by = "a newer start of the run is at work"
 
     def train(self) -> None:
-        """Everything between joining the run and leaving it, as the only trainer in the run's folder.
+        """Everything between joining the run and leaving it, as the newest start of the run.
 
-        Raises UserError, on every process, if there is another one.
+        Raises UserError, on every process, if a trainer is known to be at work in the run's folder.
         """
-        patience = min(LEASE_SECONDS, 30.0 * self.recipe.collective_timeout_minutes)  # the other processes wait too
-        with hold_as_one(self.run_folder.path, self.groups.rank, self._say, patience=patience):
+        self.number = self._on_rank_zero(self._join)
+        try:
             self._train_or_continue()
+        except Damaged as damaged:  # on every process
+            raise UserError(f"{damaged.what}. {self._way_on(Path(damaged.folder))}") from None
+        finally:
+            if self.start is not None:
+                self.start.leave()
 
     def _train_or_continue(self) -> None:
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
@@ -119,7 +134,7 @@ class StageRun:
             require_continuable(resume_from, description, self.recipe, self.stage)
             self.step, self.rejected_total = description.step, description.rejected_total
             self.peak_rss_bytes = description.peak_rss_bytes
-        tokenizer = self._read_tokenizer()
+        self._on_rank_zero(self._read_tokenizer)  # before anything is built
         first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
@@ -132,25 +147,72 @@ class StageRun:
         if description:
             self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
-        self._train(engine, stream, stage_folder, tokenizer)
+        self._train(engine, stream, stage_folder)
 
-    def _read_tokenizer(self) -> dict[str, bytes]:
-        """Before anything is built: one process reads the tokenizer, and all stop if it does not fit the model.
+    def _way_on(self, damaged: Path) -> str:
+        """What ``--fallback`` would do about a damaged checkpoint of this stage or of the one before."""
+        before = self.recipe.stage_before(self.stage)
+        stage = self.stage
+        if before is not None and damaged.parent == self.run_folder.stage_checkpoints(before.name):
+            stage = before
+        elif damaged.parent != self.run_folder.stage_checkpoints(stage.name):
+            return "It is no checkpoint of this run: restore it"
+        good, _ = find_good(damaged.parent)
+        step = read_description(good).step if good else 0
+        lost = int(damaged.name.rpartition("_")[2]) - step
+        origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
+        again = f"'{stage.name}' {origin}: {lost} steps are trained again"
+        if stage is self.stage:
+            return f"'megatron-eagle train --fallback': {again}"
+        both = f"megatron-eagle submit --stages {stage.name},{self.stage.name} --fallback"
+        return f"Train '{stage.name}' with --fallback first ('{both}'): {again}, then '{self.stage.name}' starts"
 
-        Its files, for the checkpoints; none but on rank 0.
-        """
-        refusal: list[str | None] = [None]
-        files: dict[str, bytes] = {}
+    def _join(self) -> int | None:
+        """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
+        if self.number is not None:
+            self.start = Start(self.run_folder.path, self.number)
+            self._require_newest()
+            self.start.sign()
+        elif self.fallback or not self._is_complete():
+            self.start = claim_by_hand(self.run_folder.path)
+        return self.start.number if self.start else None
+
+    def _read_tokenizer(self) -> None:
+        """Refuses one that does not fit the model; its files are for the checkpoints."""
+        recipe_tokenizer(self.recipe)
+        self.tokenizer_files = tokenizer_files(self.recipe.tokenizer)
+
+    def _is_complete(self) -> bool:
+        latest = find_latest(self.run_folder.stage_checkpoints(self.stage.name))
+        return latest is not None and read_description(latest).step == self.stage.steps
+
+    def _require_newest(self) -> None:
+        """Raise Superseded on rank 0, which writes, if a newer start of the run is at work."""
+        if self.start is not None:
+            self.start.require_newest()
+
+    def _on_rank_zero(self, action: Callable[[], Found]) -> Found:
+        """What ``action`` returns on rank 0, which the others wait for; its refusal is everybody's."""
+        answer: list[Any] = [None, None]
         if self.groups.rank == 0:
             try:
-                recipe_tokenizer(self.recipe)
-                files = tokenizer_files(self.recipe.tokenizer)
-            except UserError as error:
-                refusal = [str(error)]
-        dist.broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise UserError(refusal[0])
-        return files
+                answer[0] = action()
+            except (UserError, Superseded) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        found: Found = answer[0]
+        return found
+
+    def _is_superseded(self) -> bool:
+        """Asked of rank 0, which writes; the others learn it with the step's numbers."""
+        try:
+            self._require_newest()
+        except Superseded as superseded:
+            self.superseded_by = str(superseded)
+            return True
+        return False
 
     def _say_changes(self, saved: Description, what: str) -> None:
         if not saved.recipe:
@@ -184,7 +246,8 @@ class StageRun:
             raise UserError(next(text for text in messages if text))
         return stream
 
-    def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path, tokenizer: dict[str, bytes]) -> None:
+    def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
+        self._on_rank_zero(self._require_newest)  # the log's file is written anew
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
@@ -192,9 +255,12 @@ class StageRun:
             self.groups,
             self.platform.device,
             keep=self.stage.keep_checkpoints,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer_files,
             say=self._say,
+            start=self.number,
+            may_publish=self._require_newest,
         )
+        self.watch.training_begins()
         try:
             while self.step < self.stage.steps:
                 stop = self._one_step(step, read, log)
@@ -228,8 +294,10 @@ class StageRun:
         started = time.perf_counter()
         result = step.run(read, phase=self._doing)
         with self._doing("collecting the step's numbers"):
-            stats = step.collect(result, stop=self.watch.asked)
+            stats = step.collect(result, stop=self.watch.asked, superseded=self._is_superseded())
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
+        if stats.superseded:
+            raise Superseded(self.superseded_by)
         self.step += 1
         self.rejected_total += stats.rejected
         if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process

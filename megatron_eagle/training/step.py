@@ -99,7 +99,8 @@ class Step:
             data_parallel_group=self.groups.dp,
         )
 
-    def collect(self, result: StepResult, *, stop: bool = False) -> StepStats:
-        """The whole run's numbers of the step, on every process. stop: whether this one was asked to stop."""
+    def collect(self, result: StepResult, *, stop: bool = False, superseded: bool = False) -> StepStats:
+        """The whole run's numbers of the step, on every process; ``stop`` and ``superseded`` are this one's."""
         config = self.engine.models[0].eagle
-        return collect_stats(result.loss, result.batches, config, self.stage.trainable, self.groups, stop=stop)
+        own = {"stop": stop, "superseded": superseded}
+        return collect_stats(result.loss, result.batches, config, self.stage.trainable, self.groups, **own)

@@ -23,6 +23,7 @@ from megatron_eagle.training.throughput import useful_flops
 # float64: exact for counts up to 2^53, and for the 32-bit halves of digests of up to two million readers.
 _SUMMED = ("stop", "digest_high", "digest_low", "useful_tokens", "tiles", "flops", "rejected")
 _HALF = 32
+_SUPERSEDED = float(1 << 32)  # beside the wishes to stop, of which there is at most one a process
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class StepStats:
     """A step of the whole run, the same on every process.
 
     loss: the objective. sample_digest: ``log.sample_digest`` of all its samples. flops: useful operations. rejected:
-    how many samples were skipped since the step before. stop: whether any process was asked to stop. tile_balance:
-    mean / max tiles over the processes that encode, with spread encoders; None otherwise.
+    how many samples were skipped since the step before. stop: whether any process was asked to stop. superseded:
+    whether a newer start of the run is at work. tile_balance: mean / max tiles over the processes that encode, with
+    spread encoders; None otherwise.
     """
 
     loss: float
@@ -41,6 +43,7 @@ class StepStats:
     flops: float
     rejected: int
     stop: bool
+    superseded: bool = False
     tile_balance: float | None = None
 
 
@@ -52,14 +55,15 @@ def collect_stats(
     groups: Groups,
     *,
     stop: bool = False,
+    superseded: bool = False,
 ) -> StepStats:
     """The step's numbers, of which each process gives its own: every process calls this with its replica's packs.
 
-    loss: this process's share, float64 scalar on the device. stop: whether this process was asked to stop. The one
-    place of a step where the host waits for the device.
+    loss: this process's share, float64 scalar on the device. stop: whether this process was asked to stop. superseded:
+    whether it has seen a newer start. The one place of a step where the host waits for the device.
     """
     tiles = sum(len(batch.tile_starts) for batch in batches)
-    counts = dict.fromkeys(_SUMMED, 0.0) | {"stop": float(stop)}
+    counts = dict.fromkeys(_SUMMED, 0.0) | {"stop": stop + superseded * _SUPERSEDED}
     if groups.is_reader:
         digest = id_sum(identity for batch in batches for identity in batch.sample_ids)
         counts |= {
@@ -86,7 +90,8 @@ def collect_stats(
         tiles=int(summed["tiles"]),
         flops=summed["flops"],
         rejected=int(summed["rejected"]),
-        stop=summed["stop"] > 0,
+        stop=summed["stop"] % _SUPERSEDED > 0,
+        superseded=summed["stop"] >= _SUPERSEDED,
         tile_balance=_balance(summed["tiles"], groups.world_size, others[-1]) if groups.spread_encoders else None,
     )
 

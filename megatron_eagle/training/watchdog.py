@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -23,12 +24,16 @@ from typing import TextIO
 
 STOPPED_EXIT_CODE = 85  # "saved, and to be continued"; any number nothing else uses
 HANG_EXIT_CODE = 86
+SUPERSEDED_EXIT_CODE = 88  # a newer start of the run is at work
 NON_FINITE_EXIT_CODE = 87  # a loss or gradient that is no number: the same start would end the same way
 STACKS_FOLLOW = "Timeout ("  # how faulthandler begins
 SILENT = "ranks that wrote no stacks: "
 STEPS_REMEMBERED = 64
 STEPS_BEFORE_MEDIAN = 3
 _POLL_SECONDS = 0.5
+SUSPENDED_SECONDS = 5.0  # a watch that was not woken for so long did not run: suspended, as by ``scontrol suspend``
+SUSPENDED = "stood still for"
+ASKED = "was asked to stop before its first step"
 
 
 class StoppedEarly(Exception):
@@ -65,15 +70,18 @@ class Watchdog:
     def __init__(self, limits: HangLimits | None = None, stacks: Path | None = None, rank: int = 0) -> None:
         self._limits = limits
         self._stop = False
+        self._leaving: tuple[signal.Signals, ...] = ()
+        self._rank, self._process = rank, os.getpid()
         self._recent: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._mark = time.monotonic()
-        self._deadline = float("inf")
+        self._limit = self._deadline = float("inf")
         self._file: TextIO | None = None
         self._closed = threading.Event()
         if limits is not None:
             if stacks is None:
                 raise ValueError("hang limits need a folder for the stacks")
             self._file = _open_stacks(stacks, rank)
+            self._heading = self._file.tell()
             self._allow(limits.otherwise)
             threading.Thread(target=self._end_when_hanging, name="hang-watch", daemon=True).start()
 
@@ -81,6 +89,27 @@ class Watchdog:
         """From now on these signals ask for a stop after the current step, instead of ending the process."""
         for number in signals:
             signal.signal(number, self._ask)
+
+    def leave_on(self, *signals: signal.Signals) -> None:
+        """From now on these signals end this process with STOPPED_EXIT_CODE, until ``training_begins``.
+
+        Before the first step there is nothing to save, and the processes cannot agree on anything yet.
+        """
+        self._leaving = signals
+        for number in signals:
+            signal.signal(number, self._leave)
+
+    def training_begins(self) -> None:
+        """From now on a signal of ``leave_on`` asks for a stop after the current step."""
+        self.stop_on(*self._leaving)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a reader forked before training began: its trainer decides
+            return
+        # No print: the signal may have come amid one.
+        line = f"megatron-eagle: rank {self._rank} {ASKED} ({signal.Signals(number).name})\n"
+        os.write(2, line.encode())
+        os._exit(STOPPED_EXIT_CODE)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -126,16 +155,30 @@ class Watchdog:
     def _allow(self, seconds: float) -> None:
         if self._file is None:
             return
+        self._limit = seconds
         self._deadline = time.monotonic() + seconds
         # A thread in C: it writes the stacks even while some call holds Python's lock for ever.
         faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def _end_when_hanging(self) -> None:
         assert self._limits is not None
+        looked = time.monotonic()
         while not self._closed.wait(_POLL_SECONDS):
+            lost, looked = time.monotonic() - looked, time.monotonic()
+            if lost > SUSPENDED_SECONDS:
+                self._start_anew(lost)
             if time.monotonic() > self._deadline + self._limits.grace:
                 self._name_the_silent()
                 os._exit(HANG_EXIT_CODE)
+
+    def _start_anew(self, lost: float) -> None:
+        """The clock ran on while this process did not: that is no hang, and the stacks just written mean nothing."""
+        self._mark += lost
+        self._allow(self._limit)  # waits for the thread that may be writing them
+        if self._file is not None:
+            self._file.truncate(self._heading)
+            self._file.seek(self._heading)
+        print(f"megatron-eagle: rank {self._rank} {SUSPENDED} {lost:.0f} s", file=sys.stderr, flush=True)
 
     def _name_the_silent(self) -> None:
         """Whoever has written no stacks by now cannot; when this process ends, its scheduler may wake it up."""

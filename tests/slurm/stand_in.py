@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from megatron_eagle.errors import UserError
-from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, HangLimits, Watchdog
+from megatron_eagle.errors import Superseded, UserError
+from megatron_eagle.training.fencing import Start
+from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, SUPERSEDED_EXIT_CODE, HangLimits, Watchdog
 
 STEP_SECONDS = 0.05
 
@@ -91,7 +92,9 @@ def train(options: argparse.Namespace, watch: Peers, rank: int) -> bool:
         if done < recipe["stages"][number - 1]["steps"]:
             raise UserError(f"stage '{names[number - 1]}' has reached step {done}; finish it first")
     metrics = run / "metrics.jsonl"
+    start = Start(run, options.start)
     if rank == 0:
+        start.require_newest()
         cut_back(metrics, stage["name"], step)
     while step < stage["steps"]:
         time.sleep(STEP_SECONDS)
@@ -101,6 +104,7 @@ def train(options: argparse.Namespace, watch: Peers, rank: int) -> bool:
         stop = watch.agree(watch.asked, rank)
         watch.step_done()
         if rank == 0:
+            start.require_newest()
             entry = {"stage": stage["name"], "step": step, "loss": loss_of(state), "sample_digest": state}
             with metrics.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -150,16 +154,22 @@ def main() -> None:
         parser.add_argument(name)
     for name in ("--runs", "--stacks"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--start", type=int)
     options = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = Peers(HangLimits(*map(float, options.hang.split(","))), options.stacks, rank)
-    watch.stop_on(signal.SIGUSR1, signal.SIGTERM)
+    watch.leave_on(signal.SIGUSR1, signal.SIGTERM)
     try:
+        time.sleep(float(os.environ.get("STAND_IN_IMPORTS", "0")))
         watch.connect(rank, world)
+        watch.training_begins()
         finished = train(options, watch, rank)
     except UserError as error:
         print(f"megatron-eagle: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Superseded as superseded:
+        print(f"megatron-eagle: {superseded}: leaving", file=sys.stderr, flush=True)
+        sys.exit(SUPERSEDED_EXIT_CODE)
     finally:
         watch.close()
     sys.exit(0 if finished else STOPPED_EXIT_CODE)

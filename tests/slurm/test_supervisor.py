@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eagle.cluster.causes import find_cause
 from megatron_eagle.cluster.events import append_event, attempts, read_events
-from megatron_eagle.cluster.supervisor import Budget, begin, end, find_cause
+from megatron_eagle.cluster.supervisor import Budget, begin, end
+from megatron_eagle.training.fencing import claim
+from megatron_eagle.training.watchdog import ASKED, SUSPENDED
 
 BUDGET = Budget(failures=2, without_progress=3)
 KILLED = """\
@@ -20,6 +23,27 @@ srun: launch/slurm: _step_signal: Terminating StepId=4.1
 srun: error: n2: task 2: Terminated
 srun: error: n2: task 3: Killed
 """
+EXITED_1 = "srun: error: n1: task 0: Exited with exit code 1\n"
+CUT = "srun: launch/slurm: _step_signal: Terminating StepId=4.1\n"
+LOST = "0: megatron-eagle: process 0 of 4 lost contact with another one in s, step 3, reducing: Connection closed\n"
+TRACEBACK_OF_2 = """\
+2: Traceback (most recent call last):
+1: something of another rank
+2:   File "a.py", line 1, in read
+2: KeyError: 7
+2:\x20
+2: The above exception was the direct cause of the following exception:
+2:\x20
+2: Traceback (most recent call last):
+2:   File "a.py", line 3, in read
+2: ValueError: shard 7 is short
+"""
+TRACEBACK_OF_LOSS = """\
+0: Traceback (most recent call last):
+0:   File "a.py", line 1, in read
+0: torch.distributed.DistNetworkError: Connection reset by peer
+"""
+AWAY = "srun: error: Unable to confirm allocation for job 1: Unable to contact slurm controller (connect failure)\n"
 TORCH = "/site-packages/torch/distributed"
 HEAD = {rank: f"rank {rank} on n{1 + rank // 2}, process 1\n" for rank in range(4)}
 
@@ -65,6 +89,42 @@ def dump(rank: int, place: str, folder: str = "/a") -> str:
             (),
         ),
         (1, False, "", {}, "failed", "exit code 1", ()),
+        # signals that ask for an end come from outside, at whatever moment
+        (143, False, "srun: error: n2: tasks 2-3: Terminated\n", {}, "stopped", "asked to stop", ()),
+        (143, False, "", {}, "stopped", "asked to stop", ()),
+        (143, False, f"srun: error: n1: task 0: Terminated\n{CUT}{EXITED_1}", {}, "stopped", "asked to stop", ()),
+        (85, False, f"{EXITED_1}{CUT}srun: error: n2: task 3: Exited with exit code 85\n", {}, "stopped", "asked", ()),
+        (1, False, f"0: megatron-eagle: rank 0 {ASKED} (SIGTERM)\n{EXITED_1}", {}, "stopped", "asked", ()),
+        (4, True, "0: megatron-eagle: bad node n2: ranks 2, 3 did not answer\n", {}, "stopped", "asked", ()),
+        (139, False, f"srun: error: n2: task 3: Segmentation fault\n{CUT}", {}, "failed", "Segmentation", ("n2",)),
+        # srun ends the rest with TERM, which is no stop
+        (1, False, f"{EXITED_1}{CUT}srun: error: n2: tasks 2-3: Terminated\n", {}, "failed", "exit code 1", ()),
+        # the first cause
+        (1, False, LOST + TRACEBACK_OF_2 + EXITED_1, {}, "failed", "rank 2: ValueError: shard 7 is short", ()),
+        (
+            1,
+            False,
+            f"{LOST}{TRACEBACK_OF_2}{EXITED_1}{CUT}srun: error: n2: tasks 2-3: Exited with exit code 1\n",
+            {},
+            "failed",
+            "rank 2 on node n2: ValueError: shard 7 is short",
+            (),
+        ),
+        (1, False, TRACEBACK_OF_LOSS + EXITED_1, {}, "failed", "rank 0 on node n1: Exited with exit code 1", ()),
+        (1, False, LOST + EXITED_1, {}, "failed", "exit code 1; megatron-eagle: process 0 of 4 lost contact", ()),
+        (2, False, LOST + "0: megatron-eagle: no such key\n", {}, "refused", "megatron-eagle: no such key", ()),
+        (1, False, "1: OSError: [Errno 122] Disk quota exceeded\n", {}, "refused", "the quota is used up: 1: OSE", ()),
+        # what is nobody's fault
+        (1, False, AWAY, {}, "interrupted", "Slurm did not start the processes: srun: error: Unable", ()),
+        (
+            1,
+            False,
+            f"3: megatron-eagle: rank 3 {SUSPENDED} 312 s\n{LOST}{EXITED_1}",
+            {},
+            "interrupted",
+            "rank 3 stood still for 312 s (suspended)",
+            (),
+        ),
     ],
 )
 def test_causes(code: int, asked: bool, log: str, stacks: dict, outcome: str, words: str, bad: tuple) -> None:
@@ -91,7 +151,9 @@ class Run:
         append_event(folder, "submitted", stage="s", job="1", steps=9, processes=4)
 
     def begin(self) -> str | None:
-        return begin(self.folder, "s", job="1", nodes="n[1-2]", log=self.folder / "log", budget=BUDGET)
+        verdict = begin(self.folder, "s", job="1", nodes="n[1-2]", log=self.folder / "log", budget=BUDGET)
+        self.start = verdict.start
+        return None if verdict.action == "go" else verdict.reason
 
     def end(self, code: int, *, asked: bool = False) -> str:
         files = {"log": self.folder / "log", "stacks": self.folder / "stacks"}
@@ -151,3 +213,30 @@ def test_a_partial_checkpoint_makes_room(tmp_path: Path) -> None:
     partial.mkdir(parents=True)
     assert run.begin() is None and run.end(1) == "requeue"
     assert not partial.exists()
+
+
+def test_a_start_that_is_no_longer_the_newest_notes_no_end(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.begin() is None and run.start == 1
+    claim(tmp_path, job="2")
+    files = {"log": tmp_path / "log", "stacks": tmp_path / "stacks"}
+    verdict = end(tmp_path, "s", job="1", code=0, asked=False, budget=BUDGET, start=run.start, **files)
+    assert (
+        verdict.action == "stop" and "start 1 of" in verdict.reason and "by start 2: job 2, process" in verdict.reason
+    )
+    assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "started", "superseded"]
+    assert end(tmp_path, "s", job="2", code=0, asked=False, budget=BUDGET, start=2, **files).action == "complete"
+
+
+def test_what_only_reads_the_run_ends_no_other_start(tmp_path: Path) -> None:
+    start = claim(tmp_path)
+    verdict = begin(tmp_path, "x", job="3", nodes="n1", log=tmp_path / "log", budget=BUDGET, writes=False)
+    assert (verdict.action, verdict.start) == ("go", None)
+    start.require_newest()
+
+
+def test_a_new_start_deletes_what_an_old_one_is_writing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    partial = tmp_path / "checkpoints" / "s" / "step_7.3.partial"
+    partial.mkdir(parents=True)
+    assert run.begin() is None and not partial.exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.training.watchdog import HANG_EXIT_CODE, HangLimits, Watchdog
+from megatron_eagle.training.watchdog import HANG_EXIT_CODE, STOPPED_EXIT_CODE, HangLimits, Watchdog
 
 ALONE = """
 import signal, sys, time
@@ -55,6 +55,65 @@ def test_a_hang_writes_its_stacks_and_ends(tmp_path: Path) -> None:
     text = (tmp_path / "rank_00003.txt").read_text()
     assert text.startswith("rank 3 on ") and "Timeout (" in text and "in stuck_here" in text
     assert text.endswith("ranks that wrote no stacks: \n")
+
+
+EARLY = """
+import os, signal, sys, time
+from pathlib import Path
+from megatron_eagle.training.watchdog import Watchdog
+
+watch = Watchdog(rank=3)
+watch.leave_on(signal.SIGUSR1, signal.SIGTERM)
+reader = os.fork()
+if not reader:
+    time.sleep(60)
+print(reader, flush=True)
+if sys.argv[1] == "training":
+    watch.training_begins()
+    print("training", flush=True)
+while not watch.asked:
+    time.sleep(0.01)
+os.kill(reader, 0)
+os.kill(reader, signal.SIGKILL)
+"""
+
+
+def start_early(moment: str) -> tuple["subprocess.Popen[str]", int]:
+    """A process with a reader forked from it, and the reader."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", EARLY, moment], text=True, env=environment, **pipes)
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_before_the_first_step_a_signal_is_an_end_at_once(number: signal.Signals) -> None:
+    process, reader = start_early("loading")
+    os.kill(reader, number)  # its trainer decides, not the signal
+    process.send_signal(number)
+    assert process.wait(20) == STOPPED_EXIT_CODE
+    os.kill(reader, signal.SIGKILL)
+    assert process.stderr.read() == f"megatron-eagle: rank 3 was asked to stop before its first step ({number.name})\n"
+
+
+def test_once_training_has_begun_it_is_a_wish() -> None:
+    process, _ = start_early("training")
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == 0
+
+
+def test_a_suspension_is_no_hang(tmp_path: Path) -> None:
+    """Everything stands still for longer than a step may take, then all goes on; a hang after that is still one."""
+    process = start(tmp_path, 120)
+    assert process.stdout.readline() == "step 0\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == HANG_EXIT_CODE
+    text = (tmp_path / "rank_00003.txt").read_text()
+    assert "step 119" in process.stdout.read() and text.count("Timeout (") == 1 and "in stuck_here" in text
+    assert text.startswith("rank 3 on ")
 
 
 def test_a_plain_watch_costs_nothing(tmp_path: Path) -> None:

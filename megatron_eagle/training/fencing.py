@@ -1,0 +1,128 @@
+"""Only the newest start of a run writes: every start takes a number, its token, and leaves when it sees a higher one.
+
+Two starts can be alive at once without anybody's mistake: a node that its scheduler takes for lost may train on while
+the job starts again elsewhere. A lock cannot help there, because nobody can tell whether its holder is dead, and one
+on a dead node stays. So the new start is always let in, and the old one is kept from writing: it looks for a higher
+number before it publishes a checkpoint, logs a line or notes its end.
+
+``RUN/starts/<number>`` is created exclusively and says who that start is. This needs of a file system that of several
+creators with O_EXCL one wins (NFS since version 3, Lustre, GPFS, BeeGFS, local disks), and that opening a folder shows
+what was created in it before, on whatever node: close-to-open consistency, which NFS has unless it is mounted with
+``nocto``; there a number is seen up to ``acdirmax`` later, 60 s by default. No locks, no clocks, nothing to clean up.
+
+Between looking and writing lies a moment in which a process may stand still. What it then writes is harmless: it
+renames a folder that the new start has deleted, or appends to a file that the new one has replaced.
+"""
+
+import json
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.errors import Superseded, UserError
+
+STARTS = "starts"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, on the process that writes for it."""
+
+    run_folder: Path
+    number: int
+
+    def require_newest(self) -> None:
+        """Raise Superseded, which names the newer start, unless this is the newest: one listing of a small folder."""
+        newest = max(_numbers(self.run_folder), default=0)
+        if newest > self.number:
+            who = _words(_read(self.run_folder, newest))
+            raise Superseded(f"start {self.number} of {self.run_folder} is superseded by start {newest}: {who}")
+
+    def sign(self) -> None:
+        """Say in the start's file that this process is the one that writes now."""
+        try:
+            self._say(_process())
+        except OSError as error:
+            raise UserError(f"cannot write {self.run_folder / STARTS}: {error.strerror}") from None
+
+    def leave(self) -> None:
+        """Say in the start's file that nobody writes for it any more, for ``claim_by_hand``."""
+        with suppress(OSError):
+            self._say({"ticks": None})
+
+    def _say(self, more: dict[str, Any]) -> None:
+        file = self.run_folder / STARTS / str(self.number)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(_read(self.run_folder, self.number) | more), encoding="utf-8")
+        new.replace(file)
+
+
+def claim(run_folder: Path, **who: str) -> Start:
+    """Become the newest start of the run; UserError if its folder cannot be written. who: e.g. job="17"."""
+    folder = run_folder / STARTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = max(_numbers(run_folder), default=0)
+        while True:
+            number += 1
+            try:
+                handle = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                break
+            except FileExistsError:  # another start was quicker: it is older then
+                continue
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(who | _process()))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    return Start(run_folder, number)
+
+
+def claim_by_hand(run_folder: Path) -> Start:
+    """``claim``, but UserError if the newest start's process is alive on this very host: a person's slip.
+
+    On other hosts nobody can know; there the older one leaves at its next step.
+    """
+    newest = _read(run_folder, max(_numbers(run_folder), default=0))
+    if newest.get("host") == socket.gethostname() and newest.get("ticks") == _ticks(newest.get("pid", 0)) is not None:
+        raise UserError(f"another trainer is at work in {run_folder}: {_words(newest)}; end it first")
+    return claim(run_folder)
+
+
+def _process() -> dict[str, Any]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "ticks": _ticks(os.getpid()), "since": since}
+
+
+def _ticks(process: int) -> int | None:
+    """When the process was started, in ticks since this host was; None if there is none. Process ids come again."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+
+
+def _numbers(run_folder: Path) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(run_folder / STARTS) if name.isdigit()]
+    except FileNotFoundError:
+        return []
+
+
+def _read(run_folder: Path, number: int) -> dict[str, Any]:
+    """Who start ``number`` is; nothing if it has not written that yet."""
+    try:
+        who = json.loads((run_folder / STARTS / str(number)).read_text(encoding="utf-8"))
+        return who if isinstance(who, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _words(who: dict[str, Any]) -> str:
+    if "pid" not in who:
+        return "one that has not said its name yet"
+    job = f"job {who['job']}, " if "job" in who else ""
+    return f"{job}process {who['pid']} on {who.get('host')}, since {who.get('since')}"
