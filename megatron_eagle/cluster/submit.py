@@ -4,6 +4,7 @@ Each job's script is a template of ``slurm/`` below the site's settings, complet
 beside the recipe it will train, overrides and defaults filled in, and can be read, changed and given to sbatch by hand.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from megatron_eagle.cluster.profile import TEMPLATES, Profile, shipped_profiles
 from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
 from megatron_eagle.data.sample.tokenizer import check_if_there
 from megatron_eagle.errors import UserError
+
+EXPORT = "export"  # name of the job after the last stage
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,16 @@ def plan_chain(
         raise UserError(missing)
     check_if_there(recipe)
     folder = (runs / recipe.name).resolve()
+    if "\\" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"the run folder {str(folder)!r} has a backslash or a control character, which sbatch cannot take"
+        )
     stages = [recipe.stage(name) for name in stage_names] or list(recipe.stages)
     if stages != sorted(stages, key=recipe.stages.index):
         names = ", ".join(stage.name for stage in recipe.stages)
         raise UserError(f"stages {', '.join(stage_names)} are not in the order of the recipe: {names}")
+    if EXPORT in (stage.name for stage in stages):
+        raise UserError(f"a stage cannot be called '{EXPORT}', as the chain's last job is: rename it in the recipe")
     before = recipe.stage_before(stages[0])
     if before is not None and newest_step(folder, before.name) < before.steps:
         raise UserError(
@@ -184,7 +193,7 @@ def _export_link(recipe: Recipe, last: Stage, profile: Profile, folder: Path, ou
         "TOKENIZER": recipe.tokenizer.path,
         **_budget(profile),
     }
-    return Link("export", None, 1, 1, _script("export", "export", directives, settings, profile, folder))
+    return Link(EXPORT, None, 1, 1, _script("export", EXPORT, directives, settings, profile, folder))
 
 
 def _budget(profile: Profile) -> dict[str, str]:
@@ -212,7 +221,8 @@ def _nodes(stage: Stage, profile: Profile) -> int:
 def _script(
     template: str, name: str, directives: Sequence[str], settings: dict[str, str], profile: Profile, folder: Path
 ) -> str:
-    site = [f"--job-name={folder.name}-{name}", f"--output={folder}/jobs/{name}-%j.log"]
+    jobs = str(folder / "jobs")
+    site = [f"--job-name={folder.name}-{name}", f"--output={jobs.replace('%', '%%')}/{name}-%j.log"]
     if profile.partition:
         site.append(f"--partition={profile.partition}")
     if profile.account:
@@ -221,38 +231,51 @@ def _script(
         site.append(f"--exclude={','.join(profile.exclude)}")
     srun, prefix = _container(profile)
     variables = {
-        "RECIPE": f"{folder}/jobs/recipe.yaml",
+        "RECIPE": f"{jobs}/recipe.yaml",
         "RUN_FOLDER": str(folder),
+        "LOG_PREFIX": f"{jobs}/{name}",
         **settings,
         "PYTHON": profile.python,
         "CONTAINER": prefix,
         "SRUN_OPTIONS": srun,
-        **profile.environment,
     }
+    if taken := ", ".join(sorted(variables.keys() & profile.environment.keys())):
+        raise UserError(f"environment of cluster profile '{profile.name}' has {taken}, which submit sets itself")
     return "\n".join(
         [
             "#!/bin/bash",
             f"# Written by megatron-eagle submit for cluster '{profile.name}': {name} of {folder}.",
-            *(f"#SBATCH {option}" for option in [*site, *directives, *profile.sbatch]),
+            *(f"#SBATCH {_quoted(option)}" for option in [*site, *directives]),
+            *(f"#SBATCH {option}" for option in profile.sbatch),
             "",
             *profile.setup,
-            *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
+            *(f"export {key}={shlex.quote(value)}" for key, value in {**variables, **profile.environment}.items()),
             _body(TEMPLATES / f"{template}.sbatch"),
         ]
     )
 
 
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a script: spaces and # end one, quotes and backslashes are escaped."""
+    if re.fullmatch(r"[\w@%+=:,./\[\]-]+", option):
+        return option
+    name, _, value = option.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
+
+
 def _container(profile: Profile) -> tuple[str, str]:
-    """Options of srun, and what stands before the command."""
-    container, options = profile.container, list(profile.srun)
+    """Options of srun, and what stands before the command; as words that bash reads."""
+    container = profile.container
+    options = [word for option in profile.srun for word in shlex.split(option)]
     if container.runtime == "pyxis":
         options += [f"--container-image={container.image}", "--no-container-mount-home"]
         options += [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
     if container.runtime != "apptainer":
-        return " ".join(options), ""
+        return shlex.join(options), ""
     gpus = ["--nv"] if profile.gpus_per_node else []
-    binds = [f"--bind {mount}" for mount in container.mounts]
-    return " ".join(options), " ".join(["apptainer exec", *gpus, *binds, str(container.image)])
+    binds = [word for mount in container.mounts for word in ("--bind", mount)]
+    return shlex.join(options), shlex.join(["apptainer", "exec", *gpus, *binds, str(container.image)])
 
 
 def _body(template: Path) -> str:

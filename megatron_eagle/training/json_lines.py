@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that are only appended to (``events.jsonl``, ``metrics.jsonl``), and what disks do to them.
+"""Files of a JSON object a line, only appended to (``events.jsonl``, ``metrics.jsonl``), and what disks do to them.
 
 A disk that fills, a quota, a killed writer or a lost node can leave a piece of a line anywhere. So a line is written
 whole or its writer hears of it, each begins on a line of its own, and readers skip the pieces and count them. Standard
