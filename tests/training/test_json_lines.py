@@ -1,4 +1,4 @@
-"""Files of a run on disks that fill: a line is whole or its writer hears of it, and a piece of one costs only itself."""
+"""Files of a run on disks that fill: a line is whole or its writer hears of it, and a piece costs only itself."""
 
 import errno
 import json
