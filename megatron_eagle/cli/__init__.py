@@ -15,6 +15,7 @@ from typing import NoReturn
 from megatron_eagle import __version__
 from megatron_eagle.cli import (
     bench,
+    cancel,
     convert,
     data,
     demo,
@@ -56,6 +57,7 @@ VERBS = (
     gpu_day.add,
     submit.add,
     status.add,
+    cancel.add,
     doctor.add,
     job.add,
 )

@@ -101,6 +101,8 @@ def _row(
     else:
         absent = UNKNOWN if queue is None else GONE
         state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else absent), ""
+    if state == GONE and any(submitted["job"] in e["jobs"] for e in events if e["event"] == "cancelled"):
+        state = CANCELLED
     if gave_up and not queued:
         state = GAVE_UP
     failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
