@@ -107,6 +107,8 @@ class Profile:
     setup: lines of bash before anything else (modules, a virtual environment); environment: variables of the job.
     python: the interpreter that has megatron-eagle, inside the container if there is one.
     sbatch, srun: further options of the site; of sbatch's none that another key sets, whose value would not be checked.
+    notify: a command for bash when a stage is given up and when the chain is complete: it finds OUTCOME, STAGE,
+        RUN_FOLDER, LOG and EVENT, the last line of events.jsonl, in its environment.
     preflight: run ``megatron-eagle doctor`` on all processes before each start; min_free_gb: what it wants free.
     preflight_seconds: how long it waits for a process before it calls the node bad.
     """
@@ -129,6 +131,7 @@ class Profile:
     python: Text = "python"
     sbatch: tuple[Options, ...] = ()
     srun: tuple[Options, ...] = ()
+    notify: Text = ""
     preflight: Flag = True
     min_free_gb: NotNegative = 1.0
     preflight_seconds: AboveZero = 120.0

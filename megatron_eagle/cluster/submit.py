@@ -84,7 +84,9 @@ def plan_chain(
             f"stage '{stages[0].name}' starts from '{before.name}', which is at step "
             f"{newest_step(folder, before.name)} of {before.steps} in {folder}; submit it, too"
         )
-    links = [_stage_link(recipe, stage, profile, folder, fallback) for stage in stages]
+    more = {"FALLBACK": "1"} if fallback else {}
+    last = stages[-1] if export is None else None
+    links = [_stage_link(recipe, stage, profile, folder, more | _notify(profile, stage is last)) for stage in stages]
     if export is not None:
         if export.exists():
             raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
@@ -209,7 +211,7 @@ def _write(chain: Chain) -> None:
         raise UserError(f"cannot write {chain.jobs}: {error.strerror}") from None
 
 
-def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fallback: bool) -> Link:
+def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, more: dict[str, str]) -> Link:
     nodes = _nodes(stage, profile)
     processes = nodes * profile.processes_per_node
     try:
@@ -224,7 +226,7 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fa
     hang = profile.hang
     settings = {
         "STAGE": stage.name,
-        **({"FALLBACK": "1"} if fallback else {}),
+        **more,
         **_budget(profile),
         "EXCLUDE_BAD_NODES": str(int(profile.restarts.exclude_bad_nodes)),
         "PREFLIGHT": str(int(profile.preflight)),
@@ -261,6 +263,7 @@ def _export_link(recipe: Recipe, last: Stage, profile: Profile, folder: Path, ou
         "EXPORT": str(out),
         "TOKENIZER": recipe.tokenizer.path,
         **_budget(profile),
+        **_notify(profile, is_last=True),
     }
     return Link(EXPORT, None, 1, 1, batch_script("export", EXPORT, directives, settings, profile, folder))
 
@@ -268,6 +271,10 @@ def _export_link(recipe: Recipe, last: Stage, profile: Profile, folder: Path, ou
 def _budget(profile: Profile) -> dict[str, str]:
     restarts = profile.restarts
     return {"FAILURES": str(restarts.failures), "WITHOUT_PROGRESS": str(restarts.without_progress)}
+
+
+def _notify(profile: Profile, is_last: bool) -> dict[str, str]:
+    return {"NOTIFY": profile.notify, "NOTIFY_OF": "failed complete" if is_last else "failed"}
 
 
 def _nodes(stage: Stage, profile: Profile) -> int:
