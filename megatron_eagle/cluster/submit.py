@@ -151,7 +151,8 @@ def cancel_run(run_folder: Path) -> list[slurm.Queued]:
     if not active:
         raise UserError(f"no job of {folder} is in the queue")
     slurm.cancel(list(active))
-    append_event(folder, "cancelled", jobs=list(active))
+    with suppress(OSError):  # on a full disk the jobs are cancelled all the same, and ``status`` finds them gone
+        append_event(folder, "cancelled", jobs=list(active))
     return list(active.values())
 
 

@@ -55,8 +55,8 @@ def nothing_starts(slurm: ThrowawaySlurm, runs: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "script", "code", "words"),
     [
-        ("sbatch", '"$real" "$@"; [ $n != 2 ] || kill -INT $PPID', 130, ""),
-        ("sbatch", '"$real" "$@"; [ $n != 1 ] || kill -TERM $PPID', 130, ""),
+        ("sbatch", '"$real" "$@"; [ $n != 2 ] || kill -INT $PPID', 130, "interrupted: what was queued"),
+        ("sbatch", '"$real" "$@"; [ $n != 1 ] || kill -TERM $PPID', 130, "interrupted: what was queued"),
         ("sbatch", '[ $n != 3 ] || { echo too many >&2; exit 1; }; "$real" "$@"', 2, "too many"),
         ("sbatch", '"$real" "$@" || exit; [ $n != 2 ] || { echo timed out >&2; exit 1; }', 2, "timed out"),
         ("scontrol", '[ "$1" != release ] || { echo not now >&2; exit 1; }; exec "$real" "$@"', 2, "not now"),
