@@ -144,6 +144,12 @@ def test_cancelled_jobs_are_shown_as_cancelled(
     slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
     try:
         chain = submit(slurm, *trained, tmp_path)
+        events = chain.folder / "events.jsonl"
+        noted = events.read_text()
+        events.write_text('{"time": "2026-11-')
+        again = ["submit", str(trained[0]), "--cluster", str(trained[1]), "--runs", str(tmp_path)]
+        assert refused(again, slurm.environment) == 2
+        events.write_text(noted)
         subprocess.run(["sbatch", "stage2.sbatch"], cwd=chain.folder / "jobs", env=slurm.environment, check=True)
         assert refused(["cancel", str(chain.folder)], slurm.environment) == 0
         slurm.until(lambda: slurm.run("squeue", "--noheader") == "", "an empty queue")
