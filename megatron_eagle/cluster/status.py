@@ -65,9 +65,7 @@ class StageStatus:
         )
 
 
-def read_status(
-    run_folder: Path, say: Callable[[str], None] = warn, *, patience: float = 20.0
-) -> list[StageStatus]:
+def read_status(run_folder: Path, say: Callable[[str], None] = warn, *, patience: float = 20.0) -> list[StageStatus]:
     """One row per job of the chain last submitted; UserError if none ever was.
 
     say: is told of torn lines. patience: seconds for which a Slurm that does not answer is asked again; then the run's
