@@ -19,6 +19,8 @@ from megatron_eagle.errors import UserError
 EAGLE2_9B = ROOT / "examples" / "eagle2-9b" / "recipe.yaml"
 ODD = "a b'c\"d#e %j;$(touch x)`y`*"
 
+TELLS = """printf '%s\\n' "$OUTCOME" "$STAGE" "$RUN_FOLDER" "$LOG" "$EVENT" """
+
 
 def planned(folder: Path, runs: Path, *overrides: str, export: Path | None = None, **changes: object) -> Chain:
     settings = {"tasks_per_node": None, "gpus_per_node": 8, **changes}
@@ -35,15 +37,30 @@ def test_a_chain_in_a_folder_with_an_odd_name(slurm: ThrowawaySlurm, small_run, 
     python = str(stand_in_python(runs))
     environment = {"PYTHONPATH": str(ROOT), "ODD": ODD}
     srun = ["--export=ALL", f"--comment='{ODD.replace(chr(39), '')}' --quit-on-interrupt"]
-    cluster = profile(
-        tmp_path / "c.yaml", python=python, environment=environment, srun=srun, sbatch=['--comment="#1 ;"']
-    )
+    settings = {"environment": environment, "srun": srun, "sbatch": ['--comment="#1 ;"']}
+    cluster = profile(tmp_path / "c.yaml", python=python, notify=TELLS + f" >> {tmp_path}/told; false", **settings)
     chain: SubmittedChain = submit(slurm, recipe, cluster, runs, "--stages", "stage1")
     assert chain.wait() == {"stage1": "COMPLETED"}, chain.logs()
     assert losses(runs) == expected_losses(yaml.safe_load(recipe.read_text())["stages"][:1])
-    assert (chain.folder / "jobs" / f"stage1-{chain.jobs['stage1']}.log").is_file()
+    log = chain.folder / "jobs" / f"stage1-{chain.jobs['stage1']}.log"
+    assert "notify: exit 1" in log.read_text()
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[:4] == ["complete", "stage1", str(chain.folder), str(log)] and '"outcome": "complete"' in told[4]
     assert slurm.job(chain.jobs["stage1"])["Comment"] == "#1"  # up to its space, as this harness reads it
     assert not [path for path in tmp_path.rglob("x")]
+
+
+@pytest.mark.long
+def test_a_stage_that_is_given_up_is_told(slurm: ThrowawaySlurm, small_run, tmp_path: Path) -> None:
+    """Of two that are complete or given up, only the last's end and any failure are told."""
+    recipe = small_recipe(small_run, tmp_path / "recipe.yaml", steps=4)
+    environment = {"PYTHONPATH": str(ROOT), "STAND_IN_DIES_AT": "stage1.5 2 0"}
+    settings = {"python": str(stand_in_python(tmp_path)), "restarts": {"failures": 0}, "environment": environment}
+    cluster = profile(tmp_path / "c.yaml", notify=TELLS + f" >> {tmp_path}/told", **settings)
+    chain = submit(slurm, recipe, cluster, tmp_path)
+    assert chain.wait() == {"stage1": "COMPLETED", "stage1.5": "FAILED", "stage2": "CANCELLED"}, chain.logs()
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[:2] == ["failed", "stage1.5"] and '"event": "gave_up"' in told[4] and len(told) == 5
 
 
 @pytest.mark.parametrize("character", ["\\", "\n", "\t", "\x7f"])
