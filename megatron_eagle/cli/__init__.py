@@ -16,6 +16,7 @@ from megatron_eagle import __version__
 from megatron_eagle.cli import (
     ask,
     bench,
+    cancel,
     convert,
     data,
     demo,
@@ -62,6 +63,7 @@ VERBS = (
     gpu_day.add,
     submit.add,
     status.add,
+    cancel.add,
     doctor.add,
     job.add,
 )

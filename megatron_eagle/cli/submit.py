@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_eagle.cli.common import Verbs, add_recipe_arguments, verb
+from megatron_eagle.cli.common import Verbs, add_recipe_arguments, print_once, verb
 
 if TYPE_CHECKING:
     from megatron_eagle.cluster.submit import Chain
@@ -67,7 +67,11 @@ def _submit(options: argparse.Namespace) -> None:
         return
     chain = plan_chain(recipe, stages, profile, *folders, fallback=options.fallback)
     check_chain(chain, profile)
-    jobs = submit_chain(chain)
+    try:
+        jobs = submit_chain(chain)
+    except KeyboardInterrupt:
+        print_once("megatron-eagle: interrupted: what was queued is cancelled")
+        raise
     for link, job in zip(chain.links, jobs, strict=True):
         print(f"{link.name}: job {job}, {link.nodes} nodes, {link.processes} processes, log {chain.log(link, job)}")
     print(f"watch it: megatron-eagle status {chain.folder} --watch")

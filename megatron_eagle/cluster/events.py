@@ -1,16 +1,17 @@
 """What happened to a run on the cluster: ``events.jsonl`` in its folder, one line an event, only ever appended to.
 
 Jobs of the chain write it (submitted, started, ended), and everything else is worked out from it: how often a stage was
-started, whether it came forward, what ``status`` shows. Standard library only, because it runs beside every start.
+started, whether it came forward, what ``status`` shows. Nothing heavy is imported, because it runs beside every start.
 """
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_eagle.training.json_lines import append_text, read_lines, warn
 
 EVENTS_FILE = "events.jsonl"
 FULL_DISK_BYTES = 1 << 20  # with less than that free, whatever goes wrong goes wrong for that reason
@@ -42,32 +43,25 @@ class Attempt:
 
 
 def append_event(run_folder: Path, event: str, **values: Any) -> None:
-    """Add one line; a single write, so that jobs on several nodes never tear each other's lines."""
+    """Add one line; OSError (ENOSPC, EDQUOT, ...) unless the disk has the whole of it."""
+    append_events(run_folder, event, [values])
+
+
+def append_events(run_folder: Path, event: str, many: Sequence[dict[str, Any]]) -> None:
+    """Add several lines of one kind in a single write."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **values}) + "\n"
-    handle = os.open(run_folder / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    begun = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
+    text = "".join(json.dumps({**begun, **values}) + "\n" for values in many)
+    append_text(run_folder / EVENTS_FILE, text, durable=True)
 
 
-def read_events(run_folder: Path) -> list[dict[str, Any]]:
-    """All events; lines that a crash or a full disk cut short are left out."""
-    events = []
-    try:
-        lines = (run_folder / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+def read_events(run_folder: Path, say: Callable[[str], None] = warn) -> list[dict[str, Any]]:
+    """All events; ``say`` is told how many lines were left out, which a crash or a full disk had torn."""
+    path = run_folder / EVENTS_FILE
+    lines = read_lines(path)
+    if lines.torn:
+        say(lines.said(path))
+    return [entry for _, entry in lines.entries if "event" in entry]
 
 
 def attempts(events: Sequence[dict[str, Any]], stage: str) -> list[Attempt]:

@@ -14,12 +14,21 @@ def check_chain(chain: Chain, profile: Profile) -> None:
     """Refuse what the partition does not give to one job; UserError has the numbers."""
     partition = slurm.partition(profile.partition)
     unit = "GPUs" if profile.gpus_per_node else "processes"
+    lost = dict.fromkeys(slurm.host_names(profile.exclude), f"in exclude of cluster profile '{profile.name}'")
+    lost |= slurm.unusable_nodes(partition.name)
+    usable = slurm.node_names(partition.name) - lost.keys()
     for link in chain.links:
         if link.nodes > partition.largest_job:
             per_node, largest = profile.processes_per_node, partition.largest_job
             raise UserError(
                 f"stage '{link.name}' needs {link.nodes} nodes x {per_node} = {link.nodes * per_node} {unit}; "
                 f"partition '{partition.name}' gives one job {largest} nodes = {largest * per_node}"
+            )
+        if link.nodes > len(usable):
+            names = "; ".join(f"{node} is {why}" for node, why in sorted(lost.items()))
+            raise UserError(
+                f"stage '{link.name}' needs {link.nodes} nodes; of the {partition.nodes} of partition "
+                f"'{partition.name}' {len(usable)} can be used: {names}"
             )
         if profile.gpus_per_node and profile.gpu_request:
             _check_gpus(link.name, link.nodes, partition.name, profile.gpus_per_node)

@@ -1,10 +1,11 @@
 """A cluster profile: all that is true of a site and of no recipe, in one YAML file (``slurm/profiles``)."""
 
+import shlex
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.findings import checked
@@ -14,6 +15,44 @@ from megatron_eagle.config.shipped import file_or_name, shipped_folder
 from megatron_eagle.config.yaml_file import read_yaml
 
 TEMPLATES = shipped_folder("slurm")  # <kind>.sbatch
+_SUBMIT = "submit itself"
+# Options of sbatch that the chain depends on, and the key of the profile that sets each.
+OWN_OPTIONS = {
+    **dict.fromkeys(("time", "t"), "time_limit"),
+    **dict.fromkeys(("partition", "p"), "partition"),
+    **dict.fromkeys(("account", "A"), "account"),
+    **dict.fromkeys(("exclude", "x"), "exclude"),
+    **dict.fromkeys(("nodes", "N"), "nodes"),
+    **dict.fromkeys(("ntasks", "n", "ntasks-per-node"), "tasks_per_node"),
+    **dict.fromkeys(("cpus-per-task", "c"), "cpus_per_task"),
+    "signal": "stop_seconds",
+    **dict.fromkeys(("job-name", "J", "output", "o", "error", "e", "open-mode", "requeue", "no-requeue"), _SUBMIT),
+    **dict.fromkeys(("dependency", "d", "kill-on-invalid-dep", "hold", "H", "array", "a", "wrap"), _SUBMIT),
+    **dict.fromkeys(("wait", "W", "test-only", "parsable"), _SUBMIT),
+}
+GPU_OPTIONS = dict.fromkeys(("gpus-per-node", "gpus", "G"), "gpus_per_node and gpu_request")
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a line break or another control character")
+    return text
+
+
+def _options(text: str) -> str:
+    """An option, or some, with quotes as a shell has them."""
+    try:
+        words = shlex.split(_one_line(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    if not words or not words[0].startswith("-"):
+        raise ValueError(f"{text!r} is no option: it has to begin with -")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_one_line)]  # one line of the script, which it cannot leave
+Options = Annotated[str, AfterValidator(_options)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,8 +63,8 @@ class Container:
     """
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
-    image: str | None = None
-    mounts: tuple[str, ...] = ()
+    image: Text | None = None
+    mounts: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.runtime == "none") != (self.image is None):
@@ -67,29 +106,32 @@ class Profile:
     stop_seconds: how long before the limit the run is told to save. Slurm may be up to a minute early.
     setup: lines of bash before anything else (modules, a virtual environment); environment: variables of the job.
     python: the interpreter that has megatron-eagle, inside the container if there is one.
-    sbatch, srun: further options of the site.
+    sbatch, srun: further options of the site; of sbatch's none that another key sets, whose value would not be checked.
+    notify: a command for bash when a stage is given up and when the chain is complete: it finds OUTCOME, STAGE,
+        RUN_FOLDER, LOG and EVENT, the last line of events.jsonl, in its environment.
     preflight: run ``megatron-eagle doctor`` on all processes before each start; min_free_gb: what it wants free.
     preflight_seconds: how long it waits for a process before it calls the node bad.
     """
 
-    name: str
+    name: Text
     tasks_per_node: Positive | None = None
     gpus_per_node: Count = 0
     gpu_request: Flag = True
     cpus_per_task: Positive | None = None
-    partition: str | None = None
-    account: str | None = None
+    partition: Text | None = None
+    account: Text | None = None
     needs_account: Flag = False
     nodes: dict[str, Positive] = field(default_factory=dict)
     time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = "04:00:00"
     stop_seconds: Positive = 300
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[Text, ...] = ()
     container: Container = field(default_factory=Container)
     setup: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    python: str = "python"
-    sbatch: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
+    environment: dict[Variable, Text] = field(default_factory=dict)
+    python: Text = "python"
+    sbatch: tuple[Options, ...] = ()
+    srun: tuple[Options, ...] = ()
+    notify: Text = ""
     preflight: Flag = True
     min_free_gb: NotNegative = 1.0
     preflight_seconds: AboveZero = 120.0
@@ -103,10 +145,23 @@ class Profile:
             raise ValueError(
                 f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: a GPU has one process"
             )
+        own = OWN_OPTIONS | (GPU_OPTIONS if self.gpus_per_node and self.gpu_request else {})
+        for option in self.sbatch:
+            for word in shlex.split(option):
+                if key := _own(own, word):
+                    raise ValueError(f"sbatch has {word!r}, which is set by {key}: leave it out there")
 
     @property
     def processes_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node
+
+
+def _own(own: dict[str, str], word: str) -> str | None:
+    """The key that sets the option; sbatch takes the beginning of a long one (--part=a), and -t30."""
+    if not word.startswith("--"):
+        return own.get(word[1:2]) if word.startswith("-") else None
+    name = word[2:].partition("=")[0]
+    return next((key for long, key in own.items() if len(name) > 1 and long.startswith(name)), None)
 
 
 def shipped_profiles() -> dict[str, Path]:

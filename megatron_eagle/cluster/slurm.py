@@ -37,6 +37,19 @@ class Partition:
         return self.nodes if self.max_nodes is None else min(self.nodes, self.max_nodes)
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue. name: of its script without .sbatch; state, reason: Slurm's words."""
+
+    job: str
+    name: str
+    state: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.job} ({self.name}, {self.state.lower()})"
+
+
 def is_installed() -> bool:
     """Whether Slurm's commands are here, as on a login node."""
     return shutil.which("sbatch") is not None
@@ -80,21 +93,62 @@ def gpus_of_nodes(partition: str) -> list[int]:
     ]
 
 
+def node_names(partition: str) -> set[str]:
+    """All nodes of the partition."""
+    return set(_run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N").split())
+
+
+def unusable_nodes(partition: str) -> dict[str, str]:
+    """node -> its state and the reason that was given, of the partition's nodes that start no job at the moment."""
+    listed = _run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%E")
+    rows = [line.split("|", 2) for line in dict.fromkeys(listed.splitlines())]
+    return {
+        node: state + (f": {reason}" if reason != "none" else "")
+        for node, state, reason in rows
+        if state.startswith(("down", "drain", "fail", "error", "unknown"))
+    }
+
+
+def host_names(listed: Sequence[str]) -> set[str]:
+    """The nodes of lists as Slurm writes them: n[1-3]."""
+    return set(_run("scontrol", "show", "hostnames", ",".join(listed)).split()) if listed else set()
+
+
 def check(script: Path) -> None:
     """Ask Slurm whether it would take the script; UserError says why not."""
     _run("sbatch", "--test-only", str(script))
 
 
-def submit(script: Path, after: str | None) -> str:
-    """Submit the script, to start once job ``after`` has ended well; returns the job's number."""
-    dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return _run("sbatch", "--parsable", *dependency, str(script)).strip().split(";")[0]
+def submit(script: Path, after: str | None, *, held: bool) -> str:
+    """Submit the script, to start once job ``after`` has ended well and, if ``held``, is released; its number."""
+    options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    options += ["--hold"] if held else []
+    return _run("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
+
+
+def release(job: str) -> None:
+    """Let a held job start."""
+    _run("scontrol", "release", job)
 
 
 def cancel(jobs: Sequence[str]) -> None:
     """Take the jobs back."""
     if jobs:
         _run("scancel", *jobs)
+
+
+def queued_from(folder: Path) -> dict[str, Queued]:
+    """job -> what is in the queue of the scripts in ``folder``, which is resolved; {} where Slurm is not installed."""
+    if not is_installed():
+        return {}
+    listed = _run("squeue", "--noheader", "--me", "--format=%i|%T|%r|%o")
+    rows = [line.split("|", 3) for line in listed.splitlines()]
+    scripts = [(job, state, reason, Path(command)) for job, state, reason, command in rows]
+    return {
+        job: Queued(job, path.stem, state, reason)
+        for job, state, reason, path in scripts
+        if path.parent.name == folder.name and path.parent.resolve() == folder
+    }
 
 
 def states(jobs: Sequence[str], *, patience: float = PATIENCE) -> dict[str, tuple[str, str]]:
@@ -127,7 +181,9 @@ def _run(*command: str, patience: float = PATIENCE) -> str:
 
 def _once(*command: str) -> str:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(  # a session of its own: Ctrl-C is ours to answer
+            command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+        )
     except FileNotFoundError:
         raise UserError(f"'{command[0]}' is not installed here: give this command where Slurm's are") from None
     except subprocess.TimeoutExpired:

@@ -1,14 +1,17 @@
 """The chain of a run as a table: where each stage is, how fast, how often it was started again and why."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.cluster import slurm
+from megatron_eagle.cluster.accounting import Usage, usage
 from megatron_eagle.cluster.events import FULL_DISK_BYTES, attempts, newest_step, read_events
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.json_lines import warn
 from megatron_eagle.training.log import (
     ETA_WINDOW,
     METRICS_FILE,
@@ -21,14 +24,17 @@ from megatron_eagle.training.log import (
 GONE, GAVE_UP, CANCELLED, COMPLETE = "not in the queue", "gave up", "cancelled", "complete"
 UNKNOWN = "unknown"  # Slurm cannot be asked
 OVER = (GONE, GAVE_UP, CANCELLED, COMPLETE)  # states of a job that will not change any more
-HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s", "ETA", "restarts", "why")
+HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s", "ETA", "restarts", "GPU-h", "why")
 
 Queue = dict[str, tuple[str, str]]  # what ``slurm.states`` returns
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage. saved: step of its newest checkpoint; restarts: starts after the first since it was submitted."""
+    """One stage. saved: step of its newest checkpoint; restarts: starts after the first since it was submitted.
+
+    gpu_hours: of all its starts; of processes, where there are no GPUs.
+    """
 
     stage: str
     job: str
@@ -40,6 +46,7 @@ class StageStatus:
     tokens_per_second: float | None
     seconds_left: float | None
     restarts: int
+    gpu_hours: Usage
     why: str
 
     def cells(self) -> tuple[str, ...]:
@@ -53,16 +60,18 @@ class StageStatus:
             "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}",
             "" if self.seconds_left is None else format_duration(self.seconds_left),
             str(self.restarts),
+            str(self.gpu_hours),
             self.why,
         )
 
 
-def read_status(run_folder: Path, *, patience: float = 20.0) -> list[StageStatus]:
+def read_status(run_folder: Path, say: Callable[[str], None] = warn, *, patience: float = 20.0) -> list[StageStatus]:
     """One row per job of the chain last submitted; UserError if none ever was.
 
-    patience: seconds for which a Slurm that does not answer is asked again; then the run's files say what they can.
+    say: is told of torn lines. patience: seconds for which a Slurm that does not answer is asked again; then the run's
+    files say what they can.
     """
-    events = read_events(run_folder)
+    events = read_events(run_folder, say)
     submitted = {event["stage"]: event for event in events if event["event"] == "submitted"}
     if not submitted:
         raise UserError(f"nothing has been submitted in {run_folder} (no events.jsonl with a 'submitted' line)")
@@ -72,7 +81,7 @@ def read_status(run_folder: Path, *, patience: float = 20.0) -> list[StageStatus
         queue = None
     except UserError:  # no Slurm to be asked from here: the files still say most
         queue = {}
-    records = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else {}
+    records = read_metrics(run_folder, say) if (run_folder / METRICS_FILE).is_file() else {}
     rows: list[StageStatus] = []
     for stage, event in submitted.items():
         row = _row(run_folder, event, events, queue, records.get(stage, []))
@@ -101,6 +110,8 @@ def _row(
     else:
         absent = UNKNOWN if queue is None else GONE
         state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else absent), ""
+    if state == GONE and any(submitted["job"] in e["jobs"] for e in events if e["event"] == "cancelled"):
+        state = CANCELLED
     if gave_up and not queued:
         state = GAVE_UP
     failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
@@ -125,6 +136,7 @@ def _row(
         tokens_per_second=records[-1].useful_tokens_per_second if records else None,
         seconds_left=remaining_seconds(recent, steps - step) if queued and records and steps > step else None,
         restarts=max(0, len(made) - 1),
+        gpu_hours=usage(events, stage, datetime.now(UTC) if queued and queued[0] == "RUNNING" else None),
         why=why,
     )
 

@@ -4,17 +4,21 @@ Each job's script is a template of ``slurm/`` below the site's settings, complet
 beside the recipe it will train, overrides and defaults filled in, and can be read, changed and given to sbatch by hand.
 """
 
-import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import append_event, newest_step, read_events
-from megatron_eagle.cluster.profile import TEMPLATES, Profile, shipped_profiles
+from megatron_eagle.cluster.events import append_event, append_events, newest_step
+from megatron_eagle.cluster.profile import Profile, shipped_profiles
+from megatron_eagle.cluster.script import JOBS, batch_script
 from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
 from megatron_eagle.data.sample.tokenizer import check_if_there
 from megatron_eagle.errors import UserError
+
+EXPORT = "export"  # name of the job after the last stage
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Chain:
 
     @property
     def jobs(self) -> Path:
-        return self.folder / "jobs"
+        return self.folder / JOBS
 
     def script(self, link: Link) -> Path:
         return self.jobs / f"{link.name}.sbatch"
@@ -64,22 +68,37 @@ def plan_chain(
         raise UserError(missing)
     check_if_there(recipe)
     folder = (runs / recipe.name).resolve()
+    if "\\" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"the run folder {str(folder)!r} has a backslash or a control character, which sbatch cannot take"
+        )
     stages = [recipe.stage(name) for name in stage_names] or list(recipe.stages)
     if stages != sorted(stages, key=recipe.stages.index):
         names = ", ".join(stage.name for stage in recipe.stages)
         raise UserError(f"stages {', '.join(stage_names)} are not in the order of the recipe: {names}")
+    if EXPORT in (stage.name for stage in stages):
+        raise UserError(f"a stage cannot be called '{EXPORT}', as the chain's last job is: rename it in the recipe")
     before = recipe.stage_before(stages[0])
-    if before is not None and newest_step(folder, before.name) < before.steps:
+    if before is not None and newest_step(folder, before.name) < before.steps and not _is_queued(folder, before):
         raise UserError(
             f"stage '{stages[0].name}' starts from '{before.name}', which is at step "
             f"{newest_step(folder, before.name)} of {before.steps} in {folder}; submit it, too"
         )
-    links = [_stage_link(recipe, stage, profile, folder, fallback) for stage in stages]
+    more = {"FALLBACK": "1"} if fallback else {}
+    last = stages[-1] if export is None else None
+    links = [_stage_link(recipe, stage, profile, folder, more | _notify(profile, stage is last)) for stage in stages]
     if export is not None:
         if export.exists():
             raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
         links.append(_export_link(recipe, stages[-1], profile, folder, export.resolve()))
     return Chain(recipe, folder, tuple(links))
+
+
+def _is_queued(folder: Path, stage: Stage) -> bool:
+    try:
+        return stage.name in (job.name for job in slurm.queued_from(folder / JOBS).values())
+    except UserError:  # a dry run where no Slurm answers
+        return False
 
 
 def missing_account(profile: Profile) -> str | None:
@@ -93,32 +112,94 @@ def missing_account(profile: Profile) -> str | None:
 
 
 def submit_chain(chain: Chain) -> list[str]:
-    """Write the scripts, have Slurm check each, and submit all or none; returns the jobs' numbers."""
-    _refuse_two_at_once(chain)
+    """Write the scripts, have Slurm check each, and submit all or none; returns the jobs' numbers.
+
+    Nothing starts before everything is queued and on record: the first job is held until then. So even ``kill -9``
+    leaves no half of a chain that runs, only jobs that ``cancel_run`` finds.
+    """
+    active = slurm.queued_from(chain.jobs)
+    ahead = _job_to_follow(chain, active)
     _write(chain)
     for link in chain.links:
         slurm.check(chain.script(link))
     jobs: list[str] = []
-    try:
-        for link in chain.links:
-            jobs.append(slurm.submit(chain.script(link), after=jobs[-1] if jobs else None))
-            steps = link.stage.steps if link.stage else 0
-            append_event(
-                chain.folder, "submitted", stage=link.name, job=jobs[-1], steps=steps, processes=link.processes
-            )
-    except UserError:
-        slurm.cancel(jobs)
-        raise
+    with _signals_wait() as asked:
+        try:
+            for link in chain.links:
+                jobs.append(slurm.submit(chain.script(link), jobs[-1] if jobs else ahead, held=not jobs))
+                if asked:
+                    raise KeyboardInterrupt
+            entries = [
+                {"stage": link.name, "job": job, "steps": link.stage.steps if link.stage else 0}
+                | {"processes": link.processes}
+                for link, job in zip(chain.links, jobs, strict=True)
+            ]
+            append_events(chain.folder, "submitted", entries)
+            slurm.release(jobs[0])
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            _take_back(chain, jobs, set(active))
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {chain.folder}: {error.strerror}; nothing was submitted") from None
+            raise
     return jobs
 
 
-def _refuse_two_at_once(chain: Chain) -> None:
-    """Two jobs that train the same stage would overwrite each other's checkpoints."""
-    known = [event["job"] for event in read_events(chain.folder) if event["event"] == "submitted"]
-    active = slurm.states(known)
-    if active:
-        listed = ", ".join(f"{job} ({state.lower()})" for job, (state, _) in sorted(active.items()))
-        raise UserError(f"{chain.folder} already has jobs in the queue: {listed}; cancel them first")
+def cancel_run(run_folder: Path) -> list[slurm.Queued]:
+    """Cancel all jobs of the run that are in the queue, and note it; UserError if there are none."""
+    folder = run_folder.resolve()
+    active = slurm.queued_from(folder / JOBS)
+    if not active:
+        raise UserError(f"no job of {folder} is in the queue")
+    slurm.cancel(list(active))
+    with suppress(OSError):  # on a full disk the jobs are cancelled all the same, and ``status`` finds them gone
+        append_event(folder, "cancelled", jobs=list(active))
+    return list(active.values())
+
+
+def _job_to_follow(chain: Chain, active: dict[str, slurm.Queued]) -> str | None:
+    """The queue's job of the stage before the chain's first; None if there is none, UserError for jobs in the way.
+
+    Two jobs that train the same stage would overwrite each other's checkpoints, and those of later stages would start
+    from what is being replaced.
+    """
+    order = [stage.name for stage in chain.recipe.stages]
+    earlier = order[: order.index(chain.links[0].name)]
+    in_the_way = [job for job in active.values() if job.name not in earlier]
+    if in_the_way:
+        numbers = " ".join(job.job for job in in_the_way)
+        listed = ", ".join(map(str, in_the_way))
+        raise UserError(f"{chain.folder} already has jobs in the queue: {listed}; end them first: scancel {numbers}")
+    if active and (chain.jobs / "recipe.yaml").read_text(encoding="utf-8") != recipe_as_yaml(chain.recipe):
+        listed = ", ".join(map(str, active.values()))
+        raise UserError(f"job {listed} of {chain.folder} trains another recipe than this one; wait for its end")
+    return next((job.job for job in active.values() if earlier and job.name == earlier[-1]), None)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[list[int]]:
+    """Signals that would end this process are only noted inside: those that came."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _take_back(chain: Chain, jobs: list[str], others: set[str]) -> None:
+    """Cancel ``jobs`` and what of this chain is in the queue though sbatch did not come to say so."""
+    try:
+        found = set(jobs) | (slurm.queued_from(chain.jobs).keys() - others)
+        slurm.cancel(sorted(found))
+    except UserError as error:
+        raise UserError(
+            f"{error}; of {chain.folder} jobs may be left in the queue, where they wait and never start: "
+            f"megatron-eagle cancel {chain.folder}"
+        ) from None
+    with suppress(OSError):  # a full disk may be why
+        append_event(chain.folder, "cancelled", jobs=sorted(found))
 
 
 def _write(chain: Chain) -> None:
@@ -131,7 +212,7 @@ def _write(chain: Chain) -> None:
         raise UserError(f"cannot write {chain.jobs}: {error.strerror}") from None
 
 
-def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fallback: bool) -> Link:
+def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, more: dict[str, str]) -> Link:
     nodes = _nodes(stage, profile)
     processes = nodes * profile.processes_per_node
     try:
@@ -146,7 +227,7 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fa
     hang = profile.hang
     settings = {
         "STAGE": stage.name,
-        **({"FALLBACK": "1"} if fallback else {}),
+        **more,
         **_budget(profile),
         "EXCLUDE_BAD_NODES": str(int(profile.restarts.exclude_bad_nodes)),
         "PREFLIGHT": str(int(profile.preflight)),
@@ -168,7 +249,7 @@ def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, fa
         directives.append(f"--cpus-per-task={profile.cpus_per_task}")
         settings["SRUN_CPUS_PER_TASK"] = str(profile.cpus_per_task)  # srun no longer inherits it since Slurm 22.05
     return Link(
-        stage.name, stage, nodes, processes, _script("train", stage.name, directives, settings, profile, folder)
+        stage.name, stage, nodes, processes, batch_script("train", stage.name, directives, settings, profile, folder)
     )
 
 
@@ -183,13 +264,18 @@ def _export_link(recipe: Recipe, last: Stage, profile: Profile, folder: Path, ou
         "EXPORT": str(out),
         "TOKENIZER": recipe.tokenizer.path,
         **_budget(profile),
+        **_notify(profile, is_last=True),
     }
-    return Link("export", None, 1, 1, _script("export", "export", directives, settings, profile, folder))
+    return Link(EXPORT, None, 1, 1, batch_script("export", EXPORT, directives, settings, profile, folder))
 
 
 def _budget(profile: Profile) -> dict[str, str]:
     restarts = profile.restarts
     return {"FAILURES": str(restarts.failures), "WITHOUT_PROGRESS": str(restarts.without_progress)}
+
+
+def _notify(profile: Profile, is_last: bool) -> dict[str, str]:
+    return {"NOTIFY": profile.notify, "NOTIFY_OF": "failed complete" if is_last else "failed"}
 
 
 def _nodes(stage: Stage, profile: Profile) -> int:
@@ -207,56 +293,3 @@ def _nodes(stage: Stage, profile: Profile) -> int:
             f"{profile.processes_per_node}; set nodes: in cluster profile '{profile.name}'"
         )
     return stage.gpus // profile.processes_per_node
-
-
-def _script(
-    template: str, name: str, directives: Sequence[str], settings: dict[str, str], profile: Profile, folder: Path
-) -> str:
-    site = [f"--job-name={folder.name}-{name}", f"--output={folder}/jobs/{name}-%j.log"]
-    if profile.partition:
-        site.append(f"--partition={profile.partition}")
-    if profile.account:
-        site.append(f"--account={profile.account}")
-    if profile.exclude:
-        site.append(f"--exclude={','.join(profile.exclude)}")
-    srun, prefix = _container(profile)
-    variables = {
-        "RECIPE": f"{folder}/jobs/recipe.yaml",
-        "RUN_FOLDER": str(folder),
-        **settings,
-        "PYTHON": profile.python,
-        "CONTAINER": prefix,
-        "SRUN_OPTIONS": srun,
-        **profile.environment,
-    }
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"# Written by megatron-eagle submit for cluster '{profile.name}': {name} of {folder}.",
-            *(f"#SBATCH {option}" for option in [*site, *directives, *profile.sbatch]),
-            "",
-            *profile.setup,
-            *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
-            _body(TEMPLATES / f"{template}.sbatch"),
-        ]
-    )
-
-
-def _container(profile: Profile) -> tuple[str, str]:
-    """Options of srun, and what stands before the command."""
-    container, options = profile.container, list(profile.srun)
-    if container.runtime == "pyxis":
-        options += [f"--container-image={container.image}", "--no-container-mount-home"]
-        options += [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    if container.runtime != "apptainer":
-        return " ".join(options), ""
-    gpus = ["--nv"] if profile.gpus_per_node else []
-    binds = [f"--bind {mount}" for mount in container.mounts]
-    return " ".join(options), " ".join(["apptainer exec", *gpus, *binds, str(container.image)])
-
-
-def _body(template: Path) -> str:
-    """The template without its own #SBATCH lines and what stands above them, which is for use by hand."""
-    lines = template.read_text(encoding="utf-8").splitlines()
-    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    return "\n".join(lines[last + 1 :]) + "\n"

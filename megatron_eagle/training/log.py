@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.dashboards import open_tensorboard, open_wandb
+from megatron_eagle.training.json_lines import append_text, read_lines, warn
 
 METRICS_FILE = "metrics.jsonl"
 ETA_WINDOW = 32
@@ -116,17 +117,18 @@ def digest_as_text(total: int) -> str:
     return f"{total % (1 << 64):016x}"
 
 
-def read_metrics(folder: Path) -> dict[str, list[StepRecord]]:
+def read_metrics(folder: Path, say: Callable[[str], None] = warn) -> dict[str, list[StepRecord]]:
     """The records of ``folder/metrics.jsonl`` by stage, stages and steps in the order they were written.
 
-    Raises UserError (file and line) if there is no such file or a line is not a record.
+    say: is told how many torn lines were left out. UserError (file and line) if there is no such file or a whole line
+    is not a record.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: nothing has been trained in {folder}")
     names = {item.name for item in fields(StepRecord)}
     stages: dict[str, list[StepRecord]] = {}
-    for number, entry in _entries(path):
+    for number, entry in _entries(path, say):
         values = {name: value for name, value in entry.items() if name in names}
         values |= {name: math.nan for name in _MAY_BE_NON_FINITE if values.get(name, 0) is None}
         values["rejected"] = [(identity, reason) for identity, reason in values.get("rejected", [])]
@@ -178,18 +180,15 @@ class TrainingLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_later_steps(path, stage, resumed_at)
-            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
-        try:
-            self._tensorboard = open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
-            self._wandb = open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
-        except BaseException:
-            self._file.close()
-            raise
+        self._path = path
+        self._append("")
+        self._tensorboard = open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
+        self._wandb = open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
 
     def step(self, record: StepRecord) -> None:
-        """Print, store and plot one step."""
+        """Print, store and plot one step; UserError if the disk does not take the whole of its line."""
         if (record.stage, record.steps) != (self._stage, self._total_steps):
             raise ValueError(
                 f"record of {record.stage} with {record.steps} steps "
@@ -199,8 +198,7 @@ class TrainingLog:
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **asdict(record)}
         # JSON has no NaN; null keeps the file readable by every other tool.
         entry |= {name: None for name in _MAY_BE_NON_FINITE if not math.isfinite(entry[name])}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(entry, allow_nan=False) + "\n")
         earlier = record.rejected_total - len(record.rejected)
         for count, (identity, reason) in enumerate(record.rejected, start=earlier + 1):
             print(f"{record.stage} skipped sample {identity!r}: {_one_line(reason)} ({count} so far)", flush=True)
@@ -212,9 +210,14 @@ class TrainingLog:
         if self._wandb is not None:
             self._wandb.log({"step": record.step, **record.scalars()})
 
+    def _append(self, text: str) -> None:
+        try:
+            append_text(self._path, text, durable=False)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+
     def close(self) -> None:
-        """Close the file and the dashboards; safe to call twice."""
-        self._file.close()
+        """Close the dashboards; safe to call twice."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -274,27 +277,22 @@ def _one_line(reason: str) -> str:
     return " ".join(reason.split()).encode("utf-8", "backslashreplace").decode()
 
 
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every complete line; a last line cut short by a crash is left out."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        lines = file.readlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys() and isinstance(entry["step"], int)):
-                raise ValueError("no stage or step in it")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise UserError(f"{path}:{number}: not a step record: {error}") from error
-        yield number, entry
+def _entries(path: Path, say: Callable[[str], None]) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every whole line."""
+    lines = read_lines(path)
+    if lines.torn:
+        say(lines.said(path))
+    for number, entry in lines.entries:
+        if not ({"stage", "step"} <= entry.keys() and isinstance(entry["step"], int)):
+            raise UserError(f"{path}:{number}: not a step record: no stage or step in it")
+    return list(lines.entries)
 
 
 def _drop_later_steps(path: Path, stage: str, resumed_at: int) -> None:
     """Rewrite the file without this stage's steps after ``resumed_at``; all or nothing, so a crash here is harmless."""
     if not path.exists():
         return
-    kept = [entry for _, entry in _entries(path) if entry["stage"] != stage or entry["step"] <= resumed_at]
+    kept = [entry for _, entry in _entries(path, warn) if entry["stage"] != stage or entry["step"] <= resumed_at]
     replacement = path.with_suffix(".jsonl.new")
     with replacement.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in kept)

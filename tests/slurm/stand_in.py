@@ -22,6 +22,7 @@ import yaml
 
 from megatron_eagle.errors import Superseded, UserError
 from megatron_eagle.training.fencing import Start
+from megatron_eagle.training.json_lines import append_text, read_lines
 from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE, SUPERSEDED_EXIT_CODE, HangLimits, Watchdog
 
 STEP_SECONDS = 0.05
@@ -106,8 +107,7 @@ def train(options: argparse.Namespace, watch: Peers, rank: int) -> bool:
         if rank == 0:
             start.require_newest()
             entry = {"stage": stage["name"], "step": step, "loss": loss_of(state), "sample_digest": state}
-            with metrics.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_text(metrics, json.dumps(entry) + "\n", durable=False)
             if stop or step % stage["checkpoint_every"] == 0 or step == stage["steps"]:
                 save(folder, step, stage["steps"], state)
         watch.agree(False, rank)  # the others wait for the checkpoint
@@ -138,9 +138,7 @@ def save(folder: Path, step: int, steps: int, state: str) -> None:
 
 
 def cut_back(metrics: Path, stage: str, step: int) -> None:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    kept = [entry for entry in entries if entry["stage"] != stage or entry["step"] <= step]
+    kept = [entry for _, entry in read_lines(metrics).entries if entry["stage"] != stage or entry["step"] <= step]
     new = metrics.with_suffix(".new")
     new.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     new.rename(metrics)

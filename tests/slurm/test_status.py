@@ -1,11 +1,13 @@
 """The table of a chain, from events and metrics alone (these jobs are in no queue)."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from megatron_eagle.cli import main
+from megatron_eagle.cluster.accounting import Usage, usage
 from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import read_status, table
 from megatron_eagle.errors import UserError
@@ -60,6 +62,44 @@ def test_watching_ends_with_the_chain(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["status", str(tmp_path), "--watch", "--every", "60"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and said.startswith("\033[H\033[Jstage  job  state") and said.count("complete") == 1
+
+
+def test_the_table_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)
+    (tmp_path / "events.jsonl").open("a").write("{torn")
+    append_event(tmp_path, "cancelled", jobs=["7"])
+    (tmp_path / "metrics.jsonl").write_text(step("a", 1).replace("2.5", "null"))
+    with pytest.raises(SystemExit):
+        main(["status", str(tmp_path), "--json", "--watch"])
+    (line,) = capsys.readouterr().out.splitlines()
+    shown = json.loads(line, parse_constant=pytest.fail)
+    assert shown["notes"] == [f"{tmp_path / 'events.jsonl'}: 1 torn line(s) left out (line 2)"]
+    (stage,) = shown["stages"]
+    assert (stage["stage"], stage["state"], stage["loss"]) == ("a", "cancelled", None)
+    assert stage["gpu_hours"] == {"hours": 0.0, "at_least": False}
+
+
+def test_hours_of_a_stage() -> None:
+    """Two starts of 8 and one of 16 processes; a fourth was interrupted, and for how long it ran nobody knows."""
+
+    def at(hour: int, event: str, **values: object) -> dict:
+        return {"time": f"2026-11-26T{hour:02d}:00:00+00:00", "event": event, "stage": "a", **values}
+
+    events = [
+        at(0, "submitted", processes=8),
+        at(1, "started"),
+        at(2, "ended", outcome="failed"),
+        at(3, "started") | {"stage": "b"},
+        at(3, "started"),
+        at(5, "ended", outcome="stopped"),
+        at(6, "submitted", processes=16),
+        at(7, "started"),
+    ]
+    now = datetime(2026, 11, 26, 8, 30, tzinfo=UTC)
+    assert usage(events, "a", now) == Usage(8 * 1 + 8 * 2 + 16 * 1.5)
+    assert str(usage(events, "a", None)) == "24.0+"
+    events += [at(9, "ended", outcome="interrupted"), at(9, "started"), at(10, "ended", outcome="complete")]
+    assert usage(events, "a", None) == Usage(24 + 16, at_least=True)
 
 
 def test_an_end_without_a_word_is_said(tmp_path: Path) -> None:

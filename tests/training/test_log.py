@@ -182,7 +182,7 @@ def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_file_that_is_not_ours_is_named_with_its_line(tmp_path):
     write_steps(tmp_path, range(1, 3))
     path = tmp_path / "metrics.jsonl"
-    path.write_text("hello\n" + path.read_text())
+    path.write_text('{"hello": 1}\n' + path.read_text())
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a step record"):
         read_metrics(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a step record"):
