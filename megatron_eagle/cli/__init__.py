@@ -16,6 +16,7 @@ from megatron_eagle import __version__
 from megatron_eagle.cli import (
     bench,
     convert,
+    curate,
     data,
     demo,
     doctor,
@@ -45,6 +46,7 @@ NOISY_LOGGERS = (
 )
 VERBS = (
     data.add,
+    curate.add,
     recipe.add,
     plan.add,
     bench.add,
