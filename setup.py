@@ -46,6 +46,8 @@ GPU = [
 ]
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
+# Only the operator "language" of curation needs it.
+CURATE = ["py3langid>=0.4"]
 TESTS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "setuptools"]
 DEV = [*TESTS, "mypy", "ruff", "types-pyyaml", "types-tqdm"]
 
@@ -72,13 +74,14 @@ setup(
     },
     package_data={
         "megatron_eagle": ["py.typed"],
+        "megatron_eagle.curation": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
-        "megatron_eagle.recipes": ["*/recipe.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
     install_requires=TRAINER,
-    extras_require={"gpu": GPU, "documents": DOCUMENTS, "dev": [*DEV, *DOCUMENTS]},
+    extras_require={"gpu": GPU, "documents": DOCUMENTS, "curate": CURATE, "dev": [*DEV, *DOCUMENTS, *CURATE]},
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

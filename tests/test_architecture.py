@@ -25,6 +25,7 @@ ORDER = (
     "verification",
     "conversion",
     "evaluation",
+    "curation",
     "cluster",
     "demo",
     "gpu_day",

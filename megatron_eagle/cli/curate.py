@@ -12,8 +12,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "curate",
         "filter sources by a plan, with the fate of every sample on record",
-        "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate operators'\n"
-        "lists what plans may use. Each has --help (docs/curation.md).",
+        "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate\n"
+        "operators' lists what plans may use. Each has --help (docs/curation.md).",
         "  megatron-eagle curate plan.yaml curated --workers 8\n  megatron-eagle curate explain curated chart-000017\n",
     )
     parser.default_verb = "run"  # type: ignore[attr-defined]

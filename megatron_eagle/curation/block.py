@@ -29,7 +29,7 @@ MOST_SHOWN = 600  # characters of a turn in an example
 
 @dataclass(frozen=True)
 class Segment:
-    """number: from 0. decided: the operator whose findings come first, then those of ``steps``. asks: who decides next."""
+    """number: from 0. decided: whose findings come first, then those of ``steps``. asks: who decides at its end."""
 
     number: int
     decided: Step | None
@@ -207,11 +207,9 @@ def sample_of(item: Item, source: str, category: str) -> Sample:
     if item.documents:
         raise BrokenSample("documents are not read here: 'data build' makes images of them, curate what it built")
     check_learned(item.content)
-    places = []
-    for kind in ("image", "video"):
-        medium: Kind = "image" if kind == "image" else "video"
-        places.append(tuple(locate(item, name, medium) for name in item.content.names(medium)))
-    return Sample(source, category, item.number, item.content, *places)
+    kinds: tuple[Kind, ...] = ("image", "video")
+    images, videos = (tuple(locate(item, name, kind) for name in item.content.names(kind)) for kind in kinds)
+    return Sample(source, category, item.number, item.content, images, videos)
 
 
 def _place_text(place: Mapping[str, Any]) -> str:

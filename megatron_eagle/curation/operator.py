@@ -2,7 +2,7 @@
 
 There are two shapes. A ``SampleOperator`` looks at one sample at a time; ``ExchangeRule`` is the common case of one
 that looks at questions with their answers. A ``SetOperator`` needs all samples: it takes a small value of each, decides
-over them, and its findings are applied like any other's. Each says what it needs of earlier operators and what it costs.
+over them, and its findings are applied like any other's. Each says what it needs of earlier ones and what it costs.
 """
 
 import importlib

@@ -1,5 +1,7 @@
-"""Precision and recall of every rule on planted faults: each operator alone, with its default settings, on all samples."""
+"""Precision and recall of every rule on planted faults: each operator alone, as it is by default, on all samples."""
 
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -87,3 +89,22 @@ def recalls(planted: Mapping[str, str | None], found: Mapping[str, set[str]]) ->
         kind: (len(names), len(names & set().union(*(found[rule] for rule in rules[kind]))))
         for kind, names in by_kind.items()
     }
+
+
+def table(planted: Mapping[str, str | None], found: Mapping[str, set[str]]) -> list[str]:
+    """The table of docs/curation.md."""
+    lines = ["| rule | planted | found | precision | recall by kind |", "|---|---|---|---|---|"]
+    by_kind = recalls(planted, found)
+    for rule, score in scores(planted, found).items():
+        kinds = ", ".join(f"{kind} {by_kind[kind][1] / by_kind[kind][0]:.3f}" for kind in FINDS[rule])
+        lines.append(f"| {rule} | {score.planted} | {score.found} | {score.precision:.3f} | {kinds} |")
+    return lines
+
+
+if __name__ == "__main__":
+    from planted import write_planted
+
+    with tempfile.TemporaryDirectory() as folder:
+        size, seed = (int(one) for one in (sys.argv[1:] or ("20000", "7")))
+        truth = write_planted(Path(folder), size, seed=seed)
+        print("\n".join(table(truth, flagged(Path(folder) / "samples.jsonl"))))

@@ -125,7 +125,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
     needed = names(arguments["install_requires"])
-    extras = names(arguments["extras_require"]["gpu"]) | names(arguments["extras_require"]["documents"])
+    extras = set().union(*(names(arguments["extras_require"][one]) for one in ("gpu", "documents", "curate")))
     assert needed - used == set(), "required, and not imported"
     assert used - needed - extras - OPTIONAL == set(), "imported, not required"
 

@@ -12,7 +12,7 @@ from megatron_eagle.curation.sample import Exchange
 
 _DECIMALS = re.compile(r"(?<![\d.\w])[-+]?\d[\d,]*\.(\d+)(?!\.?\d)")
 _ASKED = re.compile(
-    rf"\b(\d+|{'|'.join(NUMBER_WORDS)})(?:\s|-)+(?:decimals?|(?:decimal )?places?|(?:significant )?digits|significant)\b",
+    rf"\b(\d+|{'|'.join(NUMBER_WORDS)})[\s-]+(?:decimals?|(?:decimal )?places?|(?:significant )?(?:digits|figures))\b",
     re.I,
 )
 _BOX = re.compile(r"[\[(<]\s*[-+]?\d[\d.]*(?:\s*,\s*[-+]?\d[\d.]*){1,}\s*[\])>]")

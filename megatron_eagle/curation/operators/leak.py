@@ -12,8 +12,8 @@ from megatron_eagle.curation.sample import Exchange
 
 _STATED = re.compile(r"\b(?:answer|solution)(?: is|\s*[:=])\s*([^\n?!)]{1,80})", re.I)
 _FILLERS = frozenset((
-    "the", "a", "an", "is", "are", "was", "were", "it", "there", "this", "that", "of", "in", "on", "to", "has", "have", "does",
-    "do", "its", "be", "i", "see", "picture", "image", "shown", "many", "much", "what", "which", "how",
+    "the", "a", "an", "is", "are", "was", "were", "it", "there", "this", "that", "of", "in", "on", "to", "has", "have",
+    "does", "do", "its", "be", "i", "see", "picture", "image", "shown", "many", "much", "what", "which", "how",
 ))  # fmt: skip
 _SENTENCE = 10  # words of an answer that may say what the question says
 
