@@ -46,13 +46,15 @@ def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, prog
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty; remove it or choose another folder")
-    for step in plan.steps:
-        step.operator.prepare()
     partial = out.parent / f".{out.name}.partial"
     state = partial.absolute() / STATE_FOLDER
     try:
-        _begin(plan, state)
+        given = json.loads(json.dumps(plan.begun_with()))
+        state.mkdir(parents=True, exist_ok=True)
         with _alone(state):
+            for step in plan.steps:  # before anything is written down: what is refused here may be mended in the plan
+                step.operator.prepare(state)
+            _begin(given, state)
             blocks = _run(plan, state, workers, progress)
             summary = write_output(plan, partial, state, blocks)
             if build:
@@ -77,10 +79,8 @@ def _build(summary: Summary, out: Path, workers: int, progress: bool) -> None:
             build_dataset(kept, out / SHARDS / source.name, workers=workers, progress=progress)
 
 
-def _begin(plan: Plan, state: Path) -> None:
+def _begin(given: dict[str, Any], state: Path) -> None:
     """Writes down what is curated, or checks that what was begun is the same."""
-    given = json.loads(json.dumps(plan.begun_with()))
-    state.mkdir(parents=True, exist_ok=True)
     file = state / "begun.json"
     if not file.exists():
         write_atomically(file, json.dumps(given))

@@ -62,8 +62,11 @@ class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
         """The file's name, which plans and ledgers use."""
         return type(self).__module__.rpartition(".")[2]
 
-    def prepare(self) -> None:  # noqa: B027  most need nothing
-        """Look for what the settings name (packages, folders, models), before anything runs; UserError if it lacks."""
+    def prepare(self, folder: Path) -> None:  # noqa: B027  most need nothing
+        """Once, before anything runs: look for what the settings name; UserError if it is not there.
+
+        folder: of the run, for what is made once and read by every process.
+        """
 
 
 class SampleOperator(BaseOperator):

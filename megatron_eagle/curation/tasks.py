@@ -15,7 +15,7 @@ from megatron_eagle.curation.questions import (
 
 Task = Literal["choice", "yes_no", "boxes", "table", "ocr", "caption", "reasoning", "number", "short", "open"]
 TASKS: tuple[Task, ...] = get_args(Task)
-SHORT = 5  # words of a short answer
+SHORT, LETTERS = 3, 40  # words and characters of a short answer at the most
 
 _BOXES = re.compile(r"\b(?:bounding box|box of|coordinates|locate|detect|localize|localise|ground)\b", re.I)
 _TABLE = re.compile(r"\b(?:table|markdown|extract the data|csv)\b", re.I)
@@ -45,7 +45,7 @@ def task_of(question: str, answer: str) -> Task:
         return "number"
     if _REASONING.search(question):
         return "reasoning"
-    return "short" if len(answer.split()) <= SHORT else "open"
+    return "short" if len(answer.split()) <= SHORT and len(answer) <= LETTERS else "open"
 
 
 def format_of(task: Task, question: str, answer: str) -> str:

@@ -61,7 +61,7 @@ def flagged(path: Path) -> dict[str, set[str]]:
     for rule in FINDS.keys() - {"read"}:
         operator = make_operator(rule, {})
         assert isinstance(operator, SampleOperator)
-        operator.prepare()
+        operator.prepare(path.parent)
         found[rule] = {one.conversation.id for one, findings, _ in operator.run(samples) if findings}
     return found
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
@@ -33,7 +34,7 @@ class Operator(SampleOperator):
     letters: Positive = 40
     confidence: Fraction = 0.8
 
-    def prepare(self) -> None:
+    def prepare(self, folder: Path) -> None:
         """UserError if py3langid is missing or does not know a language."""
         if importlib.util.find_spec("py3langid") is None:
             raise UserError("operator 'language' needs the package py3langid: pip install 'megatron-eagle[curate]'")
