@@ -1,7 +1,7 @@
 """Fingerprints by which near-duplicates are found: of a picture 64 bits, of a text the set of its character 5-grams.
 
-A picture's are the signs of the 64 lowest frequencies of its cosine transform against their median (pHash, Zauner
-2010), of the whole decoded picture: decoders that shrink while they decode change up to six bits. Flat pictures have none, for
+A picture's are the signs of the 64 lowest frequencies of its cosine transform against their median (pHash, Zauner 2010)
+of the whole decoded picture: decoders that shrink while they decode change up to six bits. Flat pictures have none, for
 their bits are noise.
 """
 
@@ -38,7 +38,7 @@ def picture_hash(image: Image.Image) -> int | None:
 def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Indices of all pairs of hashes that differ in at most ``distance`` bits, each once or more; exact.
 
-    Of distance + 1 parts of two such hashes at least one is equal (pigeonhole), and only such are compared.
+    Of distance + 1 parts of two such hashes at least one is equal (pigeonhole); only those are compared.
     """
     for part in parts(distance):
         keys = (hashes >> np.uint64(part.start)) & np.uint64((1 << len(part)) - 1)

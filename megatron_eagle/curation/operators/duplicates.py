@@ -1,7 +1,8 @@
 """Near-duplicates across all sources: of each cluster the first sample stays, the others are left.
 
 Two samples are near-duplicates if all their images are, one by one, and their texts are. Clusters are closed under
-that: a sample's near-duplicates are in its cluster with theirs. A sample with a flat picture, which has no hash, is none's.
+that: a sample's near-duplicates are in its cluster with theirs. A sample with a flat picture, which has no hash, has no
+near-duplicate.
 """
 
 from collections import defaultdict
