@@ -202,7 +202,7 @@ def _rows(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Itera
         for block in range(blocks[number]):
             result: Result = read_result(state, segment.number, number, block)
             for key, identity, value in result.values:
-                yield Row((source.name, key), identity, source.category, value)
+                yield Row((source.name, key), identity, source.category, value, source.benchmark)
 
 
 @dataclass

@@ -60,7 +60,7 @@ def parts(distance: int) -> list[range]:
 
 
 def grams(text: str) -> NDArray[np.uint32]:
-    """Sorted hashes of all runs of five characters of a text, lower case and words only; of a shorter one, the whole."""
+    """Sorted hashes of all runs of five characters of a text, lower case and words only; a shorter one is one run."""
     plain = normal(text)
     runs = {plain[start : start + GRAM] for start in range(max(1, len(plain) - GRAM + 1))} if plain else set()
     return np.array(sorted(zlib.crc32(run.encode()) for run in runs), dtype=np.uint32)

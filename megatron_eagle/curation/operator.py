@@ -35,12 +35,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Row:
-    """A value of one sample, for a decision over all of them. key: its source and its number there."""
+    """A value of one sample, for a decision over all of them. key: its source and its number there.
+
+    benchmark: whether its source is one.
+    """
 
     key: tuple[str, int]
     id: str
     category: str
     value: Any
+    benchmark: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ class Verdict:
 
 
 class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
-    """needs: operators that must come earlier, whose notes are read. resources: of one process."""
+    """needs: operators that must come earlier, whose notes are read. resources: of one process.
 
+    on_benchmarks: whether it is also applied to sources that are benchmarks, which rules are not.
+    """
+
+    on_benchmarks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     resources: ClassVar[Resources] = Resources()
 

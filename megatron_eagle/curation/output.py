@@ -76,6 +76,8 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
     examples: list[Example] = []
     with LedgerWriter(out / LEDGER_FILE) as ledger:
         for number, source in enumerate(plan.sources):
+            if source.benchmark:
+                continue
             results = (_all_of(state, cut, number, block) for block in range(blocks[number]))
             notes = _notes(state, cut, source.name)
             ledger.write(source.name, (note for _, note in notes))

@@ -16,10 +16,10 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.findings import Refused, Where, checked
 from megatron_eagle.config.layout import STRICT
-from megatron_eagle.config.numbers import Count, Positive, shown
+from megatron_eagle.config.numbers import Count, Flag, Positive, shown
 from megatron_eagle.config.schema import meant
 from megatron_eagle.config.yaml_file import read_yaml
-from megatron_eagle.curation.operator import BaseOperator, Step, make_operator
+from megatron_eagle.curation.operator import BaseOperator, SetOperator, Step, make_operator
 from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -32,6 +32,7 @@ class PlannedSource:
     path: of a file of records, a tar or a folder, such as a data set that was built; relative to the folder a command
         is started in, as media_root: folder of its media, its own by default.
     category: what it teaches; operators that compare samples of one category only need it.
+    benchmark: its samples are compared with and never kept.
     prompt: the question that a mere caption answers. ignore_keys: keys left out though they are not understood.
     """
 
@@ -41,6 +42,7 @@ class PlannedSource:
     media_root: str | None = None
     prompt: str = DEFAULT_PROMPT
     ignore_keys: tuple[str, ...] = ()
+    benchmark: Flag = False
 
     @cached_property
     def records(self) -> RecordSource:
@@ -64,11 +66,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
-        if not names:
-            raise ValueError("the plan has no sources")
+        if all(source.benchmark for source in self.sources):
+            raise ValueError(f"the plan has no sources{' but benchmarks' * bool(names)}")
         if len(set(names)) != len(names):
             raise ValueError(f"names of sources must differ, got {', '.join(names)}")
-        _ = self.steps
+        compares = any(isinstance(one.operator, SetOperator) and one.operator.on_benchmarks for one in self.steps)
+        benchmarks = [source.name for source in self.sources if source.benchmark]
+        if benchmarks and not compares:
+            raise ValueError(f"source '{benchmarks[0]}' is a benchmark, and no operator compares with it")
+        if compares and not benchmarks:
+            raise ValueError("there is nothing to compare with: no source is a benchmark")
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -89,7 +96,7 @@ class Plan:
 
     def _step(self, entry: dict[str, Any], earlier: list[str]) -> Step:
         settings = dict(entry)
-        names = [source.name for source in self.sources]
+        names = [source.name for source in self.sources if not source.benchmark]
         if "use" not in settings:
             raise ValueError(
                 f"an operator needs its name under 'use', got the keys {', '.join(map(str, entry)) or 'none'}"
@@ -113,7 +120,8 @@ class Plan:
             raise ValueError(f"operator '{operator.name}' reads what '{missing[0]}' notes, which must come before it")
         if operator.name in earlier:
             raise ValueError(f"operator '{operator.name}' is given twice")
-        return Step(operator, frozenset(given), reject)
+        benchmarks = [source.name for source in self.sources if source.benchmark and operator.on_benchmarks]
+        return Step(operator, frozenset([*given, *benchmarks]), reject)
 
     def source(self, name: str) -> PlannedSource:
         """The source of this name."""

@@ -149,9 +149,41 @@ def test_across_sources_the_first_stays_and_the_ledger_has_both(tmp_path: Path) 
     assert "open 6" in summary.sources[0].notes[0]
 
 
+def test_what_stands_in_a_benchmark_goes(tmp_path: Path) -> None:
+    asked = "What is written on the sign beside the road?"
+    sources: Any = [{"name": name, "path": str(tmp_path / name / "samples.jsonl")} for name in ("train", "bench")]
+    for source, seeds, questions in (
+        ("train", (1, 2, 3), ("What?", asked.upper(), "Who?")),
+        ("bench", (1, 9), (asked, "What?")),
+    ):
+        folder = tmp_path / source
+        folder.mkdir()
+        with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+            for seed, question in zip(seeds, questions, strict=True):
+                picture(seed, 200).resize((200, 200) if source == "train" else (310, 310)).save(folder / f"{seed}.jpg")
+                turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "STOP"}]
+                file.write(json.dumps({"id": f"{source}{seed}", "image": f"{seed}.jpg", "conversations": turns}) + "\n")
+    sources[1]["benchmark"] = True
+    with pytest.raises(ValueError, match="source 'bench' is a benchmark, and no operator compares with it"):
+        Plan("p", tuple(sources), ({"use": "empty"},))
+    plan = Plan("p", tuple(sources), ({"use": "image_hashes"}, {"use": "contamination"}))
+    (summary,) = curate(plan, tmp_path / "out", progress=False).sources
+    assert (summary.name, summary.read, summary.used, summary.rejected) == ("train", 3, 1, 2)
+    rows = [
+        row for row in pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist() if row["decision"] == "rejected"
+    ]
+    assert {(row["sample"], row["detail"]) for row in rows if row["detail"]} == {
+        ("train1", "image 1 is that of bench/bench1"),
+        ("train2", "bench/bench1"),
+    }
+    assert not (tmp_path / "out" / "kept" / "bench").exists()
+
+
 def test_what_it_needs_and_what_it_cannot_be() -> None:
     source = ({"name": "a", "path": "x"},)
     with pytest.raises((UserError, ValueError), match="operator 'duplicates' reads what 'image_hashes' notes"):
         Plan("p", source, ({"use": "duplicates"},))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no source is a benchmark"):
+        Plan("p", source, ({"use": "image_hashes"}, {"use": "contamination"}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing is compared"):
         make_operator("duplicates", {"image_distance": None, "text_similarity": None})

@@ -1,6 +1,7 @@
 """A perceptual hash of every image, noted for operators that look for near-duplicates."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from megatron_eagle.data.media.images import decode_image
 @dataclass(frozen=True, config=STRICT)
 class Operator(SampleOperator):
     """No settings. What is noted: of each image 64 bits, null if it is flat."""
+
+    on_benchmarks: ClassVar[bool] = True
 
     def findings(self, sample: Sample) -> Iterable[Finding]:
         """One note, or none without images."""

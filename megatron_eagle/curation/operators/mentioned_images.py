@@ -10,18 +10,18 @@ from collections.abc import Iterable
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
-from megatron_eagle.config.reading import ORDINALS
 from megatron_eagle.curation.operator import SampleOperator
 from megatron_eagle.curation.questions import works_on_text
 from megatron_eagle.curation.sample import Finding, Sample
 
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NOUN = r"(?:image|picture|photo|photograph|screenshot)"
 _SHOWN = re.compile(
     rf"\b(?:in|of|from|at|describe|caption|see|about|using)\s+(?:the|this|that|these)\s+(?:\w+\s+)?{_NOUN}s?\b"
     rf"|\battached {_NOUN}",
     re.I,
 )
-_NUMBERED = re.compile(rf"\b(?:({'|'.join(ORDINALS)})\s+{_NOUN}|{_NOUN}\s+(\d))\b", re.I)
+_NUMBERED = re.compile(rf"\b(?:({'|'.join(_ORDINALS)})\s+{_NOUN}|{_NOUN}\s+(\d))\b", re.I)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,7 +38,7 @@ class Operator(SampleOperator):
                 yield Finding("rejected", "an image is spoken of, none is shown", found[0], exchange.turn)
                 return
             for ordinal, digit in _NUMBERED.findall(exchange.question):
-                number = int(digit) if digit else ORDINALS.index(ordinal.lower()) + 1
+                number = int(digit) if digit else _ORDINALS.index(ordinal.lower()) + 1
                 if number > max(shown, 1) and shown and not sample.videos:
                     yield Finding(
                         "rejected", "more images are spoken of than shown", f"image {number} of {shown}", exchange.turn
