@@ -46,6 +46,8 @@ GPU = [
 ]
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
+# Only the operator "language" of curation needs it.
+CURATE = ["py3langid>=0.4"]
 TESTS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "setuptools"]
 # The endpoint's; with the page's, whose Gradio takes no Pillow of 13 (docs/install.md), the extra "serve".
 ENDPOINT = ["python-multipart>=0.0.34", "starlette>=1.10", "uvicorn>=0.54"]
@@ -75,17 +77,19 @@ setup(
     },
     package_data={
         "megatron_eagle": ["py.typed"],
+        "megatron_eagle.curation": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
-        "megatron_eagle.recipes": ["*/recipe.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
     install_requires=TRAINER,
     extras_require={
         "gpu": GPU,
         "documents": DOCUMENTS,
+        "curate": CURATE,
         "serve": [*ENDPOINT, *PAGE],
-        "dev": [*DEV, *DOCUMENTS, *ENDPOINT],
+        "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
     },
     entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
     classifiers=[

@@ -26,6 +26,7 @@ ORDER = (
     "conversion",
     "evaluation",
     "serving",
+    "curation",
     "cluster",
     "demo",
     "gpu_day",

@@ -18,6 +18,7 @@ from megatron_eagle.cli import (
     bench,
     cancel,
     convert,
+    curate,
     data,
     demo,
     doctor,
@@ -49,6 +50,7 @@ NOISY_LOGGERS = (
 )
 VERBS = (
     data.add,
+    curate.add,
     recipe.add,
     plan.add,
     bench.add,

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Parser(argparse.ArgumentParser):
     """Options are written out, and a wrong one is said in one line; those of the verbs are of this class as well.
 
-    below: the parsers of its verbs.
+    below: the parsers of its verbs. default_verb: that of them which is meant where none is named.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.below: dict[str, Parser] = {}
+        self.default_verb: str | None = None
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def add_subparsers(self, **settings: Any) -> Any:
@@ -32,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         verbs = super().add_subparsers(**settings)
         self.below = verbs.choices
         return verbs
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with ``default_verb`` put before arguments that begin with none."""
+        if self.default_verb is not None and args and args[0] not in (*self.below, "-h", "--help"):
+            args = [self.default_verb, *args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with 2 after one line."""

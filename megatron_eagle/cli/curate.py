@@ -1,0 +1,83 @@
+"""``megatron-eagle curate``: sources through a plan's operators, and what happened to a sample."""
+
+import argparse
+from pathlib import Path
+
+from megatron_eagle.cli.common import Verbs, positive_int, verb
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb, its actions and their arguments; without an action's name it runs a plan."""
+    parser = verb(
+        verbs,
+        "curate",
+        "filter sources by a plan, with the fate of every sample on record",
+        "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate\n"
+        "operators' lists what plans may use. Each has --help (docs/curation.md).",
+        "  megatron-eagle curate plan.yaml curated --workers 8\n  megatron-eagle curate explain curated chart-000017\n",
+    )
+    parser.default_verb = "run"  # type: ignore[attr-defined]
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    run = verb(
+        actions,
+        "run",
+        "run a plan (also without this word)",
+        "Reads the sources of PLAN, runs its operators, and writes into OUT, which appears whole when all is done:\n"
+        "  kept/SOURCE/samples.jsonl   what is left of each source, for 'data build'; media are linked, not copied\n"
+        "  ledger.parquet              every decision: sample, turn, operator, reason, scores, text before and after\n"
+        "  report.html, summary.json   what became of each source, with examples\n"
+        "  blend.yaml                  the blend of a recipe's stage\n"
+        "After a kill the same command goes on where it was; the output is the same bytes for any number of workers.",
+        "  megatron-eagle curate plan.yaml curated --workers 8 --build\n",
+    )
+    run.add_argument("plan", type=Path, metavar="PLAN", help="YAML file with sources and operators")
+    run.add_argument("out", type=Path, metavar="OUT")
+    run.add_argument("--workers", type=positive_int, default=1, help="processes that work on blocks (default: 1)")
+    run.add_argument("--build", action="store_true", help="also build OUT/shards/SOURCE of what is kept")
+    run.set_defaults(run=_run)
+    explain = verb(
+        actions,
+        "explain",
+        "everything that happened to one sample",
+        "Prints every row of the ledger about a sample. SAMPLE_ID is its id, or SOURCE/ID where sources share ids.",
+        "  megatron-eagle curate explain curated chart-000017\n",
+    )
+    explain.add_argument("out", type=Path, metavar="OUT")
+    explain.add_argument("sample", metavar="SAMPLE_ID")
+    explain.set_defaults(run=_explain)
+    operators = verb(
+        actions,
+        "operators",
+        "list the operators and their settings",
+        "Prints every operator with its settings and their defaults.",
+        "  megatron-eagle curate operators\n",
+    )
+    operators.set_defaults(run=_operators)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.engine import curate
+    from megatron_eagle.curation.plan import load_plan
+
+    summary = curate(load_plan(options.plan), options.out, workers=options.workers, build=options.build)
+    for source in summary.sources:
+        print(
+            f"{source.name}: {source.read} read = {source.used} used + {source.rejected} rejected + {source.left} left"
+        )
+    print(
+        f"{options.out}: {summary.total('used')} of {summary.total('read')} samples kept; see {options.out}/report.html"
+    )
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.ledger import explain
+
+    for line in explain(options.out, options.sample):
+        print(line)
+
+
+def _operators(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.operator import describe_operators
+
+    for line in describe_operators():
+        print(line)

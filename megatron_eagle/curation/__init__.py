@@ -1,0 +1,1 @@
+"""Sources -> kept samples, ready for ``data build``, and a ledger that has the fate of every sample."""

@@ -1,0 +1,260 @@
+"""Runs a plan on one machine: blocks of samples over processes, decisions in this one, output written by this one.
+
+Every block's result is a file that is there whole or not at all, in a hidden folder beside the output. So a run that
+was killed loses the blocks in flight and goes on where it was when the same command is given again, and the output is
+the same bytes for any number of workers. Memory: the blocks in flight, and what operators that need all samples hold.
+"""
+
+import fcntl
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_eagle.curation.block import Job, Result, Segment, read_result, result_file, run_block, segments
+from megatron_eagle.curation.operator import Row, SetOperator, Verdict
+from megatron_eagle.curation.output import KEPT, SAMPLES_FILE, SHARDS, Summary, write_output
+from megatron_eagle.curation.plan import Plan
+from megatron_eagle.curation.sample import Finding
+from megatron_eagle.data.build.shard_writer import STATE_FOLDER, write_atomically
+from megatron_eagle.data.build.sources import spool
+from megatron_eagle.data.build.walk import Ledger
+from megatron_eagle.errors import UserError
+
+BLOCKS_AHEAD = 2  # of each worker, read but not yet worked on
+SECONDS_BEFORE_PROGRESS = 3.0
+
+
+def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, progress: bool = True) -> Summary:
+    """Runs the plan; ``out`` appears whole when all is done.
+
+    build: also build a data set of each source's kept samples, in ``out/shards``.
+
+    Raises UserError if ``out`` holds something already, a source or what an operator needs is not there, another
+    process runs the same, or what was begun is of another plan.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists and is not empty; remove it or choose another folder")
+    partial = out.parent / f".{out.name}.partial"
+    state = partial.absolute() / STATE_FOLDER
+    try:
+        given = json.loads(json.dumps(plan.begun_with()))
+        state.mkdir(parents=True, exist_ok=True)
+        with _alone(state):
+            for step in plan.steps:  # before anything is written down: what is refused here may be mended in the plan
+                step.operator.prepare(state)
+            _begin(given, state)
+            blocks = _run(plan, state, workers, progress)
+            summary = write_output(plan, partial, state, blocks)
+            if build:
+                _build(summary, partial, workers, progress)
+            shutil.rmtree(state)
+            if out.exists():
+                out.rmdir()
+            os.replace(partial, out)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"cannot curate into {out}: {error.strerror or error}{where}") from error
+    return summary
+
+
+def _build(summary: Summary, out: Path, workers: int, progress: bool) -> None:
+    from megatron_eagle.data.build.dataset import build_dataset  # Energon and torch, which nothing else here needs
+
+    for source in summary.sources:
+        if source.used and not (out / SHARDS / source.name).exists():
+            (out / SHARDS).mkdir(exist_ok=True)
+            kept = out / KEPT / source.name / SAMPLES_FILE
+            build_dataset(kept, out / SHARDS / source.name, workers=workers, progress=progress)
+
+
+def _begin(given: dict[str, Any], state: Path) -> None:
+    """Writes down what is curated, or checks that what was begun is the same."""
+    file = state / "begun.json"
+    if not file.exists():
+        write_atomically(file, json.dumps(given))
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name in given if begun.get(name) != given[name]]
+    if changed:
+        raise UserError(
+            f"{state.parent} holds an unfinished run of something else ({', '.join(changed)} changed); "
+            "remove it to start over"
+        )
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """No two processes run into the same folder; the lock ends with its process."""
+    with open(state / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is curating into {state.parent}") from None
+        yield
+
+
+def _run(plan: Plan, state: Path, workers: int, progress: bool) -> list[int]:
+    """All segments; returns how many blocks each source has."""
+    blocks: list[int] = []
+    with _Pool(plan, state, workers) as pool:
+        for segment in segments(plan):
+            if segment.number == 0:
+                blocks = [
+                    _read_source(plan, state, segment, number, pool, progress) for number in range(len(plan.sources))
+                ]
+            else:
+                pool.run(segment, _later_jobs(plan, state, segment, blocks))
+            if segment.asks is not None:
+                _decide(plan, state, segment, blocks)
+    return blocks
+
+
+def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: "_Pool", progress: bool) -> int:
+    """Segment 0 of a source; returns its number of blocks."""
+    source = plan.sources[number]
+    mark = state / f"read-{number}.json"
+    if mark.exists():
+        return int(json.loads(mark.read_text(encoding="utf-8"))["blocks"])
+    ledger = Ledger()
+    bar = tqdm(desc=f"reading {source.name}", unit=" samples", delay=SECONDS_BEFORE_PROGRESS, disable=not progress)
+    count = 0
+
+    def jobs() -> Iterator[Job]:
+        """Blocks that are not done. All records are parsed, also those of others: ids must differ throughout."""
+        nonlocal count
+        items = source.records.items(state / f"unpacked-{number}", ledger)
+        while True:
+            spooled = state / f"inline-{number}-{count:06d}"
+            done = result_file(state, 0, number, count).exists()
+            if not done:
+                spooled.unlink(missing_ok=True)
+            block = itertools.islice(items, plan.block)
+            taken = tuple(block if done else spool(block, spooled))
+            if not taken:
+                return
+            count += 1
+            bar.update(len(taken))
+            if not done:
+                yield Job(number, count - 1, taken)
+
+    with bar:
+        pool.run(segment, jobs())
+    left = {"files": ledger.files, "left": ledger.lines()}
+    write_atomically(mark, json.dumps({"blocks": count, **left}))
+    return count
+
+
+def _later_jobs(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Job]:
+    decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
+    for number, source in enumerate(plan.sources):
+        findings = {
+            int(key): [Finding(**one) for one in found]
+            for key, found in decided["samples"].get(source.name, {}).items()
+        }
+        for block in range(blocks[number]):
+            if not result_file(state, segment.number, number, block).exists():
+                low, high = block * plan.block, (block + 1) * plan.block
+                own = {key: found for key, found in findings.items() if low <= key < high}
+                yield Job(number, block, (), own)
+
+
+def _decision_file(state: Path, segment: int) -> Path:
+    return state / f"decided-{segment}.json"
+
+
+def _decide(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> None:
+    """Asks the operator at the end of a segment, once all blocks have come to it."""
+    file = _decision_file(state, segment.number)
+    if file.exists() or segment.asks is None:
+        return
+    operator = segment.asks.operator
+    assert isinstance(operator, SetOperator)
+    samples: dict[str, dict[int, list[dict[str, Any]]]] = {source.name: {} for source in plan.sources}
+    sources: list[tuple[str, dict[str, Any]]] = []
+    for verdict in operator.decide(_rows(plan, state, segment, blocks)):
+        _check_verdict(verdict, operator)
+        source, number = verdict.key
+        if number is None:
+            sources.append((source, asdict(verdict.finding)))
+        else:
+            samples[source].setdefault(number, []).append(asdict(verdict.finding))
+    write_atomically(file, json.dumps({"samples": samples, "sources": sources}, ensure_ascii=False))
+
+
+def _check_verdict(verdict: Verdict, operator: SetOperator) -> None:
+    if verdict.key[1] is None and verdict.finding.decision != "noted":
+        raise ValueError(f"operator '{operator.name}' says of a whole source that it is {verdict.finding.decision}")
+
+
+def _rows(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Row]:
+    for number, source in enumerate(plan.sources):
+        for block in range(blocks[number]):
+            result: Result = read_result(state, segment.number, number, block)
+            for key, identity, value in result.values:
+                yield Row((source.name, key), identity, source.category, value, source.benchmark)
+
+
+@dataclass
+class _Pool:
+    """This process alone, or several, that work on blocks."""
+
+    plan: Plan
+    state: Path
+    workers: int
+
+    def __enter__(self) -> "_Pool":
+        # Fresh processes: this one may hold threads, which do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self.workers, context, _end_with_parent) if self.workers > 1 else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, segment: Segment, jobs: Iterator[Job]) -> None:
+        """Works on all jobs, no more than a few of them in memory."""
+        if self._pool is None:
+            for job in jobs:
+                run_block(self.plan, segment, job, self.state)
+            return
+        running: dict[Future[None], Job] = {}
+        try:
+            for job in jobs:
+                running[self._pool.submit(run_block, self.plan, segment, job, self.state)] = job
+                if len(running) >= self.workers * BLOCKS_AHEAD:
+                    _take_finished(running)
+            while running:
+                _take_finished(running)
+        except BrokenProcessPool:
+            numbers = ", ".join(str(job.block) for job in running.values())
+            raise UserError(f"a process that works on one of the blocks {numbers} was killed; out of memory?") from None
+
+
+def _take_finished(running: dict[Future[None], Job]) -> None:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        future.result()
+        del running[future]
+
+
+def _end_with_parent() -> None:
+    """A worker ends when the process that started it is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

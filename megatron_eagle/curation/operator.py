@@ -1,0 +1,192 @@
+"""What an operator is: a frozen dataclass of typed settings, one file of ``curation/operators/``, called ``Operator``.
+
+There are two shapes. A ``SampleOperator`` looks at one sample at a time; ``ExchangeRule`` is the common case of one
+that looks at questions with their answers. A ``SetOperator`` needs all samples: it takes a small value of each, decides
+over them, and its findings are applied like any other's. Each says what it needs of earlier ones and what it costs.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_eagle.config.findings import Refused, findings_of
+from megatron_eagle.config.numbers import shown
+from megatron_eagle.config.schema import meant
+from megatron_eagle.curation.sample import Exchange, Finding, Sample, Unit, apply_findings
+from megatron_eagle.errors import BrokenSample
+
+PACKAGE = "megatron_eagle.curation.operators"
+UNREADABLE = "a medium cannot be read"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one process of an operator takes."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A value of one sample, for a decision over all of them. key: its source and its number there.
+
+    benchmark: whether its source is one.
+    """
+
+    key: tuple[str, int]
+    id: str
+    category: str
+    value: Any
+    benchmark: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a decision over all samples says of one of them (``key``), or of a source (``key[1]`` is None)."""
+
+    key: tuple[str, int | None]
+    finding: Finding
+
+
+class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
+    """needs: operators that must come earlier, whose notes are read. resources: of one process.
+
+    on_benchmarks: whether it is also applied to sources that are benchmarks, which rules are not.
+    """
+
+    on_benchmarks: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    resources: ClassVar[Resources] = Resources()
+
+    @property
+    def name(self) -> str:
+        """The file's name, which plans and ledgers use."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def prepare(self, folder: Path) -> None:  # noqa: B027  most need nothing
+        """Once, before anything runs: look for what the settings name; UserError if it is not there.
+
+        folder: of the run, for what is made once and read by every process.
+        """
+
+
+class SampleOperator(BaseOperator):
+    """Looks at one sample at a time."""
+
+    @abstractmethod
+    def findings(self, sample: Sample) -> Iterable[Finding]:
+        """All there is to say of a sample; may raise BrokenSample, which rejects it."""
+
+    def run(
+        self, samples: Iterable[Sample], reject: Unit = "exchange"
+    ) -> Iterator[tuple[Sample, list[Finding], Sample | None]]:
+        """Each sample, what was found in it, and what it became, None if it is gone: the operator on its own."""
+        for sample in samples:
+            found = found_in(self, sample)
+            yield sample, found, apply_findings(sample, found, self.name, reject)
+
+
+class ExchangeRule(SampleOperator):
+    """Looks at each question with its answer, and rejects what is faulty."""
+
+    @abstractmethod
+    def fault(self, exchange: Exchange) -> tuple[str, str] | None:
+        """(reason, detail) of what is wrong, None if nothing is."""
+
+    def findings(self, sample: Sample) -> Iterable[Finding]:
+        """A rejection of each faulty answer."""
+        for exchange in sample.exchanges:
+            found = self.fault(exchange)
+            if found is not None:
+                yield Finding("rejected", found[0], found[1][:200], exchange.turn)
+
+
+class SetOperator(BaseOperator):
+    """Needs all samples. holds: bytes a sample in memory while it decides, for those who plan."""
+
+    holds: ClassVar[int]
+
+    @abstractmethod
+    def value(self, sample: Sample) -> Any:
+        """A small JSON value of a sample, None if it takes no part; may raise BrokenSample."""
+
+    @abstractmethod
+    def decide(self, rows: Iterator[Row]) -> Iterator[Verdict]:
+        """Findings over all values, which come in the order of the plan's sources and of their samples."""
+
+    def run(self, samples: Iterable[Sample]) -> list[Verdict]:
+        """The operator on its own."""
+        rows = ((sample, self.value(sample)) for sample in samples)
+        return list(
+            self.decide(
+                Row((sample.source, sample.number), sample.conversation.id, sample.category, value)
+                for sample, value in rows
+                if value is not None
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator in its place. sources: those it is applied to. reject: what goes with a faulty answer."""
+
+    operator: BaseOperator
+    sources: frozenset[str]
+    reject: Unit
+
+
+def found_in(operator: SampleOperator, sample: Sample) -> list[Finding]:
+    """The findings of an operator; media that cannot be read reject the sample."""
+    try:
+        return list(operator.findings(sample))
+    except BrokenSample as error:
+        return [Finding("rejected", UNREADABLE, str(error)[:200])]
+
+
+@lru_cache
+def operator_names() -> tuple[str, ...]:
+    """All operators there are."""
+    folder = Path(__file__).parent / "operators"
+    return tuple(sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")))
+
+
+def operator_class(name: Any) -> type[BaseOperator]:
+    """The operator of this name; ValueError with those there are."""
+    if not isinstance(name, str) or name not in operator_names():
+        names = f"{', '.join(operator_names())}{meant(name, operator_names())}"
+        raise ValueError(f"operator {shown(name)} does not exist; there are {names}")
+    found: type[BaseOperator] = importlib.import_module(f"{PACKAGE}.{name}").Operator
+    return found
+
+
+def make_operator(name: Any, settings: dict[str, Any]) -> BaseOperator:
+    """The operator with its settings checked; ValueError."""
+    kind = operator_class(name)
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        raise Refused(findings_of(error, kind), f"operator '{name}'") from None
+
+
+def describe_operators() -> list[str]:
+    """Every operator with what it is for, its settings and their defaults, for people."""
+    lines = []
+    for name in operator_names():
+        kind = operator_class(name)
+        what = (importlib.import_module(kind.__module__).__doc__ or "").split("\n")[0]
+        lines.append(f"{name}: {what}")
+        lines += [f"    {one.name}: {_default(one)}" for one in fields(kind)]  # type: ignore[arg-type]
+    return lines
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default_factory is not MISSING:
+        return shown(field.default_factory())
+    return "needed" if field.default is MISSING else shown(field.default)

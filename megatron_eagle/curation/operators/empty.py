@@ -1,0 +1,32 @@
+"""Answers that say nothing: blanks, dots, the names of missing values."""
+
+import re
+
+from pydantic.dataclasses import dataclass
+
+from megatron_eagle.config.layout import STRICT
+from megatron_eagle.curation.operator import ExchangeRule
+from megatron_eagle.curation.questions import asks_count, normal, options_of
+from megatron_eagle.curation.sample import Exchange
+
+_BLANK = re.compile(r"[\s.…?_*\-–—]*")
+_MISSING = frozenset({"n a", "na", "nan", "null", "nil", "none", "undefined"})
+
+
+@dataclass(frozen=True, config=STRICT)
+class Operator(ExchangeRule):
+    """No settings. A missing value's name counts as an answer where the question names it or lists options."""
+
+    def fault(self, exchange: Exchange) -> tuple[str, str] | None:
+        """Nothing said."""
+        said = normal(exchange.answer)
+        asked = exchange.question
+        named = said and f" {said} " in f" {normal(asked)} "
+        missing = (
+            said in _MISSING and not named and not options_of(asked) and not (said == "none" and asks_count(asked))
+        )
+        return (
+            ("the answer is empty", repr(exchange.answer[:40]))
+            if missing or _BLANK.fullmatch(exchange.answer)
+            else None
+        )

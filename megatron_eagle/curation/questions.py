@@ -1,0 +1,98 @@
+"""What a question asks for, read off its words: options, yes or no, a count, a text to be copied.
+
+Plain patterns of English instructions as data sets write them. Where words leave it open the answer here is no, so that
+a rule built on it rather misses a fault than removes what is right.
+"""
+
+import re
+import string
+
+NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+_OPTION = re.compile(r"(?:^|[\n\s])\(?([A-Z])(?:[.):]|\s-)\s*(?=\S)")
+_LETTER_ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
+_LETTER_FIRST = re.compile(r"^\W*([A-Z])[.):]\s*(?=\S)")
+_LETTER_SAID = re.compile(r"(?i:\b(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?)\*{0,2}\(?([A-Z])\b(?!['’\w])")
+_AUXILIARY = re.compile(
+    r"(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must|isn't|aren't|doesn't)\b",
+    re.I,
+)
+_POLITE = re.compile(
+    r"(?:(?:can|could|would|will) you\b(?! (?:see|find|spot) an?\b)"
+    r"|do you (?:know|see|think)?\s*(?:how|what|which|who|when|where|why)\b)",
+    re.I,
+)
+_COUNT = re.compile(
+    r"\bhow many\b|\bcount (?:the|all|how)\b"
+    r"|\b(?:what is|what's|tell me|give|state) the (?:total )?(?:number|count) of\b",
+    re.I,
+)
+_TEXT_WORK = re.compile(
+    r"\b(?:translat\w*|transcri\w*|ocr|repeat|say (?:the|this|exactly)|how do you say|spell\w*|copy|correct the"
+    r"|proofread\w*|fix the|rewrite|rephrase|paraphrase|read (?:the|all|this|out|what)"
+    r"|write (?:the|this|down) (?:word|sentence|text)|quote"
+    r"|(?:text|word|words|sign|label|title|written|printed)\b[^.?!]{0,40}"
+    r"\b(?:say|says|read|reads|written|in the image|shown))\b"
+    r"|\bwhat (?:does|do) [^.?!]{0,40}\bsay\b|\bwhat is (?:written|printed)\b",
+    re.I,
+)
+
+
+def options_of(question: str) -> dict[str, str]:
+    """Letter -> text of the options a question lists, which begin with A and have no gaps; empty if it lists none."""
+    found: list[tuple[str, int, int]] = []
+    for match in _OPTION.finditer(question):
+        if match[1] == string.ascii_uppercase[len(found)]:
+            found.append((match[1], match.start(), match.end()))
+    if len(found) < 2:
+        return {}
+    ends = [start for _, start, _ in found[1:]] + [len(question)]
+    texts = [question[begin:end].strip() for (_, _, begin), end in zip(found, ends, strict=True)]
+    texts[-1] = texts[-1].partition("\n")[0].strip()
+    return {letter: text for (letter, _, _), text in zip(found, texts, strict=True)}
+
+
+def chosen_letter(answer: str) -> str | None:
+    """The letter of an option that an answer names, the last if it says several; None if it names none."""
+    for pattern in (_LETTER_ALONE, _LETTER_FIRST):
+        if match := pattern.match(answer):
+            return match[1].upper()
+    said = _LETTER_SAID.findall(answer)
+    return said[-1] if said else None
+
+
+def asking_sentence(question: str) -> str:
+    """The last sentence with a question mark, or the whole text."""
+    sentences = re.split(r"(?<=[.?!])\s+|\n+", question.strip())
+    asking = [sentence for sentence in sentences if sentence.rstrip("\"')").endswith("?")]
+    return asking[-1] if asking else question.strip()
+
+
+def asks_yes_no(question: str) -> bool:
+    """Whether yes or no is wanted; alternatives ("is it black or white?") and polite requests want something else."""
+    if options_of(question):
+        return False
+    if re.search(r"\byes\b\W+(?:or|/)?\W*no\b", question, re.I):
+        return True
+    sentence = asking_sentence(question)
+    if not sentence.endswith("?") or not _AUXILIARY.match(sentence) or _POLITE.match(sentence):
+        return False
+    return re.search(r"\bor\b", sentence, re.I) is None
+
+
+def asks_count(question: str) -> bool:
+    """Whether a number of things is asked for."""
+    return _COUNT.search(question) is not None and not options_of(question) and not works_on_text(question)
+
+
+def works_on_text(question: str) -> bool:
+    """Whether a text is to be read, copied, corrected or translated: the answer is then as that text is."""
+    return _TEXT_WORK.search(question) is not None
+
+
+def normal(text: str) -> str:
+    """Lower case, words only, for comparing."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))

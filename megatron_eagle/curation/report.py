@@ -1,0 +1,107 @@
+"""report.html: the funnel of every source, and what each rule changed or took away, shown with the pictures.
+
+The page holds its pictures itself and links to nothing. It is laid out by ``report.html.j2``.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from megatron_eagle.curation.plan import Plan
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.media.images import decode_image
+from megatron_eagle.errors import BrokenSample
+
+if TYPE_CHECKING:
+    from megatron_eagle.curation.output import Summary
+
+REPORT_FILE = "report.html"
+SHOWN = 3  # examples of a reason
+SIDE = 160  # pixels of a picture
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample that an operator changed, rejected or left. turns: (role, text). images: path, offset, size of each."""
+
+    source: str
+    operator: str
+    decision: str
+    reason: str
+    detail: str
+    id: str
+    turns: list[tuple[str, str]]
+    images: list[tuple[str, int, int]]
+    text: str | None = None
+    turn: int | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Examples of one reason of one operator."""
+
+    operator: str
+    decision: str
+    reason: str
+    samples: int
+    examples: list[Example]
+
+
+def write_report(folder: Path, plan: Plan, summary: "Summary", examples: Sequence[Example]) -> None:
+    """Writes ``folder/report.html``."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"picture": _picture}
+    text = resources.files("megatron_eagle.curation").joinpath("report.html.j2").read_text("utf-8")
+    steps = ["read", *(step.operator.name for step in plan.steps)]
+    page = environment.from_string(text).render(
+        plan=plan, summary=summary, steps=steps, funnels=[_funnel(steps, source) for source in summary.sources],
+        shown=_chosen(steps, summary, examples),
+    )  # fmt: skip
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+
+
+def _funnel(steps: Sequence[str], source: Any) -> list[int]:
+    """Samples that are left after each step."""
+    left = source.read
+    found = []
+    for step in steps:
+        left -= source.gone.get(step, 0)
+        found.append(left)
+    return found
+
+
+def _chosen(steps: Sequence[str], summary: "Summary", examples: Sequence[Example]) -> list[Shown]:
+    """The first few examples of each reason, in the order of the plan; of different sources where there are."""
+    groups: dict[tuple[str, str, str], list[Example]] = {}
+    for example in examples:
+        groups.setdefault((example.operator, example.decision, example.reason), []).append(example)
+    shown = []
+    for (operator, decision, reason), group in groups.items():
+        firsts = {example.source: example for example in reversed(group)}
+        chosen = [*firsts.values(), *(one for one in group if one not in firsts.values())][:SHOWN]
+        key = f"{operator}: {reason} ({decision})"
+        many = sum(source.reasons.get(key, 0) for source in summary.sources)
+        shown.append(Shown(operator, decision, reason, many, chosen))
+    return sorted(shown, key=lambda one: (steps.index(one.operator), one.decision, one.reason))
+
+
+def _picture(place: tuple[str, int, int]) -> Markup:
+    """A small copy of an image as a data URI; empty if it cannot be read."""
+    path, offset, size = place
+    try:
+        image = decode_image(FileSlice(Path(path), offset, size).read())
+    except (BrokenSample, OSError):
+        return Markup("")
+    image.thumbnail((SIDE, SIDE))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return Markup(f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}")

@@ -1,0 +1,256 @@
+"""The engine: the same bytes whatever happens, every sample accounted for, output that ``data build`` reads."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from planted import write_planted
+
+from megatron_eagle.cli import main
+from megatron_eagle.curation import engine
+from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.plan import Plan, load_plan
+from megatron_eagle.data.build.sources import RecordSource
+from megatron_eagle.errors import UserError
+
+RULES = (
+    "turn_order",
+    "empty",
+    "refusal",
+    "repetition",
+    "decimals",
+    "choices",
+    "yes_no",
+    "counting",
+    "leak",
+    "image_size",
+)
+PROCESS = """
+import sys
+from pathlib import Path
+from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.plan import load_plan
+if __name__ == "__main__":
+    curate(load_plan(Path(sys.argv[1])), Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    write_planted(folder, 300, seed=5)
+    return folder
+
+
+def plan_file(folder: Path, planted: Path, **changes: Any) -> Path:
+    raw = {
+        "name": "test",
+        "block": 40,
+        "sources": [{"name": "all", "path": str(planted / "samples.jsonl")}],
+        "operators": [{"use": name} for name in RULES],
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def made(folder: Path, planted: Path, **changes: Any) -> Plan:
+    return load_plan(plan_file(folder, planted, **changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    curate(made(out.parent, planted), out, progress=False)
+    return out
+
+
+def test_every_sample_is_used_rejected_or_left(whole: Path, planted: Path) -> None:
+    (source,) = json.loads((whole / "summary.json").read_text())["sources"]
+    assert source["read"] == 300 == source["used"] + source["rejected"] + source["left"]
+    assert 0 < source["rejected"] < 120
+    rows = pq.read_table(whole / "ledger.parquet").to_pylist()
+    final = Counter(row["sample"] for row in rows if row["final"])
+    assert set(final.values()) == {1} and len(final) == 300
+    lines = (whole / "kept" / "all" / "samples.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["id"] for line in lines]
+    assert kept == [row["sample"] for row in rows if row["final"] and row["decision"] == "kept"]
+    assert len(kept) == source["used"]
+
+
+def test_what_is_kept_is_read_as_it_was(whole: Path, planted: Path) -> None:
+    before = {item.content.id: item for item in RecordSource(planted / "samples.jsonl").items(planted)}  # type: ignore[union-attr]
+    touched = {row["sample"] for row in pq.read_table(whole / "ledger.parquet").to_pylist() if not row["final"]}
+    kept = list(RecordSource(whole / "kept" / "all" / "samples.jsonl").items(whole))
+    untouched = [item.content for item in kept if item.content.id not in touched]  # type: ignore[union-attr]
+    assert len(untouched) > 100
+    for conversation in untouched:
+        old = before[conversation.id].content  # type: ignore[union-attr]
+        assert conversation.turns == old.turns  # type: ignore[union-attr]
+        assert conversation.images == tuple(f"media/{name}" for name in old.images)  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_bytes(whole: Path, planted: Path, tmp_path: Path) -> None:
+    curate(made(tmp_path, planted), tmp_path / "out", workers=3, progress=False)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def killed_run(tmp_path: Path, plan: Path, workers: int, rng: random.Random) -> int:
+    """Starts the same run until one comes to its end, killing it at random; returns how often it was killed."""
+    out, kills = tmp_path / "out", 0
+    while not out.exists():
+        state = tmp_path / ".out.partial" / ".state"
+        done = len(list(state.glob("segment-*"))) + rng.randint(0, 3)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen([sys.executable, "-c", PROCESS, str(plan), str(out), str(workers)], env=environment)
+        while process.poll() is None and len(list(state.glob("segment-*"))) < done:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    return kills
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing(whole: Path, planted: Path, tmp_path: Path) -> None:
+    assert killed_run(tmp_path, plan_file(tmp_path, planted), 1, random.Random(1)) >= 2
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.long
+def test_fifty_kills_lose_nothing(whole: Path, planted: Path, tmp_path: Path) -> None:
+    kills, rng = 0, random.Random(2)
+    while kills < 50:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        kills += killed_run(folder, plan_file(folder, planted), 2, rng)
+        assert contents(folder / "out") == contents(whole)
+
+
+def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    done: list[int] = []
+    real = engine.run_block
+
+    def run_block(plan: Plan, segment: Any, job: Any, state: Path) -> None:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(job.block)
+        real(plan, segment, job, state)
+
+    monkeypatch.setattr(engine, "run_block", run_block)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+    assert done == [0, 1, 2]
+    monkeypatch.setattr(engine, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
+    curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+    assert done == list(range(8))
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_explain_says_all_of_a_sample(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pq.read_table(whole / "ledger.parquet").to_pylist()
+    row = next(row for row in rows if row["operator"] == "decimals")
+    with pytest.raises(SystemExit) as end:
+        main(["curate", "explain", str(whole), row["sample"]])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "rejected by decimals: a number has too many decimals" in printed and f"turn {row['turn']}" in printed
+    with pytest.raises(SystemExit) as end:
+        main(["curate", "explain", str(whole), "planted-000"])
+    assert end.value.code == 2
+    assert "did you mean planted-00" in capsys.readouterr().err
+
+
+def test_the_report_shows_pictures_and_reasons(whole: Path) -> None:
+    page = (whole / "report.html").read_text()
+    assert "data:image/jpeg;base64," in page and "a number has too many decimals" in page and "300 samples read" in page
+
+
+@pytest.mark.slow
+def test_a_built_data_set_is_a_source(planted: Path, tmp_path: Path) -> None:
+    """JSONL -> shards -> curated -> shards: the media come out of the tars, and nothing else changes."""
+    clean = {"operators": [{"use": "turn_order"}, {"use": "image_size"}]}
+    first = curate(made(tmp_path, planted, **clean), tmp_path / "first", build=True, progress=False)
+    built = tmp_path / "first" / "shards" / "all"
+    again = made(tmp_path, planted, sources=[{"name": "built", "path": str(built)}], **clean)
+    second = curate(again, tmp_path / "second", progress=False)
+    assert second.total("used") == second.total("read") == first.total("used")
+    before, after = (
+        [item.content.turns for item in RecordSource(folder / "samples.jsonl").items(tmp_path)]  # type: ignore[union-attr]
+        for folder in (tmp_path / "first/kept/all", tmp_path / "second/kept/built")
+    )
+    assert before == after
+    assert list((tmp_path / "second/kept/built/unpacked").iterdir())
+    blend = yaml.safe_load((tmp_path / "first" / "blend.yaml").read_text())["blend"]
+    assert blend == [{"path": "shards/all", "weight": float(first.total("used"))}]
+
+
+def refusal(run: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        run()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"operator": []}, "operator: no such key; did you mean operators?"),
+        ({"block": 0}, "block: a whole number of at least 1 is wanted (got 0)"),
+        ({"operators": [{"use": "decimal"}]}, "operators.0: operator 'decimal' does not exist"),
+        ({"operators": [{"use": "decimals", "mots": 3}]}, "operators.0.mots: no such key; did you mean most?"),
+        ({"operators": [{"use": "decimals", "most": "3"}]}, "operators.0.most: a whole number of at least 0 is wanted"),
+        ({"operators": [{"most": 3}]}, "operators.0: an operator needs its name under 'use', got the keys most"),
+        ({"operators": [{"use": "empty"}, {"use": "empty"}]}, "operators.1: operator 'empty' is given twice"),
+        ({"operators": [{"use": "empty", "sources": ["al"]}]}, "source 'al' does not exist; there are all"),
+        ({"operators": [{"use": "empty", "reject": "turn"}]}, "one of exchange, sample is wanted (got 'turn')"),
+        ({"sources": []}, "the plan has no sources"),
+        ({"sources": [{"name": "a", "path": "x"}] * 2}, "names of sources must differ, got a, a"),
+        ({"sources": [{"name": "a", "pth": "x"}]}, "sources.a.pth: no such key; did you mean path?"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_a_line(changes: dict[str, Any], said: str, planted: Path, tmp_path: Path) -> None:
+    assert said in refusal(lambda: made(tmp_path, planted, **changes))
+
+
+def test_what_is_not_there_is_refused_in_a_line(planted: Path, tmp_path: Path) -> None:
+    lost = made(tmp_path, planted, sources=[{"name": "a", "path": str(tmp_path / "no.jsonl")}])
+    assert "no.jsonl" in refusal(lambda: curate(lost, tmp_path / "out", progress=False))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    assert "already exists and is not empty" in refusal(lambda: curate(made(tmp_path, planted), tmp_path / "full"))
+    unknown = made(tmp_path, planted, operators=[{"use": "language", "languages": ["english"]}])
+    assert "language 'english' is not known; there are" in refusal(lambda: curate(unknown, tmp_path / "other"))
+
+
+def test_an_unfinished_run_of_another_plan_is_refused(planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+    other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
+    assert "holds an unfinished run of something else (plan, settings changed)" in refusal(
+        lambda: curate(other, tmp_path / "out", progress=False)
+    )
