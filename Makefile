@@ -10,6 +10,9 @@
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests side by side; each holds up to 6 GB of processes. WORKERS=0 is one after the other, in this process.
+WORKERS ?= 2
+TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 READY := $(VENV)/ready
 # The newest that runs: a name on the PATH may be a shim without an interpreter behind it.
 PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -47,11 +50,11 @@ demo: setup
 
 check: lint
 	@echo "check: unit tests; make test runs all"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m unit --timeout 60
+	@OMP_NUM_THREADS=1 $(TESTS) -m unit --timeout 60
 
 test: setup
 	@echo "test: unit, parity, layouts and process tests on this machine's CPU"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long"
+	@OMP_NUM_THREADS=1 $(TESTS) -m "not long"
 
 test-stacks: setup
 	@if [ -z "$(OTHER_PYTHON)" ]; then echo "test-stacks: skipped, no Python here has the other megatron-core than $(MEGATRON)"; else \

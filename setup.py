@@ -46,7 +46,7 @@ GPU = [
 ]
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
-DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
+DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
 
 
 setup(

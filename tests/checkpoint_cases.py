@@ -73,7 +73,7 @@ def write_released(
             state[name] = (torch.randn(part.shape, generator=generator) * std).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    write_configs(folder, config, dialect.format, dtype=dtype, ids={"<IMG_CONTEXT>": 5}, tokens_per_tile=4)
+    write_configs(folder, config, dialect, "own", dtype=dtype, ids={"<IMG_CONTEXT>": 5}, tokens_per_tile=4)
     if not ours:
         config_file = json.loads((folder / "config.json").read_text())
         del config_file["megatron_eagle"]

@@ -30,6 +30,8 @@ ORDER = (
     "gpu_day",
     "cli",
 )
+# Below all of them: what an exported folder carries, which therefore imports nothing of this project.
+EXPORTED = "megatron_eagle.conversion.remote_code"
 DATA_ORDER = ("media", "sample", "storage", "order", "stream", "build", "reports")
 
 
@@ -55,6 +57,8 @@ def upward(files: list[Path], order: tuple[str, ...], part: int) -> list[str]:
             continue
         for name in sorted(imported_modules(file)):
             parts = name.split(".")
+            if name.startswith(EXPORTED):
+                continue
             if parts[1:part] != list(own[: part - 1]) or len(parts) <= part or parts[part] not in order:
                 continue
             if order.index(parts[part]) > order.index(own[part - 1]):
@@ -87,6 +91,11 @@ def test_every_package_has_its_place() -> None:
     present = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
     present |= {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
     assert present == set(ORDER)
+
+
+def test_exported_code_imports_nothing_of_the_project() -> None:
+    files = sorted((PACKAGE / "conversion" / "remote_code").glob("*.py"))
+    assert len(files) > 5 and [file.name for file in files if imported_modules(file)] == []
 
 
 @pytest.mark.parametrize(("order", "part"), [(ORDER, 1), (DATA_ORDER, 2)], ids=["packages", "data"])

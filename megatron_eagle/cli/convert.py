@@ -64,6 +64,12 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         help="B: Eagle 2.5, one encoder; A: Eagle 2, mixtures too (default: as it came, else B if it fits)",
     )
     go.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder (default: the checkpoint's own)")
+    go.add_argument(
+        "--code",
+        choices=("own", "nvidia"),
+        default="own",
+        help="what computes OUT: code of ours, put into it; or NVIDIA's, from its repository (default: own)",
+    )
     _add_common(go)
     go.set_defaults(run=_export_hf)
     check = verb(
@@ -103,7 +109,12 @@ def _export_hf(options: argparse.Namespace) -> None:
     from megatron_eagle.conversion.convert import megatron_to_hf
 
     proof = megatron_to_hf(
-        options.checkpoint, options.out, _options(options), kind=options.format, tokenizer=options.tokenizer
+        options.checkpoint,
+        options.out,
+        _options(options),
+        kind=options.format,
+        tokenizer=options.tokenizer,
+        code=options.code,
     )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 

@@ -5,22 +5,31 @@ Only what a knob may be is decided here. What is done with it lies beside the pi
 """
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import AboveZero, Count, Flag, NotNegative, Positive
 from megatron_eagle.config.packing_rules import PackingName
+from megatron_eagle.conversion.remote_code.frames_eagle import MAX_PIXELS, fill_template
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-# Pillow's own threshold for a warning, 89 million pixels: 268 MB once decoded.
-MAX_PIXELS = 89_478_485
+RENAMED_RULES = {"eagle2": "ratio"}
 
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
-Rule = Literal["eagle2", "area"]
+def _refuse_old_rule(value: Any) -> Any:
+    if isinstance(value, str) and value in RENAMED_RULES:
+        raise ValueError(
+            f"tiling_rule: {value} is now called {RENAMED_RULES[value]} and cuts as before; released Eagle 2 and 2.5 "
+            "models are read by the rule area (docs/compatibility.md)"
+        )
+    return value
+
+
+Rule = Annotated[Literal["ratio", "area"], BeforeValidator(_refuse_old_rule)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,13 +38,14 @@ class Tiling:
 
     tile_size: side of a tile, pixels.
     min_tiles, max_tiles: bounds on columns x rows; the thumbnail is not counted.
-    rule: ``eagle2`` is the InternVL rule of the Eagle 2 paper, ``area`` is Image Area Preservation of Eagle 2.5.
+    rule: ``area`` is Image Area Preservation, the rule of all released code; ``ratio`` is InternVL 1.5's, which the
+        Eagle 2 paper names.
     """
 
     tile_size: Positive = 448
     min_tiles: Positive = 1
     max_tiles: Positive = 12
-    rule: Rule = "eagle2"
+    rule: Rule = "ratio"
 
     def __post_init__(self) -> None:
         if self.min_tiles > self.max_tiles:
@@ -53,6 +63,7 @@ class VideoSettings:
     frame_tiles: most tiles of a frame's grid; Eagle shows frames as one tile.
     header, frame: words before a video and before each of its frames. They may hold {ordinal}, {seconds}, {fps} of the
         video; and {number}, {time} of a frame, in seconds. Formats are Python's, such as {time:.2f}.
+    between: text between two frames. Nothing in the released training code; a line break here before 2026-11-26.
     """
 
     sampling: Literal["fps", "uniform"] = "fps"
@@ -62,6 +73,7 @@ class VideoSettings:
     frame_tiles: Positive = 1
     header: str = "The {ordinal} video of {seconds:.2f} seconds at {fps:.2f} fps: "
     frame: str = "Frame {number}: "
+    between: str = ""
 
     def __post_init__(self) -> None:
         for name, template in (("header", self.header), ("frame", self.frame)):
@@ -69,12 +81,6 @@ class VideoSettings:
                 fill_template(template, video=0, seconds=1.0, fps=1.0, number=1, time=0.0)
             except (KeyError, IndexError, ValueError, AttributeError) as error:
                 raise ValueError(f"video.{name}={template!r} cannot be filled in: {error!r}") from None
-
-
-def fill_template(template: str, *, video: int, seconds: float, fps: float, number: int, time: float) -> str:
-    """Words before a frame or a video. video: its number in the conversation, from 0; number: the frame's, from 1."""
-    ordinal = ORDINALS[video] if video < len(ORDINALS) else f"{video + 1}th"
-    return template.format(ordinal=ordinal, seconds=seconds, fps=fps, number=number, time=time)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -107,7 +113,7 @@ class ReadingSettings:
     workers: processes that decode and pack beside the trainer, per data-parallel rank; 0 does it in the trainer.
     """
 
-    tiling_rule: Rule = "eagle2"
+    tiling_rule: Rule = "ratio"
     min_tiles: Positive = 1
     max_tiles: Positive = 12
     max_tiles_per_pack: Positive | None = None

@@ -1,5 +1,6 @@
 """Comparing any two checkpoints, released or Megatron's, under the names of a released model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,5 +60,6 @@ def dialect_of(checkpoint: Path, config: EagleConfig, kind: Literal["A", "B"] | 
         except ValidationError as error:
             raise UserError(f"{file} does not say how tensors are named: {error.errors()[0]['msg']}") from None
         if kind in (None, origin.format):
-            return origin
+            # transformers 4 loads no tensor called gamma, so released models, and all that go out, have weight.
+            return replace(origin, layer_scale="weight")
     return Dialect.published(config, kind or ("B" if prefix_alone(config) else "A"))

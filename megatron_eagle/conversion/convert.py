@@ -26,7 +26,7 @@ from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.conversion import logits
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
-from megatron_eagle.conversion.export import write_configs
+from megatron_eagle.conversion.export import Code, write_configs
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
 from megatron_eagle.conversion.renamed_sources import AsHuggingFace, AsMegatron, Only, Weights
@@ -118,16 +118,20 @@ def megatron_to_hf(
     *,
     kind: Literal["A", "B"] | None = None,
     tokenizer: Path | None = None,
+    code: Code = "own",
 ) -> Proof:
     """A checkpoint of ours, of any layout, in a released form.
 
     checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
-    it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own.
+    it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own. code:
+    our own goes into the folder, which then loads by itself; NVIDIA's is pointed to.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
     config = model_of(checkpoint, read_description(checkpoint))
     dialect = dialect_of(checkpoint, config, kind)
-    partial = start(out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer)})
+    partial = start(
+        out, [checkpoint], {**asdict(options), "dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code}
+    )
     clock = _Clock()
     stored = TorchDist(checkpoint)
     renamed = Finite(AsHuggingFace(stored, config, dialect))
@@ -138,7 +142,8 @@ def megatron_to_hf(
     write_safetensors(rounded, partial)
     dtype = rounded.infos[dialect.embedding].dtype
     kind = dialect.format
-    write_configs(partial, config, kind, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens_per_tile(config))
+    tokens = tokens_per_tile(config)
+    write_configs(partial, config, dialect, code, dtype=dtype, ids=vocabulary.ids, tokens_per_tile=tokens)
     clock.lap("conversion")
     target = SafetensorsFolder(partial)
     found, found_dialect = recognise(target.infos, read_config(partial), str(partial))

@@ -1,39 +1,50 @@
-"""Everything beside the weights in a released folder: config, generation config, processor configs.
+"""Everything beside the weights in an exported folder: config, generation config, and the code that computes it.
 
-Keys are those of the released checkpoints. vLLM's loader reads ``*_dynamic_patch`` where transformers' remote code for
-format B reads ``*_dynamic_tiles``, so both are written. The code itself is NVIDIA's and is not copied: ``auto_map``
-points to the repository that publishes it.
+Keys are those of the released checkpoints, and both codes are given the same: our own (``remote_code/``), which is
+copied into the folder, or NVIDIA's, to whose repository ``auto_map`` points. vLLM's loader reads ``*_dynamic_patch``
+where transformers' code for format B reads ``*_dynamic_tiles``, so both are written.
 """
 
-import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megatron_eagle.config.model import EagleConfig, encoder_configs
-from megatron_eagle.conversion.released import OURS, prefix_alone
+from megatron_eagle.conversion.processor_files import write_json, write_processor
+from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, prefix_alone
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
 
-# Mean, and standard deviation, of the pixels that a released model is given; encoders that need others derive them.
-PIXEL_STATISTICS = (0.5, 0.5, 0.5)
+Code = Literal["own", "nvidia"]
+REMOTE_CODE = Path(__file__).parent / "remote_code"
 REPOSITORY = {"A": "nvidia/Eagle2-9B", "B": "nvidia/Eagle2.5-8B"}
+_ARCHITECTURE = {"A": "Eagle2ChatModel", "B": "Eagle2_5_VLForConditionalGeneration"}
+_CONFIG_CLASS = {"A": "Eagle2ChatConfig", "B": "Eagle2_5_VLConfig"}
+_NVIDIA_MODULES = {"A": "eagle_chat", "B": "eagle2_5_vl"}
+_NVIDIA_EPS = 1e-5  # of the connector's norm, fixed in NVIDIA's code
 
 
 def write_configs(
     folder: Path,
     config: EagleConfig,
-    kind: Literal["A", "B"],
+    dialect: Dialect,
+    code: Code,
     *,
     dtype: torch.dtype,
     ids: Mapping[str, int],
     tokens_per_tile: int,
 ) -> None:
-    """Write config.json and its companions; ``ids``: special tokens of the tokenizer."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    language = _language(config, dtype_name, ids)
+    """Write config.json, its companions and the code; ``ids``: special tokens of the tokenizer.
+
+    Raises UserError where ``code`` cannot compute the model.
+    """
+    _check_code(config, dialect, code)
+    dtype_name, kind = str(dtype).removeprefix("torch."), dialect.format
     text = {"B": "text_config", "A": "llm_config"}[kind]
     tiling = {
         "dynamic_image_size": True,
@@ -46,8 +57,8 @@ def write_configs(
     }
     common = {
         **tiling,
-        text: language,
-        "vision_config": _vision(config, dtype_name),
+        text: _language(config, dtype_name, ids),
+        "vision_config": _vision(config, dialect, code, dtype_name),
         "downsample_ratio": 0.5,
         "ps_version": "v2",
         "select_layer": -1,
@@ -59,57 +70,68 @@ def write_configs(
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "image_token_index": ids.get("<IMG_CONTEXT>"),
+        **({"connector_layer_norm_eps": config.connector_layer_norm_eps} if code == "own" else {}),
+        "transformers_version": version("transformers"),
         OURS: asdict(config),
     }
-    _write(folder / "config.json", {**_classes(kind), **common})
+    write_json(folder / "config.json", {**_classes(kind, code), **common})
     stop = ids.get("<|im_end|>")
-    _write(folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": ids.get("<|endoftext|>", stop)})
-    processor = {"processor_class": "Eagle2_5_VLProcessor", **_auto(kind, "AutoProcessor", "processing", "Processor")}
-    images = {
-        "image_processor_type": "Eagle2_5_VLImageProcessorFast",
-        "image_mean": list(PIXEL_STATISTICS),
-        "image_std": list(PIXEL_STATISTICS),
-        "do_resize": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "do_pad": False,
-        "do_convert_rgb": True,
-        "size": {"height": config.tile_size, "width": config.tile_size},
-        "min_dynamic_tiles": 1,
-        "max_dynamic_tiles": 12,
-        "tokens_per_tile": tokens_per_tile,
-        "use_thumbnail": True,
-    }
-    _write(folder / "preprocessor_config.json", {**processor, **images})
-    marks = {"image_token": "<IMG_CONTEXT>", "video_token": "<IMG_CONTEXT>"}
-    marks |= {"image_start_token": "<img>", "image_end_token": "</img>"}
-    _write(folder / "processor_config.json", {**processor, **marks, "tokens_per_tile": tokens_per_tile})
+    write_json(
+        folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": ids.get("<|endoftext|>", stop)}
+    )
+    if code == "own":
+        for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
+            shutil.copyfile(file, folder / file.name)
+    write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile)
 
 
-def _classes(kind: Literal["A", "B"]) -> dict[str, Any]:
-    if kind == "A":
-        architecture, model_type = "Eagle2ChatModel", "eagle_chat"
-        config, model = "configuration_eagle_chat.Eagle2ChatConfig", "modeling_eagle_chat.Eagle2ChatModel"
+def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:
+    """What is fixed in NVIDIA's code, the encoders that each code has, and the names that both give the tensors."""
+    if (dialect.language, dialect.connector) != (Dialect.language, Dialect.connector):
+        raise UserError(
+            f"the checkpoint came with {dialect.language!r} and {dialect.connector!r} before its names, which neither "
+            "code has; give --format for the released ones"
+        )
+    if code == "nvidia":
+        known = [kind for kind in _kinds(config) if encoder_hf_names(kind).VISION_PATH]
+        if config.connector_layer_norm_eps != _NVIDIA_EPS:
+            raise UserError(
+                f"NVIDIA's code has {_NVIDIA_EPS:g} for the connector's norm, this model "
+                f"{config.connector_layer_norm_eps:g}: choose --code own"
+            )
     else:
-        architecture, model_type = "Eagle2_5_VLForConditionalGeneration", "eagle_2_5_vl"
-        config = "configuration_eagle2_5_vl.Eagle2_5_VLConfig"
-        model = "modeling_eagle2_5_vl.Eagle2_5_VLForConditionalGeneration"
-    where = REPOSITORY[kind]
-    auto = {"AutoConfig": f"{where}--{config}", "AutoModel": f"{where}--{model}"}
-    extra = {"mlp_connector_layers": 2, "use_pixel_shuffle": True, "mlp_checkpoint": True} if kind == "B" else {}
+        from megatron_eagle.conversion.remote_code.modeling_eagle import KINDS
+
+        known = list(KINDS)
+    if missing := [kind for kind in _kinds(config) if kind not in known]:
+        whose = "NVIDIA's code" if code == "nvidia" else "the code that exports carry"
+        raise UserError(f"{whose} has no encoder {', '.join(missing)}, of which this model is made")
+
+
+def _kinds(config: EagleConfig) -> list[str]:
+    return [settings["kind"] for settings in config.encoders]
+
+
+def _classes(kind: Literal["A", "B"], code: Code) -> dict[str, Any]:
+    """Which classes read the folder. NVIDIA's code asserts flash attention, so its configs ask for it."""
+    if code == "own":
+        modules = ("configuration_eagle", "modeling_eagle")
+    else:
+        name = _NVIDIA_MODULES[kind]
+        modules = (f"{REPOSITORY[kind]}--configuration_{name}", f"{REPOSITORY[kind]}--modeling_{name}")
+    model = f"{modules[1]}.{_ARCHITECTURE[kind]}"
+    auto = {"AutoConfig": f"{modules[0]}.{_CONFIG_CLASS[kind]}", "AutoModel": model, "AutoModelForCausalLM": model}
+    extra: dict[str, Any] = {"_attn_implementation": "flash_attention_2"} if code == "nvidia" else {}
+    if code == "own":
+        auto["AutoModelForImageTextToText"] = model
+    if kind == "B":
+        extra |= {"mlp_connector_layers": 2, "use_pixel_shuffle": True, "mlp_checkpoint": True}
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "auto_map": {**auto, "AutoModelForCausalLM": auto["AutoModel"]},
+        "architectures": [_ARCHITECTURE[kind]],
+        "model_type": {"A": "eagle_chat", "B": "eagle_2_5_vl"}[kind],
+        "auto_map": auto,
         **extra,
     }
-
-
-def _auto(kind: Literal["A", "B"], auto: str, module: str, name: str) -> dict[str, Any]:
-    if kind == "A":
-        return {}
-    return {"auto_map": {auto: f"{REPOSITORY[kind]}--{module}_eagle2_5_vl.Eagle2_5_VL{name}"}}
 
 
 def _language(config: EagleConfig, dtype: str, ids: Mapping[str, int]) -> dict[str, Any]:
@@ -121,6 +143,7 @@ def _language(config: EagleConfig, dtype: str, ids: Mapping[str, int]) -> dict[s
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_sliding_window": False,
+        "sliding_window": None,  # left out, transformers 4 takes 4096, and masks by it without flash attention
         "use_cache": True,
         "torch_dtype": dtype,
         "eos_token_id": ids.get("<|im_end|>"),
@@ -130,14 +153,16 @@ def _language(config: EagleConfig, dtype: str, ids: Mapping[str, int]) -> dict[s
     }
 
 
-def _vision(config: EagleConfig, dtype: str) -> dict[str, Any]:
+def _vision(config: EagleConfig, dialect: Dialect, code: Code, dtype: str) -> dict[str, Any]:
     """``vision_config``: the only encoder's own config, or that of a mixture (``MOB``).
 
     Towers get their pixels in SigLIP's normalisation, and the mixture's form is named after the sizes of its towers.
+    NVIDIA's code makes them in the order of ``vision_path``; of its other keys, ``delay_load`` keeps it from
+    downloading weights that the checkpoint has, and the path is only required to be there.
     """
-    names = [encoder_hf_names(settings["kind"]) for settings in config.encoders]
+    kinds = _kinds(config)
+    names = [encoder_hf_names(kind) for kind in kinds]
     numbers = encoder_configs(config)
-    kinds = [settings["kind"] for settings in config.encoders]
     if prefix_alone(config):
         return names[0].exported(numbers[0], dtype)[f"{kinds[0]}_vision_config"]
     sizes = {"siglip": config.tile_size}
@@ -145,14 +170,16 @@ def _vision(config: EagleConfig, dtype: str) -> dict[str, Any]:
     said: dict[str, Any] = {"siglip_vision_config": None}
     for own, encoder in sorted(zip(names, numbers, strict=True), key=lambda pair: pair[0].ORDER):
         said |= own.exported(encoder, dtype)
+    entries = mixture_entries(config, dialect)
+    paths = [encoder_hf_names(entry["kind"]).VISION_PATH for entry in sorted(entries, key=lambda entry: entry["tower"])]
+    if all(paths):
+        path = f"MOB:{';'.join(filter(None, paths))}"
+        said |= {"vision_path": path, "delay_load": True, "vision_tower_siglip_path": "google/paligemma-3b-pt-448"}
     return {
         "model_type": "MOB",
         "moe_version_type": "_".join(f"{kind}_{size}" for kind, size in sorted(sizes.items())),
         "normalize_type": "siglip",
         "hidden_size": "lazy_calculation",
         **said,
+        **({"encoders": entries} if code == "own" else {}),
     }
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

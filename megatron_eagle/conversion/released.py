@@ -32,7 +32,7 @@ _TOWER = "vision_model.vision_model.vision_towers.{}.vision_tower."
 _EAGLE_KEYS = (
     *(OURS, "text_config", "llm_config", "vision_config", "force_image_size", "loss_version", "efficient_loss"),
     *("min_dynamic_tiles", "max_dynamic_tiles", "min_dynamic_patch", "max_dynamic_patch", "mlp_checkpoint"),
-    *("image_token_index", "is_composition"),
+    *("image_token_index", "is_composition", "connector_layer_norm_eps"),
 )
 _EAGLE_VALUES = {
     "select_layer": -1,
@@ -52,7 +52,7 @@ _EAGLE_VALUES = {
 # Keys of a mixture's vision_config; those of an encoder begin with its kind.
 _MOB_KEYS = (
     *("moe_version_type", "vision_path", "vision_tower_siglip_path", "grid_size", "hidden_size", "delay_load"),
-    *("drop_path_rate",),
+    *("drop_path_rate", "encoders"),
 )
 # What fresh weights are drawn with: not in a released config.
 _START = ("initializer_range", "layer_scale_init_value", "layerscale_value")
@@ -140,12 +140,14 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
         _check_own_description(
             own, numbers, [describe_encoder(kind, infos, at, vision, where) for kind, at in _only_ones(towers)], where
         )
+        _check_entries(own, dialect, config, where)
         return own, dialect
     side = config.get("force_image_size") or (vision or {}).get("image_size")
     if not side:
         raise UserError(f"{where}/config.json says neither force_image_size nor vision_config.image_size")
     encoders = tuple(describe_encoder(kind, infos, prefix, vision, where) for kind, prefix in towers)
-    return EagleConfig(tile_size=int(side), encoders=encoders, language=numbers), dialect
+    eps = config.get("connector_layer_norm_eps", 1e-5)
+    return EagleConfig(int(side), encoders=encoders, language=numbers, connector_layer_norm_eps=eps), dialect
 
 
 def convertible_kinds() -> list[str]:
@@ -293,6 +295,30 @@ def _check_own_description(
                     f"{where}/config.json: {OURS} has {name}={getattr(ours, name)} for {what}, the rest of it and the "
                     f"tensors have {value}"
                 )
+
+
+def mixture_entries(config: EagleConfig, dialect: Dialect) -> list[dict[str, Any]]:
+    """``vision_config.encoders``: kind, tower and numbers of every encoder of a mixture, in the order of channels."""
+    entries = []
+    for settings, prefix in zip(config.encoders, dialect.encoders, strict=True):
+        number = re.search(r"vision_towers\.(\d+)\.", prefix)
+        if not number or prefix != tower_prefix(int(number[1]), settings["kind"]):
+            raise UserError(f"{prefix!r} is not where a released mixture has its {settings['kind']}")
+        numbers = {name: value for name, value in vars(encoder_config(settings)).items() if name not in _START}
+        entries.append({"kind": settings["kind"], "tower": int(number[1]), **numbers})
+    return entries
+
+
+def _check_entries(own: EagleConfig, dialect: Dialect, config: Mapping[str, Any], where: str) -> None:
+    """What the code that an export carries computes by has to be what our description says."""
+    eps = config.get("connector_layer_norm_eps", own.connector_layer_norm_eps)
+    if eps != own.connector_layer_norm_eps:
+        raise UserError(
+            f"{where}/config.json: {OURS} has connector_layer_norm_eps={own.connector_layer_norm_eps}, the rest {eps}"
+        )
+    said = (config.get("vision_config") or {}).get("encoders")
+    if said is not None and said != (expected := json.loads(json.dumps(mixture_entries(own, dialect)))):
+        raise UserError(f"{where}/config.json: vision_config.encoders is {said}; {OURS} and the tensors say {expected}")
 
 
 def _only_ones(towers: list[tuple[str, str]]) -> list[tuple[str, str]]:

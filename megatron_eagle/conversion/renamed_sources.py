@@ -100,7 +100,10 @@ class Weights:
     def __init__(self, source: Any, config: EagleConfig, names: list[str], dtype: torch.dtype | None) -> None:
         self._source, self._rows, self._dtype = source, config.language.vocab_size, dtype
         infos = {name: source.info(name) if isinstance(source, TorchDist) else source.infos[name] for name in names}
-        self.infos: Mapping[str, TensorInfo] = infos
+        self.infos: Mapping[str, TensorInfo] = {name: self._trimmed(name, info) for name, info in infos.items()}
+
+    def _trimmed(self, name: str, info: TensorInfo) -> TensorInfo:
+        return TensorInfo((self._rows, *info.shape[1:]), info.dtype) if name in _VOCABULARY_TABLES else info
 
     def read(self, name: str) -> Tensor:
         tensor = self._source.read(name)

@@ -27,7 +27,7 @@ def samples(draw):
     )
 
 
-tilings = st.builds(Tiling, st.just(448), st.integers(1, 2), st.integers(2, 12), st.sampled_from(["eagle2", "area"]))
+tilings = st.builds(Tiling, st.just(448), st.integers(1, 2), st.integers(2, 12), st.sampled_from(["ratio", "area"]))
 
 
 def naive(wanted, length, tiling):

@@ -2,11 +2,14 @@
 
     with ThrowawaySlurm.start(nodes=2) as slurm: slurm.run("srun", "-N2", "hostname")
 
-Everything it starts is ended with it: daemons by their recorded process ids, jobs before them.
+Everything it starts is ended with it: daemons by their recorded process ids, jobs before them. Several may run on one
+host: each has a block of ports of its own, for its daemons and for what its jobs open, and takes for its own only the
+processes that were given its slurm.conf.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import getpass
 import os
 import shutil
@@ -16,7 +19,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +29,8 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun")
 GPUS = 2  # of a node
 KILL_WAIT = 5  # seconds Slurm gives processes between SIGTERM and SIGKILL
 SLURMD_TIMEOUT = 10  # seconds without a word from a slurmd before its node is down
+BLOCKS = [range(first, first + 1000) for first in range(20000, 30000, 1000)]  # below the ports the kernel hands out
+DAEMON_PORTS = 100  # of a block, the rest is for jobs
 
 CONFIG = """\
 ClusterName=throwaway
@@ -66,13 +71,17 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 
 @dataclass
 class ThrowawaySlurm:
-    """gpus: of a node; character devices that Slurm hands out and nobody opens, 0 where this user may not make them."""
+    """ports: no other cluster on this host has them.
+
+    gpus: of a node; character devices that Slurm hands out and nobody opens, 0 where this user may not make them.
+    """
 
     folder: Path
     nodes: list[str]
+    ports: range
     gpus: int = 0
     daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-    gone_since: dict[str, float] = field(default_factory=dict)
+    waiting_since: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     @contextlib.contextmanager
@@ -82,22 +91,28 @@ class ThrowawaySlurm:
         if absent:
             pytest.skip(f"slurm-wlm is not installed ({', '.join(absent)} missing)")
         folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: a Unix socket's path has 107 bytes
-        slurm = cls(folder, [f"n{number}" for number in range(1, nodes + 1)])
-        try:
-            slurm._configure(cpus)
-            slurm._daemon("slurmctld", "slurmctld", "-D")
-            for node in slurm.nodes:
-                slurm.start_node(node)
-            slurm.until(lambda: slurm.node_states() == ["idle"] * nodes, "all nodes idle")
-            yield slurm
-        finally:
-            slurm._stop()
-            shutil.rmtree(folder, ignore_errors=True)
+        with _own_ports() as ports:
+            slurm = cls(folder, [f"n{number}" for number in range(1, nodes + 1)], ports)
+            try:
+                slurm._configure(cpus)
+                slurm.start_controller()
+                for node in slurm.nodes:
+                    slurm.start_node(node)
+                slurm.until(lambda: slurm.node_states() == ["idle"] * nodes, "all nodes idle")
+                yield slurm
+            finally:
+                slurm._stop()
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "WORLD_"))}
-        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        return kept | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": _path(),
+            "FIRST_PORT": str(self.ports[DAEMON_PORTS]),
+            "PORTS": str(len(self.ports) - DAEMON_PORTS),
+        }
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command that talks to this Slurm."""
@@ -118,17 +133,15 @@ class ThrowawaySlurm:
         return self.job(job).get("JobState", "")
 
     def start_requeued_jobs(self) -> None:
-        """A requeued job waits two minutes, by Slurm's word; tests wait only for its last process to be gone.
+        """A requeued job waits two minutes, by Slurm's word; here two seconds, whatever still runs of its last start.
 
-        And two seconds more: slurmd takes a start in the second in which the job was killed for one of before.
+        Two, because slurmd takes a start in the second in which the job was killed for one of before.
         """
         listed = self.run("squeue", "--noheader", "--states=PENDING", "--format=%i %r", check=False).splitlines()
         waiting = [line.split()[0] for line in listed if line.endswith(" BeginTime")]
-        self.gone_since = {job: self.gone_since.get(job, time.monotonic()) for job in waiting}
+        self.waiting_since = {job: self.waiting_since.get(job, time.monotonic()) for job in waiting}
         for job in waiting:
-            if self._belongs_to(job):
-                self.gone_since[job] = time.monotonic()
-            elif time.monotonic() > self.gone_since[job] + 2.0:
+            if time.monotonic() > self.waiting_since[job] + 2.0:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def until(self, is_so: Callable[[], bool], what: str, seconds: float = 60, poll: float = 0.2) -> None:
@@ -142,6 +155,14 @@ class ThrowawaySlurm:
                 ask = time.monotonic() + 0.5
             time.sleep(poll)
 
+    def start_controller(self) -> None:
+        """Start slurmctld, which goes on from its saved state if there is one."""
+        self._daemon("slurmctld", "slurmctld", "-D")
+
+    def kill_controller(self) -> None:
+        """kill -9 of slurmctld; until it is started again nobody answers."""
+        self._kill_daemon("slurmctld")
+
     def start_node(self, node: str, *wrapper: str) -> None:
         """Start the node's slurmd; ``wrapper`` stands before its command."""
         (self.folder / f"spool.{node}").mkdir(exist_ok=True)
@@ -152,49 +173,43 @@ class ThrowawaySlurm:
 
         The slurmstepd of the steps before the steps, because they would report their end.
         """
-        steps = self._step_processes(node)
+        steps = [process for process, variables in self._environments() if variables.get("SLURMD_NODENAME") == node]
         keepers = {parent for process in steps if (parent := _slurmstepd_above(process))}
         for process in [self.daemons[node].pid, *keepers, *steps]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self.daemons.pop(node).wait()
 
+    def kill_slurmd(self, node: str) -> None:
+        """kill -9 of the node's slurmd alone: Slurm takes the node for lost, and what it runs runs on.
+
+        The controller is told at once what it would notice after ``SLURMD_TIMEOUT``.
+        """
+        self._kill_daemon(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
     def ranks(self, job: str) -> dict[int, int]:
-        """rank -> process id of the job's training processes that run now."""
-        found = {}
-        for process, variables in _environments():
+        """rank -> process id of the job's training processes that run now; of its newest start, where two run."""
+        found: dict[int, tuple[int, int]] = {}
+        for process, variables in self._environments():
             if variables.get("SLURM_JOB_ID") == job and "RANK" in variables and _is_training(process):
-                found[int(variables["RANK"])] = process
-        return found
+                start, rank = int(variables.get("SLURM_RESTART_COUNT", 0)), int(variables["RANK"])
+                found[rank] = max(found.get(rank, (0, 0)), (start, process))
+        newest = max((start for start, _ in found.values()), default=0)
+        return {rank: process for rank, (start, process) in found.items() if start == newest}
 
     def processes(self) -> list[int]:
         """All processes of all of this cluster's jobs, their slurmstepds left out."""
-        conf = str(self.folder / "slurm.conf")
-        return [
-            process
-            for process, variables in _environments()
-            if variables.get("SLURM_CONF") == conf and "SLURM_JOB_ID" in variables
-        ]
+        return [process for process, variables in self._environments() if "SLURM_JOB_ID" in variables]
 
-    def _belongs_to(self, job: str) -> list[int]:
+    def _environments(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """(process id, environment) of every process that was given this cluster's slurm.conf."""
         conf = str(self.folder / "slurm.conf")
-        return [
-            process
-            for process, variables in _environments()
-            if variables.get("SLURM_CONF") == conf and variables.get("SLURM_JOB_ID") == job
-        ]
-
-    def _step_processes(self, node: str) -> list[int]:
-        conf = str(self.folder / "slurm.conf")
-        return [
-            process
-            for process, variables in _environments()
-            if variables.get("SLURMD_NODENAME") == node and variables.get("SLURM_CONF") == conf
-        ]
+        return ((process, variables) for process, variables in _environments() if variables.get("SLURM_CONF") == conf)
 
     def _configure(self, cpus: int) -> None:
         (self.folder / "state").mkdir()
-        ports = _free_ports(len(self.nodes) + 1)
+        ports = self.ports[: len(self.nodes) + 1]
         host = socket.gethostname().split(".")[0]
         lines = [
             CONFIG.format(
@@ -239,9 +254,14 @@ class ThrowawaySlurm:
                 preexec_fn=_die_with_parent,  # also when the tests are killed
             )
 
+    def _kill_daemon(self, name: str) -> None:
+        self.daemons[name].kill()
+        self.daemons.pop(name).wait()
+
     def _stop(self) -> None:
         with contextlib.suppress(Exception):
             self.run("scancel", "--user", getpass.getuser(), check=False)
+            self._kill_processes()  # all that is still there has had its time
             deadline = time.monotonic() + KILL_WAIT + 5
             while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -253,6 +273,9 @@ class ThrowawaySlurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        self._kill_processes()
+
+    def _kill_processes(self) -> None:
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -266,12 +289,35 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def _free_ports(count: int) -> list[int]:
+@contextlib.contextmanager
+def _own_ports() -> Iterator[range]:
+    """A block of ports that no other cluster of this host takes before the end; the kernel drops a dead one's claim."""
+    for block in BLOCKS:
+        try:
+            claim = os.open(f"/tmp/throwaway-slurm-{block[0]}", os.O_RDONLY | os.O_CREAT, 0o644)
+        except PermissionError:  # another user's
+            continue
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _bind_all(block[:DAEMON_PORTS])
+        except OSError:
+            os.close(claim)
+            continue
+        try:
+            yield block
+        finally:
+            os.close(claim)
+        return
+    raise RuntimeError(f"no block of {len(BLOCKS[0])} ports is free in {BLOCKS[0][0]} to {BLOCKS[-1][-1]}")
+
+
+def _bind_all(ports: Iterable[int]) -> None:
+    """OSError if one of them is in use."""
     with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
+        for port in ports:
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
 
 
 def _environments() -> Iterator[tuple[int, dict[str, str]]]:

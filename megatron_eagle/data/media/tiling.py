@@ -1,109 +1,12 @@
-"""From an image to its grid of tiles: which grid, how many tiles, and the pixels.
+"""From an image to its tiles, in training: the exported code's own functions, so that both can only agree."""
 
-An image is stretched (never padded) to ``columns x rows`` tiles of ``tile_size`` pixels and cut row by row; if that is
-more than one tile, the whole image stretched to a single tile, the thumbnail, comes last. Two rules choose the grid:
+from megatron_eagle.conversion.remote_code.tiling_eagle import (
+    Grid,
+    candidate_grids,
+    choose_grid,
+    count_tiles,
+    cut_tiles,
+    tiles_of,
+)
 
-``eagle2``  nearest aspect ratio; a tie goes to the larger grid if the image fills at least half of it
-            (InternVL 1.5, arXiv 2404.16821; used by Eagle 2, arXiv 2501.14818).
-``area``    Image Area Preservation (Eagle 2.5, arXiv 2504.15271, section 3.2.1): the best product of kept area,
-            which counts up to 60 %, and aspect fidelity.
-
-Everything here is a pure function of its arguments, so lengths can be known long before pixels are decoded.
-"""
-
-import warnings
-from functools import lru_cache
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
-
-from megatron_eagle.config.reading import Tiling
-
-Grid = tuple[int, int]
-ENOUGH_AREA = 0.6
-
-
-@lru_cache
-def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """Every (columns, rows) with ``min_tiles <= columns * rows <= max_tiles``, fewest tiles first."""
-    side = range(1, max_tiles + 1)
-    grids = [(i, j) for i in side for j in side if min_tiles <= i * j <= max_tiles]
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
-
-
-def choose_grid(width: int, height: int, tiling: Tiling) -> Grid:
-    """The (columns, rows) for an image of ``width x height`` pixels."""
-    if width < 1 or height < 1:
-        raise ValueError(f"an image of {width}x{height} pixels has no grid")
-    grids = candidate_grids(tiling.min_tiles, tiling.max_tiles)
-    choose = _nearest_aspect if tiling.rule == "eagle2" else _preserve_area
-    return choose(width, height, tiling.tile_size, grids)
-
-
-def _nearest_aspect(width: int, height: int, tile_size: int, grids: tuple[Grid, ...]) -> Grid:
-    """Least |W/H - columns/rows|; an exact tie moves on to the later (larger) grid while the image fills half of it."""
-    best, best_difference = grids[0], float("inf")
-    for columns, rows in grids:
-        difference = abs(width / height - columns / rows)
-        fills_half = width * height > 0.5 * tile_size * tile_size * columns * rows
-        if difference < best_difference or (difference == best_difference and fills_half):
-            best, best_difference = (columns, rows), difference
-    return best
-
-
-def _preserve_area(width: int, height: int, tile_size: int, grids: tuple[Grid, ...]) -> Grid:
-    """Greatest min(kept area, 0.6) x aspect fidelity; the first, smallest, grid wins a tie."""
-    best, best_score = grids[0], 0.0
-    ratio = width / height
-    for columns, rows in grids:
-        kept = columns * rows * tile_size * tile_size / (width * height)
-        target = columns / rows
-        score = min(kept, ENOUGH_AREA) * min(target / ratio, ratio / target)
-        if score > best_score:
-            best, best_score = (columns, rows), score
-    return best
-
-
-def count_tiles(width: int, height: int, tiling: Tiling) -> int:
-    """Tiles of an image of ``width x height`` pixels, thumbnail included."""
-    columns, rows = choose_grid(width, height, tiling)
-    return columns * rows + (1 if columns * rows > 1 else 0)
-
-
-def cut_tiles(image: Image.Image | NDArray[np.uint8], tiling: Tiling, grid: Grid | None = None) -> Tensor:
-    """The tiles of an RGB image: uint8 [n, 3, s, s], row by row, thumbnail last.
-
-    image: of Pillow, or its pixels [H, W, 3]. grid: instead of the one that the rule chooses.
-    Resizing is bicubic with antialiasing in 8-bit arithmetic, within 2 of 255 of Pillow's, and about twice as fast.
-    """
-    pixels = _pixels(image)
-    columns, rows = grid or choose_grid(pixels.shape[3], pixels.shape[2], tiling)
-    size = tiling.tile_size
-    cells = columns * rows
-    tiles = torch.empty((cells + (1 if cells > 1 else 0), 3, size, size), dtype=torch.uint8)
-    stretched = _resize(pixels, rows * size, columns * size).view(3, rows, size, columns, size)
-    tiles[:cells].view(rows, columns, 3, size, size).copy_(stretched.permute(1, 3, 0, 2, 4))
-    if cells > 1:
-        tiles[cells] = _resize(pixels, size, size)[0]
-    return tiles
-
-
-def _pixels(image: Image.Image | NDArray[np.uint8]) -> Tensor:
-    """uint8 [1, 3, H, W] in channels-last order, which PyTorch's resize is fastest on."""
-    if isinstance(image, Image.Image) and image.mode != "RGB":
-        raise ValueError(f"tiles are cut from RGB images, this one is {image.mode}")
-    with warnings.catch_warnings():
-        # The array shares Pillow's bytes and cannot be written to; nothing here does.
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).unsqueeze(0)
-
-
-def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [1, 3, H, W] -> uint8 [1, 3, height, width]."""
-    if pixels.shape[-2:] == (height, width):
-        return pixels
-    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+__all__ = ["Grid", "candidate_grids", "choose_grid", "count_tiles", "cut_tiles", "tiles_of"]

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.media.tiling import count_tiles
 from megatron_eagle.data.order.sample_index import BROKEN_TOKENS, INDEX_FOLDER, Ints, SampleIndex, text_tokens
+from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.location import read_text
@@ -46,7 +47,7 @@ def dataset_lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: D
     if not len(sample_index.videos):
         return _lengths(sample_index, tokenizer, settings)
     deciding = {**settings.flat(), **dict.fromkeys(NOT_DECIDING)}
-    about = [sample_index.identity, tokenizer.fingerprint, deciding]
+    about = [sample_index.identity, tokenizer.fingerprint, deciding, TEXT_FORMAT]
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     file = sample_index.path / INDEX_FOLDER / f"lengths-{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megatron_eagle.data.media.frames import VideoInfo, cut_clip
 from megatron_eagle.data.media.images import read_size
 from megatron_eagle.data.media.video import read_info
-from megatron_eagle.data.sample.chatml import encode_conversation
+from megatron_eagle.data.sample.chatml import TEXT_FORMAT, encode_conversation
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import Pictures
 from megatron_eagle.data.storage.location import Location, load_array, locate_dataset, read_text
@@ -258,7 +258,8 @@ def text_tokens(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) ->
 
     Counted once for a tokenizer and system text, and kept beside the shards.
     """
-    name = hashlib.sha256(json.dumps([sample_index.identity, tokenizer.fingerprint, system]).encode()).hexdigest()[:16]
+    about = [sample_index.identity, tokenizer.fingerprint, system, TEXT_FORMAT]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     file = sample_index.path / INDEX_FOLDER / f"text-{name}.npy"
     with contextlib.suppress(OSError, ValueError):
         counted = load_array(file)

@@ -1,7 +1,8 @@
 """A conversation as ChatML token ids and labels.
 
 Tokens follow Eagle (NVlabs/Eagle, ``Eagle2_5/eaglevl/train``): ChatML, turn texts stripped, loss on the assistant's
-words and the <|im_end|> after them.
+words and the <|im_end|> after them. The processor of an exported folder makes the same ones
+(``conversion/remote_code/processing_eagle.py``); a test holds the two together.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from megatron_eagle.data.sample.markers import (
 )
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import Tokenizer
+
+# How a conversation becomes tokens; kept with what is counted of it and with positions in a stream. 2, of 2026-11-26: no
+# line break after an image at the end of a turn; marks of intervals are tokens where the tokenizer has them.
+TEXT_FORMAT = 2
 
 
 @dataclass
@@ -115,7 +120,8 @@ class _Writer:
         self._append([self._tokenizer.im_start, *self._tokenizer.encode(f"{role}\n")])
 
     def _content(self, text: str, *, learned: bool) -> None:
-        # An image always ends with one newline of its own, so the one that usually follows a marker is taken with it.
+        # An image ends with one newline of its own, so the one that usually follows a marker is taken with it. At the
+        # end of a turn there is none: the official code strips a turn after its images were put in.
         piece, *rest = cut_at_markers(text, media=self._media)
         for marker, following in zip(rest[::2], rest[1::2], strict=True):
             if marker == MARKER and not self._tiles[self._images]:
@@ -136,7 +142,7 @@ class _Writer:
                     self._picture(frame.tiles)
                 self._films += 1
             piece = "\n" + following.removeprefix("\n")
-        self._append(self._tokenizer.encode(piece), learned)
+        self._append(self._tokenizer.encode(piece.removesuffix("\n") if rest else piece), learned)
         self._append([self._tokenizer.im_end], learned)
         self._append(self._tokenizer.encode("\n"))
 

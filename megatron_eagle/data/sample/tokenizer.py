@@ -25,6 +25,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 # Marks of grounded answers. They are text that the model reads and writes, so texts may hold them.
 GROUNDING = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+# Of time; the tokenizer of Eagle 2.5 has them, that of Eagle 2 spells them out.
+INTERVAL = ("<interval>", "</interval>")
 # The order in which Eagle 2 added its tokens to Qwen2.5's (added_tokens.json of the released checkpoints).
 EAGLE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, *GROUNDING)
 
@@ -88,7 +90,8 @@ class HuggingFaceTokenizer:
         self.image_start, self.image_end = self._id(IMAGE_START, folder), self._id(IMAGE_END, folder)
         self.image_context = self._id(IMAGE_CONTEXT, folder)
         self.pad = self._id(_pad_token(folder), folder)
-        self._grounding = {token: self._id(token, folder) for token in GROUNDING}
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._grounding = {token: known[token] for token in (*GROUNDING, *INTERVAL) if token in known}
         added = self._tokenizer.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         self._control = special - set(self._grounding.values())

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.balance_ranks import balance_ranks
 from megatron_eagle.data.order.plan import Plan, PlannedPack
+from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.stream.pack_reader import PackReader
@@ -213,8 +214,9 @@ def _as_it_is(pack: Any) -> Any:
 
 
 def deciding(settings: DataSettings, names: Collection[str]) -> dict[str, Any]:
-    """The settings called ``names``, as they are kept in a saved position."""
-    return {name: value for name, value in settings.flat().items() if name in names}
+    """The settings called ``names``, as they are kept in a saved position, and how text becomes tokens."""
+    chosen = {name: value for name, value in settings.flat().items() if name in names}
+    return {**chosen, "text_format": TEXT_FORMAT}
 
 
 def read_position(state: bytes, identity: dict[str, Any], added: Collection[str] = ()) -> dict[str, Any]:
@@ -233,6 +235,12 @@ def read_position(state: bytes, identity: dict[str, Any], added: Collection[str]
     try:
         saved: dict[str, Any] = json.loads(state)
         before = dict(saved["identity"])
+        if "settings" in before and "text_format" not in before["settings"]:
+            raise UserError(
+                "the saved data position is of before 2026-11-26, when other line breaks stood around images and frames; "
+                "finish the stage with the version that saved it, or begin the next one from its weights "
+                "(docs/compatibility.md)"
+            )
         own = {name: value for name, value in identity.items() if name in before or name not in added}
         changed = differences(before, json.loads(json.dumps(own)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -40,12 +40,14 @@ class EncoderNames(Protocol):
     """``hf_names.py``: the encoder in released checkpoints, and in those it is published in by itself.
 
     TOWER: what stands between a mixture's prefix of a tower and the encoder's own names. ALONE: its prefix in a
-    released model that has no other encoder; None where no such model is known. ORDER: its place among the channels
-    where a checkpoint does not say it. UNUSED: (pattern, reason) of tensors of the encoder that are not taken.
+    released model that has no other encoder; None where no such model is known. VISION_PATH: what NVIDIA's code calls
+    it in ``vision_path``; None where it has no such encoder. ORDER: its place among the channels where a checkpoint
+    does not say it. UNUSED: (pattern, reason) of tensors of the encoder that are not taken.
     """
 
     TOWER: str
     ALONE: str | None
+    VISION_PATH: str | None
     ORDER: int
     UNUSED: Sequence[tuple[str, str]]
 

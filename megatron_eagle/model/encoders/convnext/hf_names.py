@@ -12,6 +12,7 @@ from megatron_eagle.model.hf_names import Changes, HfNames, HfTensors, Infos, co
 
 TOWER = ""
 ALONE = None
+VISION_PATH = "convnext-1024"
 ORDER = 1
 UNUSED = (
     (r"^head\.", "the classifier head: Eagle takes the features before it"),

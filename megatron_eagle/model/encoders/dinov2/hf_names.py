@@ -28,6 +28,7 @@ from megatron_eagle.model.vit.hf_names import fit_positions
 
 TOWER = ""
 ALONE = None
+VISION_PATH = None
 ORDER = 2
 UNUSED = ((r"^embeddings\.mask_token$", "stands for masked patches, in DINOv2's own training only"),)
 _PATCHES, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"

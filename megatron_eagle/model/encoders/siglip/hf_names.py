@@ -23,6 +23,7 @@ from megatron_eagle.model.vit.hf_names import fit_positions
 
 TOWER = "vision_model."
 ALONE = "vision_model.vision_model."
+VISION_PATH = "palisiglip"
 ORDER = 0  # Eagle puts it first among the channels, whatever its number among the towers
 UNUSED = ((r"^head\.", "the pooling head: Eagle takes the features before it"),)
 _PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
@@ -109,8 +110,13 @@ def reference_sources(config: Config, prefix: str, name: str) -> HfNames:
 
 
 def exported(config: Config, dtype: str) -> dict[str, Any]:
-    """SigLIP's own config, and the side of its grid of patches."""
+    """SigLIP's own config, and the side of its grid of patches.
+
+    Without ``vision_use_head: false`` transformers makes a pooling head, for which the checkpoint has no weights;
+    NVIDIA's code draws with ``initializer_range``, which transformers' config has no default for.
+    """
     numbers = {**asdict(config), "hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "torch_dtype": dtype}
+    numbers |= {"vision_use_head": False, "initializer_range": 0.02}
     own = {"model_type": "siglip_vision_model", **numbers}
     return {"siglip_vision_config": own, "grid_size": config.patches_per_side}
 

@@ -1,0 +1,336 @@
+# Copyright 2026 the megatron-eagle authors. Licensed under the Apache License, Version 2.0.
+"""Eagle 2 and Eagle 2.5 in plain PyTorch: encoders on every tile, joined by channel, a connector, and a Qwen2.5.
+
+Part of an exported folder, which transformers loads it from with ``trust_remote_code=True``. Tensors have the names of
+the released checkpoints. transformers' SigLIP, DINOv2 and Qwen2 are used as they are; ConvNeXt is written here, because
+released checkpoints have timm's names and transformers' ConvNeXt has others.
+
+Input: token ids [rows, length], in which every tile is a run of ``image_token_index``, and the pixels of all tiles
+[tiles, 3, side, side] in the order of those runs, row by row, normalised to [-1, 1]. Frames of a video are tiles.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    GenerationMixin,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_eagle import Eagle2_5_VLConfig, Eagle2ChatConfig
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEM, KERNEL, EXPANSION = 4, 7, 4  # of a ConvNeXt: side of its patches and of its kernels, width of its MLPs
+
+
+class Siglip(SiglipVisionModel):
+    """transformers' SigLIP; a class of another name, whose tensors transformers does not rename when it saves them."""
+
+
+class SiglipTower(nn.Module):
+    """SigLIP without its pooling head, where released checkpoints have it."""
+
+    def __init__(self, numbers: Mapping[str, Any], attention: str | None) -> None:
+        super().__init__()
+        config = SiglipVisionConfig(**{**numbers, "vision_use_head": False}, attn_implementation=attention)
+        self.vision_model = Siglip(config)
+
+
+class ConvNextTower(nn.Module):
+    """timm's ConvNeXt without its head. Maps are [n, rows, columns, channels] between the convolutions."""
+
+    def __init__(self, numbers: Mapping[str, Any], attention: str | None) -> None:
+        super().__init__()
+        self.image_size = numbers["image_size"]
+        sizes, eps = numbers["hidden_sizes"], numbers["layer_norm_eps"]
+        self.stem = nn.Sequential(nn.Conv2d(3, sizes[0], STEM, stride=STEM), nn.LayerNorm(sizes[0], eps=eps))
+        stages = zip([None, *sizes[:-1]], sizes, numbers["depths"], strict=True)
+        self.stages = nn.ModuleList(ConvNextStage(before, size, depth, eps) for before, size, depth in stages)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.stem[1](self.stem[0](pixels).permute(0, 2, 3, 1))
+        for stage in self.stages:
+            features = stage(features)
+        return features
+
+
+class ConvNextStage(nn.Module):
+    """A layer that halves the map, except in the first stage, and blocks."""
+
+    def __init__(self, before: int | None, size: int, depth: int, eps: float) -> None:
+        super().__init__()
+        if before is not None:
+            self.downsample = nn.Sequential(nn.LayerNorm(before, eps=eps), nn.Conv2d(before, size, 2, stride=2))
+        self.blocks = nn.ModuleList(ConvNextBlock(size, eps) for _ in range(depth))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if hasattr(self, "downsample"):
+            features = channels_last(self.downsample[1], self.downsample[0](features))
+        for block in self.blocks:
+            features = block(features)
+        return features
+
+
+class ConvNextBlock(GradientCheckpointingLayer):
+    """Depthwise convolution, norm, MLP, scaled by ``weight`` (timm's ``gamma``) and added to the input."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(size, size, KERNEL, padding=KERNEL // 2, groups=size)
+        self.norm = nn.LayerNorm(size, eps=eps)
+        inner = EXPANSION * size
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(size, inner), "fc2": nn.Linear(inner, size)})
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = F.gelu(self.mlp["fc1"](self.norm(channels_last(self.conv_dw, features))))
+        return features + self.weight * self.mlp["fc2"](hidden)
+
+
+def channels_last(convolution: nn.Module, features: Tensor) -> Tensor:
+    """A convolution of a map [n, rows, columns, channels]."""
+    return convolution(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def dinov2(numbers: Mapping[str, Any], attention: str | None) -> nn.Module:
+    """transformers' DINOv2 without the token that stands for masked patches."""
+    ratio = numbers["intermediate_size"] // numbers["hidden_size"]
+    said = {**numbers, "mlp_ratio": ratio, "use_mask_token": False}
+    return Dinov2Model(Dinov2Config(**said, attn_implementation=attention))
+
+
+def siglip_features(tower: Any, pixels: Tensor) -> Tensor:
+    """The last hidden state after ``post_layernorm``, shuffled."""
+    siglip = tower.vision_model
+    return shuffled(siglip(pixels.to(siglip.dtype)).last_hidden_state)
+
+
+def convnext_features(tower: Any, pixels: Tensor) -> Tensor:
+    """The last stage's map, row by row, of tiles that are resized first, both in float32."""
+    if pixels.shape[-1] != tower.image_size:
+        size = (tower.image_size, tower.image_size)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
+    return tower(with_statistics(pixels, CLIP_MEAN, CLIP_STD).to(tower.stem[0].weight.dtype)).flatten(1, 2)
+
+
+def dinov2_features(tower: Any, pixels: Tensor) -> Tensor:
+    """The patches' last hidden state, shuffled."""
+    hidden = tower(with_statistics(pixels, IMAGENET_MEAN, IMAGENET_STD).to(tower.dtype)).last_hidden_state
+    return shuffled(hidden[:, 1:])
+
+
+def shuffled(features: Tensor) -> Tensor:
+    """[n, side * side, c] -> [n, side * side / 4, 4c]: every 2 x 2 square of tokens becomes one, row by row."""
+    half = round(features.shape[1] ** 0.5) // 2
+    squares = features.unflatten(1, (half, 2, half, 2))
+    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def with_statistics(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels in [-1, 1], normalised by the statistics of pixels in [0, 1] instead."""
+    means, stds = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (pixels / 2 + 0.5 - means) / stds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An encoder. build: its module of (numbers, attention); features: of (module, pixels [n, 3, side, side] in
+    [-1, 1], float32) [n, tokens, channels]; channels: of its numbers."""
+
+    build: Callable[[Mapping[str, Any], str | None], nn.Module]
+    features: Callable[[Any, Tensor], Tensor]
+    channels: Callable[[Mapping[str, Any]], int]
+
+
+KINDS = {
+    "siglip": Kind(SiglipTower, siglip_features, lambda numbers: 4 * numbers["hidden_size"]),
+    "convnext": Kind(ConvNextTower, convnext_features, lambda numbers: numbers["hidden_sizes"][-1]),
+    "dinov2": Kind(dinov2, dinov2_features, lambda numbers: 4 * numbers["hidden_size"]),
+}
+
+
+class Tower(nn.Module):
+    """One encoder of a mixture."""
+
+    def __init__(self, entry: Mapping[str, Any], attention: str | None) -> None:
+        super().__init__()
+        numbers = {name: value for name, value in entry.items() if name not in ("kind", "tower")}
+        self.vision_tower = KINDS[entry["kind"]].build(numbers, attention)
+
+
+class Towers(nn.Module):
+    """The encoders of a mixture, by the number of their tower."""
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]], attention: str | None) -> None:
+        super().__init__()
+        by_number = sorted(entries, key=lambda entry: entry["tower"])
+        self.vision_towers = nn.ModuleList(Tower(entry, attention) for entry in by_number)
+
+
+class Mixture(nn.Module):
+    """Several encoders; ``vision_config.encoders`` has the order in which their features are joined by channel."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.entries = config.encoders
+        self.vision_model = Towers(config.encoders, config._attn_implementation)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        towers = self.vision_model.vision_towers
+        features = [KINDS[e["kind"]].features(towers[e["tower"]].vision_tower, pixels) for e in self.entries]
+        return torch.cat(features, dim=-1)
+
+
+class OnlySiglip(SiglipTower):
+    """The encoder of a model that has no other."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config.to_dict(), config._attn_implementation)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return siglip_features(self, pixels)
+
+
+class _Eagle(PreTrainedModel, GenerationMixin):
+    """What both releases compute."""
+
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = (
+        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "ConvNextBlock"),
+        *("Dinov2Layer", "Dinov2Embeddings"),
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        vision, hidden = config.vision_config, config.text_config.hidden_size
+        if vision.model_type == "MOB":
+            self.vision_model: nn.Module = Mixture(vision)
+            width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
+        else:
+            self.vision_model = OnlySiglip(vision)
+            width = 4 * vision.hidden_size
+        norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
+        self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.language_model = Qwen2ForCausalLM(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Embeddings [tiles, tokens, hidden_size] of tiles [tiles, 3, side, side] in [-1, 1]."""
+        return self.mlp1(self.vision_model(pixel_values.float()).to(self.mlp1[0].weight.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of every position, and the mean loss of ``labels`` (not shifted; -100 is left out) if there are any.
+
+        Raises ValueError unless there are as many tokens for pictures as the tiles give.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None and len(pixel_values):
+                inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values)
+            elif past_key_values is None or not past_key_values.get_seq_length():
+                self._check_count(int((input_ids == self.config.image_token_index).sum()), 0, 0)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values replace embeddings of input_ids: give these instead of inputs_embeds")
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _with_images(self, embeddings: Tensor, input_ids: Any, pixel_values: Tensor) -> Tensor:
+        features = self.get_image_features(pixel_values).to(embeddings.device, embeddings.dtype)
+        places = (input_ids == self.config.image_token_index).to(embeddings.device)
+        self._check_count(int(places.sum()), *features.shape[:2])
+        return embeddings.masked_scatter(places[..., None], features)
+
+    def _check_count(self, tokens: int, tiles: int, tokens_per_tile: int) -> None:
+        if tokens != tiles * tokens_per_tile:
+            each = f" of {tokens_per_tile} tokens each" if tiles else ""
+            raise ValueError(
+                f"input_ids have {tokens} tokens {self.config.image_token_index} for pictures, "
+                f"pixel_values {tiles} tiles{each}"
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The cache holds the pictures after the first step; without a cache they are needed at each."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """For beams and several answers: a row's copies need its tiles in order, transformers repeats each tile."""
+        if pixel_values is not None and len(pixel_values):
+            tokens = (input_ids == self.config.image_token_index).sum(1)
+            counts = (tokens * len(pixel_values) // tokens.sum()).tolist()
+            rows = [row for row in pixel_values.split(counts) for _ in range(expand_size)]
+            pixel_values = torch.cat(rows)
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**kwargs, "pixel_values": pixel_values}
+
+
+class Eagle2ChatModel(_Eagle):
+    """Eagle 2 as first released, mixtures too."""
+
+    config_class = Eagle2ChatConfig
+
+
+class Eagle2_5_VLForConditionalGeneration(_Eagle):
+    """Eagle 2.5, and the later upload of Eagle 2."""
+
+    config_class = Eagle2_5_VLConfig
