@@ -145,8 +145,8 @@ def test_other_folders_are_read_as_without_the_plugin(tmp_path: Path, pointed: s
     config = said if pointed is None else {**said, "auto_map": {"AutoConfig": pointed}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert get_config(tmp_path, trust_remote_code=False).architectures == ["Qwen2ForCausalLM"]
-    theirs = ModelRegistry.models["Eagle2_5_VLForConditionalGeneration"].load_model_cls()
-    assert theirs.__module__ == "vllm.model_executor.models.eagle2_5_vl"
+    theirs = ModelRegistry.models["Eagle2_5_VLForConditionalGeneration"]
+    assert theirs.module_name == "vllm.model_executor.models.eagle2_5_vl"
 
 
 def test_an_export_is_recognised_and_its_weights_are_those_of_the_folder(served: Served) -> None:
