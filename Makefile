@@ -3,6 +3,7 @@
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
+# make support  run on this stack what the README's table of what has been run names, and write the table
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
@@ -31,7 +32,7 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.p
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-long gpu lint format clean
+.PHONY: setup demo check test test-stacks test-te test-long support gpu lint format clean
 
 setup: $(READY)
 
@@ -62,17 +63,23 @@ test-stacks: setup
 	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
 	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) && \
 	  $(OTHER_VENV)/bin/python -m eagle_kernels.check --tier compile --kernel tile_prepare --kernel pixel_shuffle_concat && \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python; fi
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python $(RECORD); fi
 
 test-te: setup
 	@[ -f $(TE_FOLDER)/ready ] || { echo "test-te: Transformer Engine $(TE) into $(TE_FOLDER), 55 MB" && rm -rf $(TE_FOLDER) && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TE_FOLDER) \
 	    --requirement constraints/transformer-engine.txt transformer-engine==$(TE) && touch $(TE_FOLDER)/ready; }
 	@echo "test-te: megatron-core $(MEGATRON), Transformer Engine $(TE)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER) $(RECORD)
 
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
+
+# Those that need a second environment or a package of their own are recorded by test-stacks and test-te with RECORD.
+RECORD ?=
+support: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --record-support $$($(BIN)/python tools/support.py tests | grep -v '^tests/stacks\|^tests/te'); \
+	  failed=$$?; $(MAKE) --no-print-directory test-te RECORD=--record-support; $(BIN)/python tools/support.py table; exit $$failed
 
 gpu: setup
 	@$(BIN)/megatron-eagle gpu-day benchmarks/gpu

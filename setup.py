@@ -46,7 +46,8 @@ GPU = [
 ]
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
-DEV = ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools", "types-pyyaml", "types-tqdm"]
+TESTS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "setuptools"]
+DEV = [*TESTS, "mypy", "ruff", "types-pyyaml", "types-tqdm"]
 
 
 setup(

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests, worlds of processes and one small data set with recipes, and what a unit test is."""
 
+import runpy
+
 import hypothesis
 import pytest
+from project import ROOT
 from small_run import small_run
 from worlds import worlds
 
@@ -17,6 +20,12 @@ NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--other-python", help="Python of an environment with the other stack (tests/stacks)")
     parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
+    parser.addoption("--record-support", action="store_true", help="write down what passed, for the README's table")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-support"):
+        config.pluginmanager.register(runpy.run_path(str(ROOT / "tools" / "support.py"))["recorder"]())
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

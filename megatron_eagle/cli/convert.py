@@ -41,11 +41,14 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     come.add_argument("sources", type=Path, nargs="+", metavar="SOURCE")
     come.add_argument("out", type=Path, metavar="OUT")
-    come.add_argument("--tile-size", type=positive_int, default=448, help="of a new Eagle, in pixels (default: 448)")
+    come.add_argument("--tile-size", type=positive_int, default=None, help="of a new Eagle, in pixels (default: 448)")
     come.add_argument(
-        "--tokens", choices=("eagle2", "eagle2.5"), default="eagle2", help="which tokens a new Eagle adds, in order"
+        "--tokens",
+        choices=("eagle2", "eagle2.5"),
+        default=None,
+        help="which tokens a new Eagle adds, in order (default: eagle2)",
     )
-    come.add_argument("--seed", type=count, default=1234, help="draws a new Eagle's connector (default: 1234)")
+    come.add_argument("--seed", type=count, default=None, help="draws a new Eagle's connector (default: 1234)")
     _add_common(come)
     come.set_defaults(run=_import_hf)
     go = verb(

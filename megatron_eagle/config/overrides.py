@@ -18,6 +18,7 @@ from megatron_eagle.config.schema import at, core, is_optional, keys_of, meant
 from megatron_eagle.config.yaml_file import YamlError, parse_yaml
 from megatron_eagle.errors import UserError
 
+Place = tuple[str | int, ...]  # where an override stands: keys, and numbers of entries
 _SIGNS = tuple("{}[]@%`&*!|>'\"#,?")  # a plain scalar of YAML begins with none of them
 
 
@@ -29,9 +30,14 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], settings: typ
     One value of the layout of a stage that has none (``stages.stage1.layout.tp=2``) gives the stage a copy of the
     recipe's with that value. The recipe's is overridden first, wherever the two stand on the command line.
     """
+    given: dict[Place, str] = {}
     for override in sorted(overrides, key=lambda override: _is_of_a_stages_layout(_keys(raw, override))):
         try:
-            _apply(raw, _keys(raw, override), override.partition("=")[2], settings)
+            place = _apply(raw, _keys(raw, override), override.partition("=")[2], settings)
+            lost = next((other for known, other in given.items() if known[: len(place)] == place), None)
+            if lost is not None:
+                raise ValueError(f"it would undo {_quoted(lost)}, which is given too")
+            given[place] = override
         except ValueError as error:
             raise UserError(f"override {_quoted(override)}: {error}") from None
 
@@ -52,19 +58,25 @@ def _is_of_a_stages_layout(keys: list[str]) -> bool:
     return keys[0] == "stages" and keys[2:3] == ["layout"]
 
 
-def _apply(raw: dict[str, Any], keys: list[str], text: str, settings: type) -> None:
+def _apply(raw: dict[str, Any], keys: list[str], text: str, settings: type) -> Place:
     *parents, last = keys
     node: Any = raw
+    place: list[str | int] = []
     for depth, parent in enumerate(parents, 1):
+        place.append(_key(node, parent))
         inherited = raw.get("layout") if depth == 3 and _is_of_a_stages_layout(keys) else None
         node = _child(node, parent, inherited, at(settings, parents[:depth]))
     value = _value(text, at(settings, keys))
-    if isinstance(node, list):
-        node[_index(node, last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
+    if not isinstance(node, list | dict):
         raise ValueError(f"'{'.'.join(parents)}' holds a single value, not keys")
+    key: Any = _key(node, last)
+    node[key] = value
+    return *place, key
+
+
+def _key(node: Any, key: str) -> str | int:
+    """What ``node`` is indexed by: an entry of a list has a name and a number."""
+    return _index(node, key) if isinstance(node, list) else key
 
 
 def _value(text: str, hint: Any) -> Any:

@@ -36,13 +36,14 @@ from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
 from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer
 from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
-from megatron_eagle.data.sample.tokenizer import check_vocabulary, load_tokenizer
+from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary, load_tokenizer
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_eagle.verification.reference import Published
 
 TOKENIZER = "tokenizer"
+NEW: dict[str, Any] = {"tile_size": 448, "tokens": "eagle2", "seed": 1234}  # what a new Eagle has by default
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,22 @@ def hf_to_megatron(
     out: Path,
     options: Options,
     *,
-    tile_size: int = 448,
-    tokens: Literal["eagle2", "eagle2.5"] = "eagle2",
-    seed: int = 1234,
+    tile_size: int | None = None,
+    tokens: Literal["eagle2", "eagle2.5"] | None = None,
+    seed: int | None = None,
 ) -> Proof:
     """One released Eagle, or the parts of a new one, as a checkpoint that ``initial_weights`` of a recipe can name.
 
-    tile_size, tokens, seed: for a new one; Eagle's tokens that the tokenizer lacks, and the connector's draw.
+    tile_size, tokens, seed: for a new one, by default ``NEW``; Eagle's tokens that the tokenizer lacks, and the
+    connector's draw. UserError if one of them is given for a released one, which has its own.
     """
-    partial = start(out, sources, {**asdict(options), "tile_size": tile_size, "tokens": tokens, "seed": seed})
+    asked = {"tile_size": tile_size, "tokens": tokens, "seed": seed}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(sources) == 1 and given:
+        said = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{said} is for a new Eagle, made of several sources; {sources[0]} alone is a released one")
+    new = NEW | given
+    partial = start(out, sources, {**asdict(options), **new})
     clock = _Clock()
     folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
     released: Finite | Assembled
@@ -76,10 +84,11 @@ def hf_to_megatron(
         if (folder / "tokenizer.json").is_file():
             copied = copy_tokenizer(folder, partial / TOKENIZER, ())
             check_vocabulary(copied, config.language.vocab_size, folder)
+            _check_image_token(copied, folder)
         published = logits.published_by(folder, config)
     else:
-        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[tokens])
-        released, config, dialect = assemble(sources, vocabulary, tile_size=tile_size, seed=seed)
+        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[new["tokens"]])
+        released, config, dialect = assemble(sources, vocabulary, tile_size=new["tile_size"], seed=new["seed"])
         published = logits.published_by_parts(folder, released.encoder_sources)
     rounded = WithDtype(released, options.dtype) if options.dtype else released
     theirs = AsMegatron(rounded, config, dialect)
@@ -206,6 +215,13 @@ def _tokenizer_folder(sources: Sequence[Path]) -> Path:
             if "model.embed_tokens.weight" in infos:
                 return path
     raise UserError("none of the sources is a Qwen2.5 folder with config.json and tokenizer.json")
+
+
+def _check_image_token(vocabulary: Vocabulary, folder: Path) -> None:
+    """Features stand where config.json says; the data put them where the tokenizer says."""
+    said, has = read_config(folder).get("image_token_index"), vocabulary.ids[IMAGE_CONTEXT]
+    if said not in (None, has):
+        raise UserError(f"{folder}/config.json has image_token_index={said!r}, its tokenizer {IMAGE_CONTEXT} at {has}")
 
 
 def _export_tokenizer(source: Path, partial: Path, config: EagleConfig) -> Vocabulary:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
+from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, IMAGE_CONTEXT, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError
 
 FILES = (
@@ -84,7 +84,7 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary
     if added:
         tokenizer.save(str(out / "tokenizer.json"))
     _update_config(out, added)
-    wanted = ("<|im_end|>", "<|endoftext|>", *tokens)
+    wanted = ("<|im_end|>", "<|endoftext|>", IMAGE_CONTEXT, *tokens)
     ids = {token: now[token] for token in wanted if token in now}
     made = HuggingFaceTokenizer(out)
     if made.added:

@@ -79,8 +79,9 @@ class Activations:
         return self.impl == "local" and self.kernels == "triton"
 
     @property
-    def _copies_heads(self) -> bool:
-        """Whether keys and values are copied for every query head: PyTorch's attention on each segment."""
+    def _by_segments(self) -> bool:
+        """PyTorch's attention on each segment: keys and values are copied for every query head, and the outputs are put
+        together for the projection, which else keeps the core's own output."""
         return self.attention == "packed" and self.kernels == "torch"
 
     @property
@@ -112,7 +113,8 @@ class Activations:
             return Held(own, whole, whole + moment + own)
         if self.recompute == "selective":
             core = self._core_saved(pack)
-            inputs = self._core_inputs(pack) + self._core_output(pack) * self._liger
+            # The projection keeps its input. Where that is the core's own output, it goes with ``core`` and is added.
+            inputs = self._core_inputs(pack) + self._core_output(pack) * (not self._by_segments)
             return Held(whole - core + inputs, core, max(core, moment))
         return Held(whole, 0.0, moment)
 
@@ -184,17 +186,18 @@ class Activations:
 
     def _layer_saved(self, pack: PackShape) -> float:
         tokens, trains = self._tokens(pack), self.parts.language
-        project = self._core_output(pack)
+        project = self._core_output(pack) * self._by_segments
         if self.impl == "transformer_engine":
-            project, mlp = 0.0, 3 + trains  # the kernel's output is what the projection keeps
+            mlp = 3 + trains
         elif self._liger:
-            project, mlp = 0.0, 2 + trains  # gate and up, and the product's input
+            mlp = 2 + trains  # gate and up, and the product's input
         else:
             mlp = 4 + trains
         return 2 * self._norm(pack) + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
 
     def _core_output(self, pack: PackShape) -> float:
-        """What the projection behind the attention core keeps for its weights."""
+        """What the projection behind the attention core keeps for its weights (Transformer Engine's, too: 2.11's
+        ``_Linear.forward`` saves its input if the weight has a gradient)."""
         heads = self.config.language.hidden_size / self.layout.tp
         return self._tokens(pack) * heads * self.number * self.parts.language
 
@@ -212,7 +215,7 @@ class Activations:
         for all layers)."""
         language, tokens, length = self.config.language, self._tokens(pack), pack.length
         heads = language.hidden_size / self.layout.tp
-        keys = heads if self._copies_heads else self._key_channels
+        keys = heads if self._by_segments else self._key_channels
         rotary = 0.0 if self._liger else 4 * tokens * language.head_dim * self.number
         places = length / self.layout.ulysses if self.layout.cp > 1 else tokens
         exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0

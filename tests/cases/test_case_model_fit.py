@@ -224,6 +224,30 @@ def test_a_new_model_has_a_row_for_every_id(qwen, tmp_path):
     check_vocabulary(HuggingFaceTokenizer(tmp_path / "in" / "tokenizer"), 1284, "t")
 
 
+def test_the_image_token_of_a_released_config_is_the_tokenizers(tmp_path):
+    config = cases.reduced("eagle2-1b")
+    fitting = replace(config, language=replace(config.language, vocab_size=393))
+    folder = tmp_path / "hf"
+    cases.write_released(folder, fitting, Dialect.published(fitting, "B"))
+    write_qwen_like(folder, tokens=[*QWEN_TOKENS, *EAGLE_TOKENS])
+    has = HuggingFaceTokenizer(folder).image_context
+    said = json.loads((folder / "config.json").read_text())
+    assert said["image_token_index"] == 5 != has
+    with pytest.raises(UserError, match=rf"config\.json has image_token_index=5, its tokenizer <IMG_CONTEXT> at {has}"):
+        hf_to_megatron([folder], tmp_path / "in", NO_LOGITS)
+    for index in ({"image_token_index": has}, {"image_token_index": None}):
+        (folder / "config.json").write_text(json.dumps(said | index))
+        hf_to_megatron([folder], tmp_path / f"in {index}", NO_LOGITS)
+
+
+def test_what_is_for_a_new_eagle_is_refused_for_a_released_one(tmp_path):
+    cases = {"tile_size=336": {"tile_size": 336}, "tokens=eagle2, seed=0": {"tokens": "eagle2", "seed": 0}}
+    for said, given in cases.items():
+        with pytest.raises(UserError, match=f"{said} is for a new Eagle, made of several sources; .*hf alone"):
+            hf_to_megatron([tmp_path / "hf"], tmp_path / "in", NO_LOGITS, **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_conversions_refuse_a_tokenizer_that_does_not_fit(tmp_path):
     config = cases.reduced("eagle2-1b")
     few = replace(config, language=replace(config.language, vocab_size=390))

@@ -77,6 +77,11 @@ def at(recipe: Recipe, *path: str) -> object:
         (["stages.s1.trainable=[visoin]"], "(got 'visoin'); did you mean vision?"),
         (["stages.s1.part_learning_rates={conector: 1}"], "stages.s1.part_learning_rates.conector: one of vision, "),
         ([f"layout.key{n}_of_many_wrong_ones={n}" for n in range(40)], "; and 3"),
+        (["seed=1", "layout.tp=2", "seed=2"], "override 'seed=2': it would undo 'seed=1', which is given too"),
+        (["seed=1", "seed=1"], "override 'seed=1': it would undo 'seed=1'"),
+        (["stages.s1.steps=3", "stages.0.steps=4"], "'stages.0.steps=4': it would undo 'stages.s1.steps=3'"),
+        (["layout.tp=2", "layout={pp: 2}"], "override 'layout={pp: 2}': it would undo 'layout.tp=2'"),
+        (["stages.s1.layout.tp=2", "stages.s1.layout.tp=1"], "it would undo 'stages.s1.layout.tp=2'"),
         (["precision=fp8", "seed=-1", "layout.tp=0"], "; precision: one of fp32, bf16 is wanted"),
     ],
 )
@@ -134,6 +139,12 @@ def test_numbers_and_flags_are_read_as_in_a_file(recipe: Path) -> None:
     stage = read.stages[0]
     assert (stage.learning_rate, stage.steps, stage.async_save, read.seed, stage.batch) == (1e-4, 1000, False, 16, 4)
     assert stage.layout is None and stage.gpus is None
+
+
+def test_overrides_may_go_into_one_another(recipe: Path) -> None:
+    given = ["layout={cp: 2}", "layout.tp=2", "stages.s1.layout.tp=1", "stages.s1.steps=3", "stages.s1.5.steps=3"]
+    read = load_recipe(recipe, given)
+    assert (read.layout.cp, read.layout.tp, read.stages[0].layout.tp, read.stages[0].layout.cp) == (2, 2, 1, 2)
 
 
 def test_an_override_changes_one_place_of_an_alias(recipe: Path) -> None:

@@ -5,12 +5,19 @@ import inspect
 
 import pytest
 from contracts import the
+from project import ROOT
 
 from megatron_eagle.compat.cpu import REPLACED
 from megatron_eagle.compat.platform import install
 
 SAVING = "megatron.core.dist_checkpointing.strategies"
 STATE = "megatron.core.parallel_state"
+COMPAT = ROOT / "megatron_eagle" / "compat"
+LIGER = {
+    "rms_norm": "LigerRMSNormFunction",
+    "swiglu": "LigerFusedGateUpSiLUMulFunction",
+    "rope": "LigerRopeFunction",
+}
 # The name that is taken away, the contract that guards it, and what the message says among the rest.
 GUARDED = [
     ("torch.distributed.checkpoint.filesystem:_StorageInfo", "checkpoint_index:where_a_tensor_lies", "index"),
@@ -42,20 +49,40 @@ GUARDED = [
     ("torch.utils._pytree:tree_leaves", "torch_dispatch:trees_of_tensors", "tree_leaves"),
     ("torch.utils._pytree:tree_map_only", "torch_dispatch:trees_of_tensors", "tree_map_only"),
     ("megatron.core.transformer.mlp:MLP", "mlp_submodule:a_layer_takes_the_mlp_as_it_is_named", "MLP"),
+    ("megatron.core.optimizer:Adam", "adam:megatrons_optimizer_takes_this_adam", "apex.optimizers.FusedAdam takes"),
+    (
+        "megatron.energon.savable_loader:SavableDataLoaderState",
+        "energon_state:the_state_of_a_loader",
+        "another class than compat/energon_state.py knows",
+    ),
+    ("liger_kernel.ops.rms_norm:rsqrt", "liger:rsqrt", "replaces it in the interpreter"),
+    *(
+        (f"liger_kernel.ops.{module}:{function}", "liger:arguments", f"Liger-Kernel's {function} no longer takes")
+        for module, function in LIGER.items()
+    ),
 ]
+# What takes the place of others' names is in REPLACED, and these touch none: they ask for a version and a device.
+NOT_GUARDED = {"cpu", "platform", "versions"}
+
+
+def test_every_file_of_compat_has_a_name_that_is_taken_away():
+    guarding = {contract.partition(":")[0] for _, contract, _ in GUARDED}
+    assert guarding | NOT_GUARDED == {file.stem for file in COMPAT.glob("[!_]*.py")}
+    assert not guarding & NOT_GUARDED
 
 
 @pytest.mark.parametrize(("name", "contract", "words"), GUARDED, ids=[name for name, _, _ in GUARDED])
-def test_a_name_that_is_gone_is_said_in_the_contracts_words(monkeypatch, caplog, name, contract, words):
+def test_a_name_that_is_gone_is_said_in_the_contracts_words(monkeypatch, caplog, tmp_path, name, contract, words):
     install()
     file, _, test = contract.partition(":")
     check = getattr(importlib.import_module(f"test_{file}"), f"test_contract_{test}")
     module, _, names = name.partition(":")
     above, _, last = names.rpartition(".")
     monkeypatch.delattr(the(f"{module}:{above}") if above else importlib.import_module(module), last)
+    given = {"caplog": caplog, "tmp_path": tmp_path, "module": module.rpartition(".")[2], "function": last}
     asked_for = inspect.signature(check).parameters
     with pytest.raises(pytest.fail.Exception, match=words) as failed:
-        check(**{"caplog": caplog} if "caplog" in asked_for else {})
+        check(**{one: given[one] for one in asked_for})
     assert last in str(failed.value)
 
 

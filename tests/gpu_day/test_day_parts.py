@@ -1,6 +1,7 @@
 """Every part at toy size on a CPU: its whole way runs, what only CUDA can say is skipped with the reason."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megatron_eagle.gpu_day.parts.optional import GRID, pillow_tiles, smooth_jpe
 from megatron_eagle.gpu_day.parts.syncs import judged
 from megatron_eagle.gpu_day.sizes import EAGLE_1B, EAGLE_2B, EAGLE_9B, mix
 from megatron_eagle.gpu_day.transformers_run import packed_rows, padded_rows, weighted_loss
+from megatron_eagle.gpu_day.variants import compared
 from megatron_eagle.planning.hardware import load_hardware
 from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.verification.packs import make_step
@@ -80,6 +82,23 @@ def test_kernels_are_checked_and_nothing_is_timed(setting):
     assert times.tables == () and times.charts == () and times.aims == ()
     for said in ("FlexAttention: needs", "torch varlen: needs", "torch.compile: needs", "eager: ran; not timed"):
         assert said in skipped(times)
+
+
+@pytest.mark.slow
+def test_attention_of_others_is_refused_with_the_reason(setting):
+    found = run("core_attention", setting)
+    assert [row[0] for row in found.tables[0].rows] == ["packed"]
+    assert all(f"model.attention: {core} runs on CUDA only, this is cpu" in skipped(found) for core in ("varlen", "te"))
+
+
+def test_a_first_loss_that_is_another_is_wrong():
+    runs = {
+        name: SimpleNamespace(losses=[loss, 1.0], seconds=[2.0], peak_bytes=3e9)
+        for name, loss in {"packed": 4.0, "varlen": 4.01, "te": 4.5}.items()
+    }
+    table, wrong = compared("model.attention", runs, "eagle2-1b")
+    assert table.rows[1] == ("varlen", "4.0100", "2.000", "3.00")
+    assert wrong == ("first loss with te is 1.2e-01 away from packed's",)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.measuring.accounting import TensorAccounting
-from megatron_eagle.model.cost import EncoderRun
+from megatron_eagle.model.cost import EncoderRun, Parts
 from megatron_eagle.model.encoders import encoder_cost
-from megatron_eagle.planning.activations import PackShape
+from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
 
 RAGGED = ([[300, 200], [512], [100] * 5, [400]], [5, 8, 6, 0])
@@ -113,6 +113,22 @@ def test_what_a_class_token_and_layer_scale_keep(worlds):
         expected = expected[1], 8 * encoder_cost(encoder).activations(encoder_config(encoder), run).saved
         found = found[1], worlds(1).run(saved_for_backward, encoder)[0]
     assert expected[1] - expected[0] == pytest.approx(found[1] - found[0], rel=0.02)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_a_layer_of_transformer_engine_keeps_without_its_attention(trains):
+    """Counted by hand from Transformer Engine 2.11: ``_LayerNormLinear`` and ``_Linear`` save their products' inputs
+    where the weight has a gradient, the norm its own input; attention starts again from what it was given."""
+    config, tokens = PRESETS["eagle2-9b"], 16384
+    language = config.language
+    parts = Parts(vision=False, connector=True, language=trains)
+    sizes = Activations(config, Layout(), parts, "bf16", "selective", "transformer_engine", "triton")
+    hidden, inner, keys = language.hidden_size, language.intermediate_size, 4 * language.head_dim
+    attention = (hidden + keys) + keys + 4 * language.head_dim  # queries, keys; values; the rotary table
+    norms, mlp = 2 * hidden, 3 * inner  # their inputs; gate and up, and what the activation function makes
+    inputs_of_products = (2 * hidden + hidden + inner) * trains  # behind each norm, the attention, the MLP's
+    assert sizes.layer(PackShape((tokens,), 0)).saved == 2 * tokens * (attention + norms + mlp + inputs_of_products)
+    assert hidden * tokens * 2 == 112 * 2**20
 
 
 @pytest.mark.long

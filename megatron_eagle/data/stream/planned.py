@@ -6,7 +6,7 @@ number changes nothing. A position is a count of packs. A broken sample leaves a
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,30 +15,13 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.balance_ranks import balance_ranks
 from megatron_eagle.data.order.plan import Plan, PlannedPack
-from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.stream.pack_reader import PackReader
+from megatron_eagle.data.stream.position import deciding, differences, read_position
 from megatron_eagle.errors import UserError
 
 PACKS_AHEAD = 2  # of each reader process
-
-# What a change of these would make another stream of; all others may change between a save and a restore.
-ORDERING = (
-    "pack_length",
-    "tile_size",
-    "tokens_per_tile",
-    "min_tiles",
-    "max_tiles",
-    "tiling_rule",
-    "max_tiles_per_pack",
-    "system",
-    "packing",
-    "packing_delta",
-    "degrade",
-    "video",
-    "plan_window",
-)
 
 # Of every stream whose saved position names none: they could not be set then.
 COSTS_BEFORE = {"attention_parity": 65_000, "tile_cost": 0.0}
@@ -76,7 +59,7 @@ class PlannedStream(Iterator[PackedBatch]):
                 [sample_index.identity, source.weight, source.repeat]
                 for sample_index, source in zip(self._plan.sample_indexes, settings.sources, strict=True)
             ],
-            "settings": deciding(settings, ORDERING),
+            "settings": deciding(settings, "planned"),
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
         }
@@ -211,52 +194,3 @@ class _Orders(Sampler[Any]):
 
 def _as_it_is(pack: Any) -> Any:
     return pack
-
-
-def deciding(settings: DataSettings, names: Collection[str]) -> dict[str, Any]:
-    """The settings called ``names``, as they are kept in a saved position, and how text becomes tokens."""
-    chosen = {name: value for name, value in settings.flat().items() if name in names}
-    return {**chosen, "text_format": TEXT_FORMAT}
-
-
-def read_position(state: bytes, identity: dict[str, Any], added: Collection[str] = ()) -> dict[str, Any]:
-    """What a saved position holds; UserError unless it is of the stream that ``identity`` describes, and JSON.
-
-    added: keys of ``identity`` that older positions lack; there they are not compared.
-    Streams with ``reading.order: buffer`` once saved pickles. Unpickling runs what the file asks for, so they are not
-    read any more.
-    """
-    if state.startswith((b"PK", b"\x80")):  # torch.save's archive, a bare pickle
-        raise UserError(
-            "the saved data position is a pickle, as reading.order: buffer wrote before 2026-11-25; reading it could "
-            "run code, so it is refused: finish the stage with the version that saved it, or remove the stage's "
-            "checkpoints and train it again"
-        )
-    try:
-        saved: dict[str, Any] = json.loads(state)
-        before = dict(saved["identity"])
-        if "settings" in before and "text_format" not in before["settings"]:
-            raise UserError(
-                "the saved data position is of before 2026-11-26, when other line breaks stood around images and frames; "
-                "finish the stage with the version that saved it, or begin the next one from its weights "
-                "(docs/compatibility.md)"
-            )
-        own = {name: value for name, value in identity.items() if name in before or name not in added}
-        changed = differences(before, json.loads(json.dumps(own)))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"the saved data position cannot be read: {type(error).__name__}: {error}") from None
-    if changed:
-        raise UserError(f"the saved data position is of another stream: {'; '.join(changed)}")
-    return saved
-
-
-def differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """What differs between two descriptions of a stream, in words."""
-    found = []
-    for name in sorted(saved.keys() | own.keys()):
-        before, now = saved.get(name), own.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now)
-        elif before != now:
-            found.append(f"{name} was {before!r}, is {now!r}")
-    return found

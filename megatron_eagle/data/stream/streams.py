@@ -23,32 +23,12 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.data.stream.energon import EagleTaskEncoder, PackSample
-from megatron_eagle.data.stream.planned import PlannedStream, deciding, read_position
+from megatron_eagle.data.stream.planned import PlannedStream
+from megatron_eagle.data.stream.position import deciding, read_position
 from megatron_eagle.errors import UserError
 
 # Energon prints every thread's stack when a reader is silent for a minute; filling the first buffer may take longer.
 FIRST_BUFFER_SECONDS = 600.0
-
-# What a change of these would make another stream of; all others may change between a save and a restore.
-ORDERING = (
-    "pack_length",
-    "tile_size",
-    "tokens_per_tile",
-    "min_tiles",
-    "max_tiles",
-    "tiling_rule",
-    "max_tiles_per_pack",
-    "system",
-    "order",
-    "packing",
-    "packing_delta",
-    "degrade",
-    "video",
-    "packing_buffer",
-    "shuffle_buffer",
-    "max_samples_per_sequence",
-    "max_pixels",
-)
 
 
 def open_stage_stream(recipe: Recipe, stage: Stage, rank: int = 0, world_size: int = 1) -> "Stream":
@@ -121,7 +101,7 @@ class PackStream(Iterator[PackedBatch]):
         self._settings = settings
         self._tokenizer = tokenizer
         self._identity = {
-            "settings": deciding(settings, ORDERING),
+            "settings": deciding(settings, "buffer"),
             "sources": [(dataset_identity(source.path), source.weight) for source in settings.sources],
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": tokenizer.fingerprint,

@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import io
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -16,10 +15,9 @@ from megatron_eagle.data.media.tiling import Grid, cut_tiles
 from megatron_eagle.gpu_day.alone import NO_CUDA
 from megatron_eagle.gpu_day.part import PartResult, Setting, Table
 from megatron_eagle.gpu_day.sizes import EAGLE_1B
-from megatron_eagle.gpu_day.variants import bench_each
+from megatron_eagle.gpu_day.variants import TOY_STEPS, bench_each, compared
 
-STEPS, TOY_STEPS = 5, 1
-LOSS_TOLERANCE = 1e-2  # of the first step in bf16, as in verification
+STEPS = 5
 PHOTOGRAPH_TOLERANCE = 2  # of 255; data/media/dali.py says what is known of it
 SIDE, GRID = 448, (2, 2)
 
@@ -60,16 +58,8 @@ def _transformer_engine(setting: Setting) -> Found:
     """The same steps with both implementations of a layer."""
     ways = {name: EAGLE_1B.recipe(setting.toy, transformer_impl=name) for name in ("local", "transformer_engine")}
     runs = bench_each(setting, ways, TOY_STEPS if setting.toy else STEPS)
-    rows = tuple(
-        (name, f"{one.losses[0]:.4f}", f"{statistics.median(one.seconds):.3f}", f"{one.peak_bytes / 1e9:.2f}")
-        for name, one in runs.items()
-    )
-    off = abs(runs["transformer_engine"].losses[0] / runs["local"].losses[0] - 1)
-    wrong = () if off <= LOSS_TOLERANCE else (f"first loss with Transformer Engine is {off:.1e} away",)
-    header = ("implementation", "first loss", "step, s", "peak of tensors, GB")
-    return (
-        Table(f"{EAGLE_1B.recipe(setting.toy).name}: layers of Megatron and of Transformer Engine", header, rows),
-    ), wrong
+    table, wrong = compared("model.transformer_impl", runs, ways["local"].name)
+    return (table,), wrong
 
 
 def _dali(setting: Setting) -> Found:
