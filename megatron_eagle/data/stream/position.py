@@ -20,7 +20,7 @@ OF_ONE = {
 
 
 def deciding(settings: DataSettings, order: Literal["planned", "buffer"]) -> dict[str, Any]:
-    """What decides a stream of that ``reading.order``, as it is kept in a saved position: settings, how text is read."""
+    """What decides a stream of that ``reading.order``, as a saved position keeps it: settings, how text is read."""
     chosen = {name: value for name, value in settings.flat().items() if name in OF_BOTH or name in OF_ONE[order]}
     return {**chosen, "text_format": TEXT_FORMAT}
 
