@@ -17,8 +17,8 @@ from train_cases import train
 
 from megatron_eagle.checkpoint.files import find_latest
 from megatron_eagle.cli import main
-from megatron_eagle.conversion.convert import megatron_to_hf
 from megatron_eagle.conversion.convert import Options as Conversion
+from megatron_eagle.conversion.convert import megatron_to_hf
 from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.sample.chatml import encode_prompt
 from megatron_eagle.data.sample.conversation import Conversation, Turn

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import signal
 from pathlib import Path
 
 from throwaway import DAEMON_PORTS, ThrowawaySlurm
