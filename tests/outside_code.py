@@ -114,9 +114,8 @@ def more(folder, rows, scratch):
     model.gradient_checkpointing_enable()
     found["recomputed gradients"] = gradients(model, inputs, labels)
     model.set_attn_implementation("eager")
-    found["attention"] = {
-        type(m).__name__: m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
-    }
+    configured = [module for module in model.modules() if hasattr(module, "config")]
+    found["attention"] = {type(m).__name__: m.config._attn_implementation for m in configured}
     found["errors"] = [error_of(model, inputs, change) for change in (drop_tile, drop_tiles, add_embeddings)]
     return found
 

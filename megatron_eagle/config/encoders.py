@@ -31,6 +31,7 @@ PARTS = {
     "hf_names": "be read from or written to Hugging Face checkpoints",
     "cost": "be planned",
     "reference": "be verified",
+    "exported": "be computed by the code that an export carries",
 }
 
 KernelRole = Literal["shuffled", "appended"]

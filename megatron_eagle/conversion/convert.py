@@ -28,7 +28,7 @@ from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.conversion import logits
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
-from megatron_eagle.conversion.export import Code, write_configs
+from megatron_eagle.conversion.export import Code, check_code, write_configs
 from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.reading_of import reading_of
@@ -145,6 +145,7 @@ def megatron_to_hf(
     reading = reading or reading_of(checkpoint) or RELEASED
     config = model_of(checkpoint, read_description(checkpoint))
     dialect = dialect_of(checkpoint, config, kind)
+    check_code(config, dialect, code)
     said = {"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)}
     partial = start(out, [checkpoint], {**asdict(options), **said})
     clock = _Clock()

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_eagle.config.encoders import encoder_spec
 from megatron_eagle.config.model import EagleConfig, encoder_configs
 from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.conversion.processor_files import RELEASED, write_json, write_processor
-from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, prefix_alone
+from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, mixture_form, prefix_alone
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
 
@@ -46,7 +47,7 @@ def write_configs(
 
     Raises UserError where ``code`` cannot compute the model.
     """
-    _check_code(config, dialect, code)
+    check_code(config, dialect, code)
     dtype_name, kind = str(dtype).removeprefix("torch."), dialect.format
     text = {"B": "text_config", "A": "llm_config"}[kind]
     tiling = {
@@ -83,13 +84,32 @@ def write_configs(
         folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": ids.get("<|endoftext|>", stop)}
     )
     if code == "own":
-        for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
-            shutil.copyfile(file, folder / file.name)
+        _write_code(folder, config)
     write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading)
 
 
-def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:
-    """What is fixed in NVIDIA's code, the encoders that each code has, and the names that both give the tensors."""
+def _write_code(folder: Path, config: EagleConfig) -> None:
+    """Our code, and that of encoders of other packages, which a line each adds to ours."""
+    for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
+        shutil.copyfile(file, folder / file.name)
+    for kind in sorted(set(_kinds(config)) - _own_kinds()):
+        shutil.copyfile(str(encoder_spec(kind).part("exported").__file__), folder / f"{kind}_eagle.py")
+        with (folder / "encoders_eagle.py").open("a", encoding="utf-8") as encoders:
+            encoders.write(f"\n\nfrom .{kind}_eagle import build, channels, features  # noqa: E402, F811\n\n")
+            encoders.write(f'KINDS["{kind}"] = Kind(build, features, channels)\n')
+
+
+def _own_kinds() -> set[str]:
+    from megatron_eagle.conversion.remote_code.encoders_eagle import KINDS  # transformers takes seconds
+
+    return set(KINDS)
+
+
+def check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:
+    """UserError unless ``code`` can compute the model and has the names of ``dialect``.
+
+    Our code has our encoders and those of packages whose folder has an ``exported.py``; NVIDIA's has constants, too.
+    """
     if (dialect.language, dialect.connector) != (Dialect.language, Dialect.connector):
         raise UserError(
             f"the checkpoint came with {dialect.language!r} and {dialect.connector!r} before its names, which neither "
@@ -103,12 +123,10 @@ def _check_code(config: EagleConfig, dialect: Dialect, code: Code) -> None:
                 f"{config.connector_layer_norm_eps:g}: choose --code own"
             )
     else:
-        from megatron_eagle.conversion.remote_code.modeling_eagle import KINDS
-
-        known = list(KINDS)
+        known = [kind for kind in _kinds(config) if encoder_spec(kind).has("exported") or kind in _own_kinds()]
     if missing := [kind for kind in _kinds(config) if kind not in known]:
         whose = "NVIDIA's code" if code == "nvidia" else "the code that exports carry"
-        raise UserError(f"{whose} has no encoder {', '.join(missing)}, of which this model is made")
+        raise UserError(f"{whose} has no encoder {', '.join(missing)}, of which this model is made (docs/encoders.md)")
 
 
 def _kinds(config: EagleConfig) -> list[str]:
@@ -159,8 +177,7 @@ def _language(config: EagleConfig, dtype: str, ids: Mapping[str, int]) -> dict[s
 def _vision(config: EagleConfig, dialect: Dialect, code: Code, dtype: str) -> dict[str, Any]:
     """``vision_config``: the only encoder's own config, or that of a mixture (``MOB``).
 
-    Towers get their pixels in SigLIP's normalisation, and the mixture's form is named after the sizes of its towers.
-    NVIDIA's code makes them in the order of ``vision_path``; of its other keys, ``delay_load`` keeps it from
+    NVIDIA's code makes its towers in the order of ``vision_path``; of its other keys, ``delay_load`` keeps it from
     downloading weights that the checkpoint has, and the path is only required to be there.
     """
     kinds = _kinds(config)
@@ -168,8 +185,6 @@ def _vision(config: EagleConfig, dialect: Dialect, code: Code, dtype: str) -> di
     numbers = encoder_configs(config)
     if prefix_alone(config):
         return names[0].exported(numbers[0], dtype)[f"{kinds[0]}_vision_config"]
-    sizes = {"siglip": config.tile_size}
-    sizes |= {kind: own.image_size(encoder) for kind, own, encoder in zip(kinds, names, numbers, strict=True)}
     said: dict[str, Any] = {"siglip_vision_config": None}
     for own, encoder in sorted(zip(names, numbers, strict=True), key=lambda pair: pair[0].ORDER):
         said |= own.exported(encoder, dtype)
@@ -180,7 +195,7 @@ def _vision(config: EagleConfig, dialect: Dialect, code: Code, dtype: str) -> di
         said |= {"vision_path": path, "delay_load": True, "vision_tower_siglip_path": "google/paligemma-3b-pt-448"}
     return {
         "model_type": "MOB",
-        "moe_version_type": "_".join(f"{kind}_{size}" for kind, size in sorted(sizes.items())),
+        "moe_version_type": mixture_form(config),
         "normalize_type": "siglip",
         "hidden_size": "lazy_calculation",
         **said,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_eagle.config.encoders import encoder_config, encoder_kinds, encoder_spec
-from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_names
+from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_configs, encoder_names
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
@@ -49,10 +49,12 @@ _EAGLE_VALUES = {
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
 }
-# Keys of a mixture's vision_config; those of an encoder begin with its kind.
+# Keys of a mixture's vision_config, beside those of its encoders (their MIXTURE_KEYS). NVIDIA's class writes the second
+# line as well, and its towers compute the same whatever is there: mm_vision_select_layer is kept and never looked at.
 _MOB_KEYS = (
     *("moe_version_type", "vision_path", "vision_tower_siglip_path", "grid_size", "hidden_size", "delay_load"),
-    *("drop_path_rate", "encoders"),
+    *("mm_vision_select_layer", "image_size", "input_image_size", "freeze_backbones", "vision_tower"),
+    *("vision_tower_convnext_path", "drop_path_rate", "encoders"),
 )
 # What fresh weights are drawn with: not in a released config.
 _START = ("initializer_range", "layer_scale_init_value", "layerscale_value")
@@ -141,13 +143,16 @@ def recognise(infos: Infos, config: Mapping[str, Any], where: str) -> tuple[Eagl
             own, numbers, [describe_encoder(kind, infos, at, vision, where) for kind, at in _only_ones(towers)], where
         )
         _check_entries(own, dialect, config, where)
+        _check_form(own, vision or {}, where)
         return own, dialect
     side = config.get("force_image_size") or (vision or {}).get("image_size")
     if not side:
         raise UserError(f"{where}/config.json says neither force_image_size nor vision_config.image_size")
     encoders = tuple(describe_encoder(kind, infos, prefix, vision, where) for kind, prefix in towers)
     eps = config.get("connector_layer_norm_eps", 1e-5)
-    return EagleConfig(int(side), encoders=encoders, language=numbers, connector_layer_norm_eps=eps), dialect
+    made = EagleConfig(int(side), encoders=encoders, language=numbers, connector_layer_norm_eps=eps)
+    _check_form(made, vision or {}, where)
+    return made, dialect
 
 
 def convertible_kinds() -> list[str]:
@@ -270,10 +275,8 @@ def _refuse_unknown_keys(config: Mapping[str, Any], vision: Mapping[str, Any], w
         )
     refuse_unknown(config, f"{where}/config.json", _EAGLE_KEYS, _EAGLE_VALUES)
     if vision.get("model_type") == "MOB":
-        named = [name for name in vision if name.split("_")[0] in convertible_kinds()]
-        refuse_unknown(
-            vision, f"{where}/config.json: vision_config", (*_MOB_KEYS, *named), {"normalize_type": "siglip"}
-        )
+        known = [*_MOB_KEYS, *(name for kind in convertible_kinds() for name in encoder_hf_names(kind).MIXTURE_KEYS)]
+        refuse_unknown(vision, f"{where}/config.json: vision_config", known, {"normalize_type": "siglip"})
     if config.get("model_type") not in (None, "eagle_chat", "eagle_2_5_vl"):
         raise UserError(
             f"{where}/config.json is of model_type={config['model_type']!r}; eagle_chat and eagle_2_5_vl are understood"
@@ -307,6 +310,24 @@ def mixture_entries(config: EagleConfig, dialect: Dialect) -> list[dict[str, Any
         numbers = {name: value for name, value in vars(encoder_config(settings)).items() if name not in _START}
         entries.append({"kind": settings["kind"], "tower": int(number[1]), **numbers})
     return entries
+
+
+def mixture_form(config: EagleConfig) -> str:
+    """``moe_version_type``: kinds, and the sides of the pixels that each is given. Towers get SigLIP's pixels."""
+    pairs = zip(config.encoders, encoder_configs(config), strict=True)
+    sizes = {"siglip": config.tile_size}
+    sizes |= {own["kind"]: encoder_hf_names(own["kind"]).image_size(numbers) for own, numbers in pairs}
+    return "_".join(f"{kind}_{size}" for kind, size in sorted(sizes.items()))
+
+
+def _check_form(config: EagleConfig, vision: Mapping[str, Any], where: str) -> None:
+    """NVIDIA's code joins towers otherwise in its other forms, among them the one it takes where none is said."""
+    said = vision.get("moe_version_type")
+    if vision.get("model_type") == "MOB" and said != mixture_form(config):
+        raise UserError(
+            f"{where}/config.json: vision_config has moe_version_type={said!r}, only {mixture_form(config)!r} is "
+            "supported for these encoders"
+        )
 
 
 def _check_entries(own: EagleConfig, dialect: Dialect, config: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 COMPAT = ROOT / "megatron_eagle" / "compat"
 # eagle_kernels imports torch and triton only, so it cannot use compat: this file is its own compat, with a contract in
 # tests/kernels/test_triton_contract.py.
-# Exported code imports nothing of this project either; tests/conversion/test_remote_code.py runs it on both stacks.
+# Exported code imports nothing of this project either; tests/conversion/test_remote_code.py runs it.
 OUTSIDE = {
     "kernels/eagle_kernels/checking/interpreter.py",
     "megatron_eagle/conversion/remote_code/modeling_eagle.py",
@@ -45,7 +45,7 @@ IN_TESTS: dict[str, set[str]] = {
         "torch.utils._pytree.tree_leaves",
     },
     # What attention each part of a loaded model runs with.
-    "tests/outside_code.py": {"module.config._attn_implementation"},
+    "tests/outside_code.py": {"m.config._attn_implementation"},
     # Operators whose work is counted.
     "tests/planning/test_flops.py": {
         "ATEN._scaled_dot_product_flash_attention_for_cpu",

@@ -6,11 +6,12 @@ from dataclasses import replace
 import checkpoint_cases as cases
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2Config, SiglipVisionConfig, __version__
+from transformers import Qwen2Config, SiglipVisionConfig, __version__
 
 from megatron_eagle.conversion.convert import Options, hf_to_megatron
 from megatron_eagle.conversion.export import write_configs
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
+from megatron_eagle.conversion.remote_code.configuration_eagle import Eagle2_5_VLConfig
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.errors import UserError
 
@@ -84,10 +85,13 @@ CHANGES = {
     "other heads": (lambda said: said["vision_config"]["encoders"][0].update(num_attention_heads=8), "encoders is"),
     "other order": (lambda said: said["vision_config"]["encoders"].reverse(), "encoders is"),
     "other epsilon": (lambda said: said.update(connector_layer_norm_eps=1e-3), "connector_layer_norm_eps=1e-05, the"),
-    "a layer of SigLIP's": (
-        lambda said: said["vision_config"].update(mm_vision_select_layer=-2),
-        "mm_vision_select_layer=-2",
+    "another way of joining": (
+        lambda said: said["vision_config"].update(moe_version_type="seq_concat"),
+        "moe_version_type='seq_concat', only 'convnext_64_siglip_32' is supported",
     ),
+    "no way of joining": (lambda said: said["vision_config"].pop("moe_version_type"), "moe_version_type=None, only"),
+    "tiles resized for SigLIP": (lambda said: said["vision_config"].update(siglip_img_size=64), "siglip_img_size=64"),
+    "a tower of another kind": (lambda said: said["vision_config"].update(radio_img_size=448), "radio_img_size=448"),
 }
 
 
@@ -104,13 +108,24 @@ def test_a_config_changed_in_one_place_is_refused_by_name(tmp_path, change):
         recognise(infos, said, "hf")
 
 
+def test_what_nvidias_class_writes_into_a_mixtures_config_is_read(tmp_path):
+    """Its towers do not look at these; the numbers are the class's defaults."""
+    config = cases.reduced("eagle2-9b")
+    cases.write_released(tmp_path, config, Dialect.published(config, "A"))
+    said = read_config(tmp_path)
+    del said["vision_config"]["encoders"], said["connector_layer_norm_eps"]
+    said["vision_config"] |= {"mm_vision_select_layer": -2, "image_size": 1024, "input_image_size": 1024}
+    said["vision_config"] |= {"freeze_backbones": None, "vision_tower": "palisiglip;convnext-1024"}
+    said["vision_config"]["vision_tower_convnext_path"] = "convnext_xxlarge.clip_laion2b_soup"
+    assert recognise(SafetensorsFolder(tmp_path).infos, said, "hf")[0].encoders == config.encoders
+
+
 @pytest.mark.parametrize("key", [{"select_layer": -2}, {"ps_version": "v1"}, {"downsample_ratio": 1.0}])
-def test_own_code_refuses_what_it_does_not_compute(tmp_path, monkeypatch, key):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_own_code_refuses_what_it_does_not_compute(tmp_path, key):
     said = written(tmp_path, cases.reduced("eagle2-1b"), "B", "own")
-    (tmp_path / "config.json").write_text(json.dumps(said | key))
+    assert Eagle2_5_VLConfig(**said).vision_config.hidden_size == 32
     with pytest.raises(ValueError, match=f"config.json has {next(iter(key))}="):
-        AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+        Eagle2_5_VLConfig(**said | key)
 
 
 def test_an_export_with_another_epsilon_comes_back(tmp_path):

@@ -9,15 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.conversion.check import check
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_eagle.conversion.logits import probe_batch, published_by, released_logits
+from megatron_eagle.conversion.released import Dialect
+from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.planning.hardware import load_hardware
 from megatron_eagle.planning.plan import plan_stage
 from megatron_eagle.planning.samples import Mix
+from megatron_eagle.verification.reference import samples_of
 from megatron_eagle.verification.table import verify_recipe
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -55,6 +62,17 @@ def test_an_encoder_of_another_package_goes_all_the_way(recipe: Path, tmp_path: 
 
     released = json.loads((tmp_path / "released" / "config.json").read_text())
     assert released["vision_config"]["stripes_rows"] == 16
+    carried = AutoModelForCausalLM.from_pretrained(tmp_path / "released", trust_remote_code=True, dtype=torch.float32)
+    batch = probe_batch(model := read.model.eagle())
+    folder, dialect = SafetensorsFolder(tmp_path / "released"), Dialect.published(model, "A")
+    published = published_by(tmp_path / "released", model)
+    tokens, _, tiles, slots = next(iter(samples_of([batch])))
+    places = slots[:, None] + torch.arange(tokens_per_tile(model))
+    tokens[places] = carried.config.image_token_index
+    ours = carried(input_ids=tokens[None], pixel_values=tiles / 127.5 - 1).logits[0].detach()
+    theirs = released_logits(folder, model, dialect, batch, published)[: len(tokens)]
+    assert float((ours.double() - theirs).abs().max()) < 1e-4
+
     back = hf_to_megatron([tmp_path / "released"], tmp_path / "back", Options())
     assert not back.failures and back.logits is not None
     assert check(checkpoint, tmp_path / "back").equal

@@ -42,13 +42,15 @@ class EncoderNames(Protocol):
     TOWER: what stands between a mixture's prefix of a tower and the encoder's own names. ALONE: its prefix in a
     released model that has no other encoder; None where no such model is known. VISION_PATH: what NVIDIA's code calls
     it in ``vision_path``; None where it has no such encoder. ORDER: its place among the channels where a checkpoint
-    does not say it. UNUSED: (pattern, reason) of tensors of the encoder that are not taken.
+    does not say it. MIXTURE_KEYS: what a mixture's ``vision_config`` says of it. UNUSED: (pattern, reason) of tensors
+    of the encoder that are not taken.
     """
 
     TOWER: str
     ALONE: str | None
     VISION_PATH: str | None
     ORDER: int
+    MIXTURE_KEYS: Sequence[str]
     UNUSED: Sequence[tuple[str, str]]
 
     def find(self, names: Collection[str]) -> list[str]:
@@ -101,6 +103,24 @@ class EncoderReference(Protocol):
 
     def reduced(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A recipe's entry at a width and depth that a CPU verifies in seconds, of the same tokens and tp."""
+
+
+class EncoderExport(Protocol):
+    """``exported.py``: an encoder of another package in transformers' terms, for exports that load by themselves.
+
+    The file is copied into exported folders, so it imports torch and transformers and nothing else. Those of this
+    package are in ``conversion/remote_code/encoders_eagle.py``.
+    """
+
+    def build(self, numbers: Mapping[str, Any], attention: str | None) -> "nn.Module":
+        """The module, whose tensors have the names of ``hf_names.released_sources`` behind the prefix of a tower.
+        numbers: the encoder's, as in its config; attention: what transformers' modules are told."""
+
+    def features(self, module: "nn.Module", pixels: "Tensor") -> "Tensor":
+        """Pixels [n, 3, s, s] in [-1, 1], float32 -> [n, output_tokens, output_channels]."""
+
+    def channels(self, numbers: Mapping[str, Any]) -> int:
+        """output_channels."""
 
 
 def build_encoder(settings: dict[str, Any], build: "BuildContext") -> "MegatronModule":

@@ -8,7 +8,9 @@ from stripes.config import Config
 
 TOWER = ""
 ALONE = None
+VISION_PATH = None
 ORDER = 9
+MIXTURE_KEYS = ("stripes_rows",)
 UNUSED = ()
 
 

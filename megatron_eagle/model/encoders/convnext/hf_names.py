@@ -14,6 +14,7 @@ TOWER = ""
 ALONE = None
 VISION_PATH = "convnext-1024"
 ORDER = 1
+MIXTURE_KEYS = ("convnext_img_size", "convnext_layer_norm_eps")
 UNUSED = (
     (r"^head\.", "the classifier head: Eagle takes the features before it"),
     (r"^(norm|norm_pre)\.(weight|bias)$", "the encoder's norm behind its last stage, part of its head"),

@@ -30,6 +30,7 @@ TOWER = ""
 ALONE = None
 VISION_PATH = None
 ORDER = 2
+MIXTURE_KEYS = ("dinov2_vision_config",)
 UNUSED = ((r"^embeddings\.mask_token$", "stands for masked patches, in DINOv2's own training only"),)
 _PATCHES, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _LAYER = {

@@ -25,6 +25,7 @@ TOWER = "vision_model."
 ALONE = "vision_model.vision_model."
 VISION_PATH = "palisiglip"
 ORDER = 0  # Eagle puts it first among the channels, whatever its number among the towers
+MIXTURE_KEYS = ("siglip_vision_config",)
 UNUSED = ((r"^head\.", "the pooling head: Eagle takes the features before it"),)
 _PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 # Heads of the published ones, by width: so400m, large and base; a file of weights alone does not say it.
