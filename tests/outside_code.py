@@ -110,6 +110,7 @@ def more(folder, rows, scratch):
     found["uncached"] = generated(model, rows, 6, use_cache=False)
     found["beams"] = generated(model, rows, 6, num_beams=3)
     found["beams alone"] = [answer for row in rows for answer in generated(model, [row], 6, num_beams=3)]
+    found["twice"] = generated(model, rows, 6, do_sample=True, top_k=1, num_return_sequences=2)
     found["gradients"] = gradients(model, inputs, labels)
     model.gradient_checkpointing_enable()
     found["recomputed gradients"] = gradients(model, inputs, labels)

@@ -202,10 +202,11 @@ def test_other_attention_types_and_classes(found):
     assert {"Siglip", "Qwen2Attention"} <= set(more["attention"]) and set(more["attention"].values()) == {"eager"}
 
 
-def test_without_a_cache_and_with_beams(found):
-    """Pictures are there at every step without a cache, and every beam of a row has all of the row's tiles."""
+def test_without_a_cache_and_with_several_answers(found):
+    """Pictures are there at every step without a cache, and each copy of a row has all of the row's tiles in order."""
     more = found[1]["more"]
     assert more["uncached"] == [answer[:6] for answer in found[0][MORE][2]]
+    assert more["twice"] == [answer[:6] for answer in found[0][MORE][2] for _ in range(2)]
     assert more["beams"] == more["beams alone"]
 
 
