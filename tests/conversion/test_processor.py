@@ -8,7 +8,7 @@ import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -269,6 +269,7 @@ def test_pixels_of_some_sizes(released: Any) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_pixels_of_2000_sizes(released: Any) -> None:
     same_pixels(released, sizes_of_the_table())
 
@@ -375,6 +376,26 @@ def test_a_folder_that_says_otherwise_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         file.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("code", ["own", "nvidia"])
+def test_the_tokenizers_own_template_is_replaced(tmp_path: Path, code: Literal["own", "nvidia"]) -> None:
+    """Qwen's has another system text and takes no lists of parts."""
+    file = write_qwen_like(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "qwen"}))
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / name).write_text('{"chat_template": "qwen"}')
+    write_processor(tmp_path, EAGLE, "B", code, tokens_per_tile=TOKENS_PER_TILE)
+    ours = chat_template(RELEASED.system, numbered=code == "nvidia")
+    assert (tmp_path / "chat_template.jinja").read_text() == ours and "chat_template" not in json.loads(
+        file.read_text()
+    )
+    if code == "own":
+        assert not (tmp_path / "chat_template.json").exists()
+        return
+    assert json.loads((tmp_path / "chat_template.json").read_text()) == {"chat_template": ours}
+    said = json.loads((tmp_path / "preprocessor_config.json").read_text())["auto_map"]["AutoImageProcessor"]
+    assert said == "nvidia/Eagle2.5-8B--image_processing_eagle2_5_vl_fast.Eagle2_5_VLImageProcessorFast"
 
 
 def test_the_template_for_nvidias_processor_gives_trainings_text(tmp_path: Path) -> None:
