@@ -3,6 +3,7 @@
 The folder's processor is loaded by AutoProcessor from a copy, never imported from the package.
 """
 
+import base64
 import json
 import random
 import shutil
@@ -200,7 +201,10 @@ def drawn(number: int, pictures: list[Path], films: list[Path]) -> tuple[StoredS
 
 def given(file: Path, kind: str, draw: random.Random) -> dict[str, Any]:
     """A medium in one of the ways in which messages may hold it."""
-    way = draw.choice(["path", "url", "bytes", *(["pillow"] if kind == "image" else [])])
+    way = draw.choice(["path", "url", "bytes", *(["pillow", "base64", "data"] if kind == "image" else [])])
+    if way in ("base64", "data"):
+        text = base64.b64encode(file.read_bytes()).decode()
+        return {"base64": text} if way == "base64" else {"url": f"data:image/png;base64,{text}"}
     if way == "pillow":
         return {"image": Image.open(file)}
     return {kind: file.read_bytes()} if way == "bytes" else {way: str(file)}
