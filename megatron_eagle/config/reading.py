@@ -23,7 +23,7 @@ RENAMED_RULES = {"eagle2": "ratio"}
 def _refuse_old_rule(value: Any) -> Any:
     if isinstance(value, str) and value in RENAMED_RULES:
         raise ValueError(
-            f"tiling_rule: {value} is now called {RENAMED_RULES[value]} and cuts as before; released Eagle 2 and 2.5 "
+            f"{value} is now called {RENAMED_RULES[value]} and cuts as before; released Eagle 2 and 2.5 "
             "models are read by the rule area (docs/compatibility.md)"
         )
     return value

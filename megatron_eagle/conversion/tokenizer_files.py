@@ -25,19 +25,6 @@ TOKENS = {
         *("<ref>", "</ref>", "<interval>", "</interval>"),
     ),
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary
 
 
 def _update_config(out: Path, added: dict[str, int]) -> None:
-    """Tell transformers of the added tokens, and of a chat template if there is none."""
+    """Tell transformers of the added tokens; the chat template is written with the processor's files."""
     config: dict[str, Any] = {}
     if (out / "tokenizer_config.json").is_file():
         config = _read_object(out / "tokenizer_config.json")
@@ -116,8 +103,6 @@ def _update_config(out: Path, added: dict[str, int]) -> None:
         file = out / "added_tokens.json"
         before = _read_object(file) if file.is_file() else {}
         file.write_text(json.dumps({**before, **added}, indent=2), encoding="utf-8")
-    if "chat_template" not in config and not (out / "chat_template.jinja").is_file():
-        config["chat_template"] = CHAT_TEMPLATE
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

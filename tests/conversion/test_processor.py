@@ -3,12 +3,13 @@
 The folder's processor is loaded by AutoProcessor from a copy, never imported from the package.
 """
 
+import base64
 import json
 import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -200,7 +201,10 @@ def drawn(number: int, pictures: list[Path], films: list[Path]) -> tuple[StoredS
 
 def given(file: Path, kind: str, draw: random.Random) -> dict[str, Any]:
     """A medium in one of the ways in which messages may hold it."""
-    way = draw.choice(["path", "url", "bytes", *(["pillow"] if kind == "image" else [])])
+    way = draw.choice(["path", "url", "bytes", *(["pillow", "base64", "data"] if kind == "image" else [])])
+    if way in ("base64", "data"):
+        text = base64.b64encode(file.read_bytes()).decode()
+        return {"base64": text} if way == "base64" else {"url": f"data:image/png;base64,{text}"}
     if way == "pillow":
         return {"image": Image.open(file)}
     return {kind: file.read_bytes()} if way == "bytes" else {way: str(file)}
@@ -269,6 +273,7 @@ def test_pixels_of_some_sizes(released: Any) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_pixels_of_2000_sizes(released: Any) -> None:
     same_pixels(released, sizes_of_the_table())
 
@@ -375,6 +380,26 @@ def test_a_folder_that_says_otherwise_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         file.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("code", ["own", "nvidia"])
+def test_the_tokenizers_own_template_is_replaced(tmp_path: Path, code: Literal["own", "nvidia"]) -> None:
+    """Qwen's has another system text and takes no lists of parts."""
+    file = write_qwen_like(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "qwen"}))
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / name).write_text('{"chat_template": "qwen"}')
+    write_processor(tmp_path, EAGLE, "B", code, tokens_per_tile=TOKENS_PER_TILE)
+    ours = chat_template(RELEASED.system, numbered=code == "nvidia")
+    assert (tmp_path / "chat_template.jinja").read_text() == ours and "chat_template" not in json.loads(
+        file.read_text()
+    )
+    if code == "own":
+        assert not (tmp_path / "chat_template.json").exists()
+        return
+    assert json.loads((tmp_path / "chat_template.json").read_text()) == {"chat_template": ours}
+    said = json.loads((tmp_path / "preprocessor_config.json").read_text())["auto_map"]["AutoImageProcessor"]
+    assert said == "nvidia/Eagle2.5-8B--image_processing_eagle2_5_vl_fast.Eagle2_5_VLImageProcessorFast"
 
 
 def test_the_template_for_nvidias_processor_gives_trainings_text(tmp_path: Path) -> None:

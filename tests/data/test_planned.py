@@ -389,6 +389,10 @@ def test_positions_of_other_streams_are_refused(world):
         PlannedStream(data_settings(b), tokenizer, batch=4).restore(half)
     with pytest.raises(UserError, match="seed was 0, is 1; pack_length was 512, is 600"):
         PlannedStream(data_settings(a, pack_length=600), tokenizer, seed=1, batch=4).restore(half)
+    older = json.loads(half)
+    del older["identity"]["settings"]["text_format"]
+    with pytest.raises(UserError, match=r"before 2026-11-26, when other line breaks .*compatibility\.md"):
+        PlannedStream(data_settings(a), tokenizer, batch=4).restore(json.dumps(older).encode())
     with pytest.raises(ValueError, match="batch=3 packs cannot be shared out"):
         PlannedStream(data_settings(a), tokenizer, world_size=2, batch=3)
 

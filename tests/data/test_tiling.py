@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_eagle.config.reading import Tiling
+from megatron_eagle.config.reading import ReadingSettings, Tiling
 from megatron_eagle.data.media.tiling import candidate_grids, choose_grid, count_tiles, cut_tiles
 
 # (width, height): grid by ratio at 448, area at 448, ratio at 512, area at 512. Computed from the released
@@ -150,3 +150,8 @@ def test_impossible_numbers_are_refused():
         choose_grid(0, 10, Tiling())
     with pytest.raises(ValueError, match="this one is L"):
         cut_tiles(Image.new("L", (8, 8)), Tiling(64))
+
+
+def test_the_old_name_of_a_rule_is_refused_with_the_new_one():
+    with pytest.raises(ValueError, match=r"eagle2 is now called ratio .* by the rule area"):
+        ReadingSettings(tiling_rule="eagle2")

@@ -10,6 +10,7 @@ from tokenizer_folder import CORPUS, QWEN_TOKENS, write_qwen_like
 from megatron_eagle.data.sample.tokenizer import (
     EAGLE_TOKENS,
     GROUNDING,
+    INTERVAL,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
@@ -91,6 +92,15 @@ def test_ids_are_read_not_assumed(tmp_path):
     assert tokenizer.image_start == tokenizer.vocab_size - 1
     assert tokenizer.image_context == tokenizer.vocab_size - 3
     assert tokenizer.decode(tokenizer.encode("<IMG_CONTEXT><box>")) == "<IMG_CONTEXT><box>"
+
+
+def test_marks_of_intervals_are_tokens_where_the_tokenizer_has_them(tmp_path):
+    (tmp_path / "later").mkdir()
+    earlier = HuggingFaceTokenizer(write_qwen_like(tmp_path, extra=list(EAGLE_TOKENS)))
+    later = HuggingFaceTokenizer(write_qwen_like(tmp_path / "later", extra=[*EAGLE_TOKENS, *INTERVAL]))
+    text = "<interval>3, 5</interval>"
+    assert len(earlier.encode(text)) > len(later.encode(text)) == len(later.encode("3, 5")) + 2
+    assert earlier.decode(earlier.encode(text)) == later.decode(later.encode(text)) == text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

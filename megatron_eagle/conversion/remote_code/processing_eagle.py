@@ -10,6 +10,7 @@ name in somebody's words is spelled out. ``apply_chat_template`` quotes such nam
 
 import base64
 import binascii
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -362,10 +363,13 @@ def _is_picture(given: Any) -> bool:
 
 def _file_of(given: Any) -> Any:
     """Bytes for base64 and ``data:`` URLs; anything else as it is. ValueError for other URLs, which are not fetched."""
-    if not isinstance(given, str) or len(given) < 4096 and Path(given).is_file():
+    if not isinstance(given, str):
         return given
-    if re.match("[a-z]+://", given):
+    if re.match("[a-z0-9+.-]+://", given, re.IGNORECASE):
         raise ValueError(f"{given[:80]} is not fetched; pass the file")
+    with contextlib.suppress(OSError):  # a long text is no name of a file
+        if not given.startswith("data:") and Path(given).is_file():
+            return given
     try:
         return base64.b64decode(given.split(",", 1)[-1] if given.startswith("data:") else given, validate=True)
     except (binascii.Error, ValueError):

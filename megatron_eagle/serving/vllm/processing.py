@@ -118,7 +118,11 @@ class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ig
     ) -> dict[str, Any]:
         """A strip of as many tiles as a picture can have, and videos of the frames that the sequence has room for."""
         images, settings = self.info.processor.image_processor, self.info.processor.frame_settings()
-        side, most, width = images.size["height"], images.max_dynamic_tiles, settings.frame_tiles * images.size["height"]
+        side, most, width = (
+            images.size["height"],
+            images.max_dynamic_tiles,
+            settings.frame_tiles * images.size["height"],
+        )
         pictures, films = mm_counts.get("image", 0), mm_counts.get("video", 0)
         frame = images.get_number_of_image_patches(side, width) * images.tokens_per_tile
         room = seq_len - pictures * (most + 1) * images.tokens_per_tile
