@@ -143,8 +143,11 @@ def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
 def test_private_names_are_those_of_the_pinned_versions() -> None:
     assert {constraints(stack)["megatron-core"] for stack in STACKS} == set(KNOWN_MEGATRON)
     interpreter = (ROOT / "kernels" / "eagle_kernels" / "checking" / "interpreter.py").read_text(encoding="utf-8")
-    tested = re.search(r'^TESTED_TRITON = "(.+)"$', interpreter, re.MULTILINE)  # importing it would import Triton
-    assert tested and constraints()["triton"].startswith(tested[1])
+    tested = re.search(r"^TESTED_TRITON = (\(.+\))$", interpreter, re.MULTILINE)  # importing it would import Triton
+    lowest = pins((ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8"))
+    assert tested is not None
+    oldest, newest = ast.literal_eval(tested[1])
+    assert lowest["triton"].startswith(oldest) and constraints()["triton"].startswith(newest)
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -1,6 +1,6 @@
 """Makes Triton's CPU interpreter compute bfloat16 correctly, so that the dtype of training is tested without a GPU.
 
-Triton 3.7 keeps a bfloat16 block as its raw 16 bits in a numpy array of integers. Loads and stores are right; nearly
+Triton keeps a bfloat16 block as its raw 16 bits in a numpy array of integers. Loads and stores are right; nearly
 all else works on the integers and returns nonsense without an error (sums, comparisons, ``tl.dot``), and float32 ->
 bfloat16 cuts off instead of rounding. Here a bfloat16 block is kept as float32 that holds bfloat16 values: narrowed
 when stored, rounded to nearest even whenever an operation makes a new block. That is the arithmetic of the GPU for
@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 from eagle_kernels.device import INTERPRETED
 
-TESTED_TRITON = "3.7."
+TESTED_TRITON = ("3.6.", "3.7.")
 _state = {"corrected": False, "scalars": False}
 
 
@@ -58,7 +58,7 @@ def _require_tested_interpreter(subject: str) -> None:
             "kernels are not interpreted in this process: set TRITON_INTERPRET=1 before triton is imported"
         )
     if not triton.__version__.startswith(TESTED_TRITON):
-        raise RuntimeError(f"{subject} corrected for Triton {TESTED_TRITON}x, this is {triton.__version__}")
+        raise RuntimeError(f"{subject} corrected for Triton {'x, '.join(TESTED_TRITON)}x, this is {triton.__version__}")
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
