@@ -40,8 +40,8 @@ class Budget:
 class Verdict:
     """What the batch script is to do, and why.
 
-    action: ``go`` or ``stop`` before a start, ``complete``, ``requeue``, ``stop`` or ``superseded`` after it. exclude: nodes to leave
-    out. start: number of the start that begins.
+    action: ``go`` or ``stop`` before a start; after it ``complete``, ``requeue``, ``stop`` or ``superseded``. exclude:
+    nodes to leave out. start: number of the start that begins.
     """
 
     action: str
