@@ -94,7 +94,8 @@ def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for
     shard.write_bytes(content)
     (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), False)
     words = rf"step_00000004 is damaged: {shard.name} has other bytes.*--fallback': 'first' "
-    assert re.search(words + r"(goes on from .*step_00000002: 2|starts anew, because .*: 4) steps are trained", error)
+    cost = r"(goes on from .*step_00000002, and 2|starts anew, because .*, and 4) of its 6 steps are trained again"
+    assert re.search(words + cost, error)
     older = folder / "step_00000002"
     if not older.exists():  # keep_checkpoints may have removed it
         shutil.copytree(folder / "kept", older)
@@ -116,7 +117,7 @@ def test_damage_in_the_stage_before_names_the_way_on_and_what_it_costs(small_run
         (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), fallback, "second")
         assert f"{last} is not a checkpoint of megatron-eagle: its checkpoint.json" in error
         assert "megatron-eagle submit --stages first,second --fallback" in error
-        assert "'first' goes on from" in error and "step_00000004: 1 steps are trained again" in error
+        assert "'first' goes on from" in error and "step_00000004, and 1 of its 5 steps are trained again" in error
     assert worlds(1).run(damage_and_train, recipe, str(tmp_path), True) == [None]
     assert worlds(1).run(damage_and_train, recipe, str(tmp_path), False, "second") == [None]
 
