@@ -31,8 +31,9 @@ def start_again_beside_the_old_one(slurm: ThrowawaySlurm, chain: SubmittedChain)
     for process in old.values():
         os.kill(process, signal.SIGSTOP)
     slurm.kill_slurmd(node)
-    starts = len(chain.events("started"))
-    slurm.until(lambda: len(chain.events("started")) > starts, "the second start", 300)
+    logged = chain.folder / "metrics.jsonl"
+    before = logged.stat().st_ino
+    slurm.until(lambda: logged.stat().st_ino != before, "the second start trains: it writes the file anew", 300)
     for process in old.values():
         os.kill(process, signal.SIGCONT)
     return node
