@@ -57,10 +57,10 @@ def test_after_its_time_nothing_is_known(away: Path) -> None:
 
 def test_a_submission_is_given_again_only_if_it_cannot_have_arrived(away: Path) -> None:
     tell(away, REFUSED.replace("squeue", "sbatch"), 2, "9\n")
-    assert slurm.submit(away / "script", after=None) == "9" and asked(away) == 3
+    assert slurm.submit(away / "script", after=None, held=False) == "9" and asked(away) == 3
     tell(away, LOST, 2, "9\n")
     with pytest.raises(slurm.CannotAsk, match="Socket timed out"):
-        slurm.submit(away / "script", after=None)
+        slurm.submit(away / "script", after=None, held=False)
     assert asked(away) == 4
 
 

@@ -221,9 +221,8 @@ def test_a_start_that_is_no_longer_the_newest_notes_no_end(tmp_path: Path) -> No
     claim(tmp_path, job="2")
     files = {"log": tmp_path / "log", "stacks": tmp_path / "stacks"}
     verdict = end(tmp_path, "s", job="1", code=0, asked=False, budget=BUDGET, start=run.start, **files)
-    assert (
-        verdict.action == "stop" and "start 1 of" in verdict.reason and "by start 2: job 2, process" in verdict.reason
-    )
+    assert verdict.action == "superseded"
+    assert "start 1 of" in verdict.reason and "by start 2: job 2, process" in verdict.reason
     assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "started", "superseded"]
     run.checkpoint(9)
     assert end(tmp_path, "s", job="2", code=0, asked=False, budget=BUDGET, start=2, **files).action == "complete"
