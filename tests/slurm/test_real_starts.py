@@ -41,7 +41,7 @@ def start_again_beside_the_old_one(slurm: ThrowawaySlurm, chain: SubmittedChain)
 
 def end_without_a_controller(slurm: ThrowawaySlurm, chain: SubmittedChain) -> None:
     chain.until_step("stage2", 2)
-    slurm.kill_controller()
+    slurm.stop_controller()
     deadline = time.monotonic() + 300
     while chain.step("stage2") < STEPS and time.monotonic() < deadline:
         time.sleep(0.1)
