@@ -45,7 +45,7 @@ def _doctor(options: argparse.Namespace) -> None:
     from megatron_eagle.training.watchdog import Watchdog
 
     # Before PyTorch, whose import takes seconds; a stop that comes amid a pre-flight must not look like a bad node.
-    Watchdog().leave_on(signal.SIGUSR1, signal.SIGTERM)
+    Watchdog(rank=int(os.environ.get("RANK", "0"))).leave_on(signal.SIGUSR1, signal.SIGTERM)
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
     import torch.distributed as dist

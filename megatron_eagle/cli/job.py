@@ -14,8 +14,8 @@ def add(verbs: Verbs) -> None:
         "job",
         "for batch scripts: note a start or an end of a stage's job, and say what to do",
         "Writes to the run's events.jsonl. The last line that it prints is for the script: before a start 'go' with\n"
-        "the start's number, or 'stop' if the stage has used up its restarts; after it 'complete', 'stop', or\n"
-        "'requeue' with the nodes to leave out.",
+        "the start's number, or 'stop' if the stage has used up its restarts; after it 'complete', 'stop',\n"
+        "'superseded' by a newer start, or 'requeue' with the nodes to leave out.",
         "  megatron-eagle job begin --run runs/demo --stage stage1 --job 17 --log slurm-17.out --nodes 'n[1-2]'\n",
     )
     parser.add_argument("moment", choices=("begin", "end"))

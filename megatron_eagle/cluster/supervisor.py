@@ -11,6 +11,7 @@ The batch script does what only Slurm's commands can (requeue, exclude a node); 
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Budget:
 class Verdict:
     """What the batch script is to do, and why.
 
-    action: ``go`` or ``stop`` before a start, ``complete``, ``requeue`` or ``stop`` after it. exclude: nodes to leave
-    out. start: number of the start that begins.
+    action: ``go`` or ``stop`` before a start; after it ``complete``, ``requeue``, ``stop`` or ``superseded``. exclude:
+    nodes to leave out. start: number of the start that begins.
     """
 
     action: str
@@ -96,11 +97,14 @@ def end(
         try:
             Start(run_folder, start).require_newest()
         except Superseded as superseded:
-            append_event(run_folder, "superseded", stage=stage, job=job, cause=str(superseded))
-            return Verdict("stop", str(superseded))
+            with suppress(OSError):
+                append_event(run_folder, "superseded", stage=stage, job=job, cause=str(superseded))
+            return Verdict("superseded", str(superseded))
     last = attempts(read_events(run_folder), stage)
     offset = last[-1].log_offset if last else 0
     finding = find_cause(code, asked, _tail(log, offset), _stacks(stacks))
+    if finding.outcome == "complete" and (left := _missing(run_folder, stage)):
+        finding = Finding("interrupted", left)
     free = shutil.disk_usage(run_folder).free
     if code and free < FULL_DISK_BYTES:  # then srun's messages could not be written to the log, either
         finding = Finding("refused", f"the disk is full: {free / 1e6:.1f} MB free for {run_folder}")
@@ -139,6 +143,15 @@ def why_not_again(made: Sequence[Attempt], budget: Budget) -> str | None:
             f"{budget.without_progress} are allowed; last: {last.cause}"
         )
     return None
+
+
+def _missing(run_folder: Path, stage: str) -> str | None:
+    """What a stage that is said to be complete lacks of what was submitted: a srun that lost a node ends with 0."""
+    submitted = [e["steps"] for e in read_events(run_folder) if e["event"] == "submitted" and e["stage"] == stage]
+    step = newest_step(run_folder, stage)
+    if not submitted or step >= submitted[-1]:
+        return None
+    return f"ended without an error at step {step} of {submitted[-1]}, as when a node is lost"
 
 
 def _note_end(run_folder: Path, stage: str, job: str, finding: Finding) -> None:

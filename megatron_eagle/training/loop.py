@@ -161,7 +161,7 @@ class StageRun:
         step = read_description(good).step if good else 0
         lost = int(damaged.name.rpartition("_")[2]) - step
         origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
-        again = f"'{stage.name}' {origin}: {lost} steps are trained again"
+        again = f"'{stage.name}' {origin}, and {lost} of its {stage.steps} steps are trained again"
         if stage is self.stage:
             return f"'megatron-eagle train --fallback': {again}"
         both = f"megatron-eagle submit --stages {stage.name},{self.stage.name} --fallback"

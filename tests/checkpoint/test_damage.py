@@ -58,7 +58,7 @@ def test_damaged_checksums_are_damage(folder):
     assert "checksums.json cannot be read" in checksums.damage(folder)[0]
 
 
-def damage_and_train(recipe_path, runs, fallback):
+def damage_and_train(recipe_path, runs, fallback, stage="first"):
     """Runs in every process of a world: the error of continuing, or None."""
     from megatron_eagle.compat.platform import install
     from megatron_eagle.config.recipe import load_recipe
@@ -69,7 +69,7 @@ def damage_and_train(recipe_path, runs, fallback):
     recipe = load_recipe(Path(recipe_path))
     platform = install()
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
-    stage, run_folder = recipe.stage("first"), RunFolder(Path(runs) / recipe.name)
+    stage, run_folder = recipe.stage(stage), RunFolder(Path(runs) / recipe.name)
     try:
         StageRun(recipe, stage, run_folder, platform, groups, fallback=fallback).train()
     except UserError as error:
@@ -93,12 +93,33 @@ def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
     (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), False)
-    assert re.search(rf"step_00000004 is damaged: {shard.name} has other bytes.*--fallback", error)
+    words = rf"step_00000004 is damaged: {shard.name} has other bytes.*--fallback': 'first' "
+    cost = r"(goes on from .*step_00000002, and 2|starts anew, because .*, and 4) of its 6 steps are trained again"
+    assert re.search(words + cost, error)
     older = folder / "step_00000002"
     if not older.exists():  # keep_checkpoints may have removed it
         shutil.copytree(folder / "kept", older)
     assert worlds(1).run(damage_and_train, recipe, str(tmp_path), True) == [None]
     assert torch.equal(TorchDist(whole[6]).read("connector.linear_fc1.weight"), expected)
+
+
+def test_damage_in_the_stage_before_names_the_way_on_and_what_it_costs(small_run, worlds, tmp_path):
+    stages = small_run.settings()["stages"]
+    stages[0].update(steps=5, checkpoint_every=2)
+    stages[1].update(steps=1)
+    recipe = str(small_run.write_recipe(tmp_path / "recipe.yaml", stages=stages))
+    assert worlds(1).run(damage_and_train, recipe, str(tmp_path), False) == [None]
+    last = tmp_path / "small" / "checkpoints" / "first" / "step_00000005"
+    content = bytearray((last / "checkpoint.json").read_bytes())
+    content[1] ^= 4
+    (last / "checkpoint.json").write_bytes(content)
+    for fallback in (False, True):  # of the second stage, which cannot help itself
+        (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), fallback, "second")
+        assert f"{last} is not a checkpoint of megatron-eagle: its checkpoint.json" in error
+        assert "megatron-eagle submit --stages first,second --fallback" in error
+        assert "'first' goes on from" in error and "step_00000004, and 1 of its 5 steps are trained again" in error
+    assert worlds(1).run(damage_and_train, recipe, str(tmp_path), True) == [None]
+    assert worlds(1).run(damage_and_train, recipe, str(tmp_path), False, "second") == [None]
 
 
 def save_for_ever(stage_folder, recipe_path):

@@ -221,11 +221,22 @@ def test_a_start_that_is_no_longer_the_newest_notes_no_end(tmp_path: Path) -> No
     claim(tmp_path, job="2")
     files = {"log": tmp_path / "log", "stacks": tmp_path / "stacks"}
     verdict = end(tmp_path, "s", job="1", code=0, asked=False, budget=BUDGET, start=run.start, **files)
-    assert (
-        verdict.action == "stop" and "start 1 of" in verdict.reason and "by start 2: job 2, process" in verdict.reason
-    )
+    assert verdict.action == "superseded"
+    assert "start 1 of" in verdict.reason and "by start 2: job 2, process" in verdict.reason
     assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "started", "superseded"]
+    run.checkpoint(9)
     assert end(tmp_path, "s", job="2", code=0, asked=False, budget=BUDGET, start=2, **files).action == "complete"
+
+
+def test_an_exit_of_0_before_the_last_step_is_no_end(tmp_path: Path) -> None:
+    """What srun gives when it loses a node."""
+    run = Run(tmp_path)
+    assert run.begin() is None
+    run.checkpoint(8)
+    assert run.end(0) == "requeue" and "at step 8 of 9" in read_events(tmp_path)[-1]["cause"]
+    assert run.begin() is None
+    run.checkpoint(9)
+    assert run.end(0) == "complete"
 
 
 def test_what_only_reads_the_run_ends_no_other_start(tmp_path: Path) -> None:

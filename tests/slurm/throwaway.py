@@ -159,8 +159,13 @@ class ThrowawaySlurm:
         """Start slurmctld, which goes on from its saved state if there is one."""
         self._daemon("slurmctld", "slurmctld", "-D")
 
+    def stop_controller(self) -> None:
+        """An orderly end of slurmctld, which saves its state: its machine is restarted, or it is brought up to date."""
+        self.daemons["slurmctld"].terminate()
+        self.daemons.pop("slurmctld").wait()
+
     def kill_controller(self) -> None:
-        """kill -9 of slurmctld; until it is started again nobody answers."""
+        """kill -9 of slurmctld; until it is started again nobody answers. It forgets the last seconds."""
         self._kill_daemon("slurmctld")
 
     def start_node(self, node: str, *wrapper: str) -> None:
