@@ -64,7 +64,9 @@ def cancel(chain: SubmittedChain, job: str, random_: random.Random) -> None:
 
 
 def controller_away(chain: SubmittedChain, job: str, random_: random.Random) -> None:
-    chain.slurm.kill_controller()
+    """Ended in order: with kill -9 Slurm forgets what it was told last, and takes a job that is over for suspended."""
+    chain.slurm.daemons["slurmctld"].terminate()
+    chain.slurm.daemons.pop("slurmctld").wait()
     time.sleep(random_.uniform(1, 5))
     chain.slurm.start_controller()
 
@@ -139,12 +141,14 @@ def test_every_schedule_ends_well_or_says_why(
 ) -> None:
     """Up to ``most`` faults a chain; with more than one also some that hit all."""
     scheduled = []
+    wide.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # they begin together
     for seed in range(wave * CHAINS, (wave + 1) * CHAINS):
         random_ = random.Random(seed)
         chain = submit(wide, *recipe_and_cluster, tmp_path / str(seed), "--stages", ",".join(stages))
         faults = random_.choices(list(OWN), k=random_.randint(1, most))
         due = sorted(((random_.uniform(2, 4 + 12 * (most > 1)), fault) for fault in faults), key=lambda entry: entry[0])
         scheduled.append(Scheduled(chain, random_, due))
+    wide.run("scontrol", "update", "PartitionName=main", "State=UP")
     everybodys = random.Random(wave).choices(list(EVERYBODYS), k=2) if most > 1 else [controller_away]
     run_schedules(wide, scheduled, everybodys)
     wide.until(lambda: all(one.chain.is_over() for one in scheduled), f"the end of wave {wave}", 900, 0.5)
