@@ -20,8 +20,8 @@ from stand_in import expected_losses
 from test_faults import drain_node, hang_rank, kill_rank, lose_node, requeue, signal_batch, signal_ranks
 from throwaway import ThrowawaySlurm
 
+from megatron_eagle.cluster.queueing import cancel_run
 from megatron_eagle.cluster.status import CANCELLED, COMPLETE, GAVE_UP, read_status
-from megatron_eagle.cluster.submit import cancel_run
 
 CHAINS = 10
 STEPS = 40
