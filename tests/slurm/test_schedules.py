@@ -123,6 +123,19 @@ def recipe_and_cluster(small_run, tmp_path_factory: pytest.TempPathFactory) -> t
     return recipe, profile(folder / "cluster.yaml", environment={"PYTHONPATH": str(ROOT)}, **settings)
 
 
+@pytest.mark.long
+def test_a_rank_that_hangs_after_its_last_step(wide: ThrowawaySlurm, small_run, tmp_path: Path) -> None:
+    """The schedules' finding: the others end well, and Slurm would wait for it up to the time limit."""
+    recipe = small_recipe(small_run, tmp_path / "recipe.yaml", steps=10)
+    environment = {"PYTHONPATH": str(ROOT), "STAND_IN_STAYS": "3"}
+    settings = {"python": str(stand_in_python(tmp_path)), "hang": HANG | {"otherwise": 6}, "environment": environment}
+    chain = submit(wide, recipe, profile(tmp_path / "cluster.yaml", **settings), tmp_path, "--stages", "stage1")
+    assert chain.wait() == {"stage1": "COMPLETED"}, chain.logs()
+    first, second = chain.events("ended")
+    assert (first["outcome"], second["outcome"], first["step"]) == ("failed", "complete", 10), chain.logs()
+    assert "rank 3 on node n2" in first["cause"]
+
+
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("wave", "stages", "most"),
