@@ -63,6 +63,14 @@ def cancel(chain: SubmittedChain, job: str, random_: random.Random) -> None:
         cancel_run(chain.folder)
 
 
+def slurmd_dies(chain: SubmittedChain, job: str, random_: random.Random) -> None:
+    """Slurm takes the node for lost; its ranks train on until the next start."""
+    node = random_.choice(chain.slurm.nodes)
+    chain.slurm.kill_slurmd(node)
+    time.sleep(2)
+    chain.slurm.start_node(node)
+
+
 def controller_away(chain: SubmittedChain, job: str, random_: random.Random) -> None:
     """Ended in order: with kill -9 Slurm forgets what it was told last, and takes a job that is over for suspended."""
     chain.slurm.daemons["slurmctld"].terminate()
@@ -87,6 +95,7 @@ OWN: dict[Fault, str] = {
 EVERYBODYS: dict[Fault, str] = {
     controller_away: "^$",
     lose_node: "ended from outside|node",
+    slurmd_dies: "ended from outside|node",
     drain_node: "asked to stop",
 }
 
