@@ -21,7 +21,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    from megatron_eagle.cluster.submit import cancel_run
+    from megatron_eagle.cluster.queueing import cancel_run
 
     for job in cancel_run(options.run_folder):
         print(f"cancelled: job {job}")

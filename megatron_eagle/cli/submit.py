@@ -48,7 +48,8 @@ def _submit(options: argparse.Namespace) -> None:
     from megatron_eagle.cluster import slurm
     from megatron_eagle.cluster.partition_limits import check_chain
     from megatron_eagle.cluster.profile import load_profile
-    from megatron_eagle.cluster.submit import missing_account, plan_chain, submit_chain
+    from megatron_eagle.cluster.queueing import submit_chain
+    from megatron_eagle.cluster.submit import missing_account, plan_chain
     from megatron_eagle.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)

@@ -141,7 +141,7 @@ def queued_from(folder: Path) -> dict[str, Queued]:
     """job -> what is in the queue of the scripts in ``folder``, which is resolved; {} where Slurm is not installed."""
     if not is_installed():
         return {}
-    listed = _run("squeue", "--noheader", "--me", "--format=%i|%T|%r|%o")
+    listed = _run("squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o")
     rows = [line.split("|", 3) for line in listed.splitlines()]
     scripts = [(job, state, reason, Path(command)) for job, state, reason, command in rows]
     return {

@@ -1,20 +1,18 @@
-"""Submits the stages of a recipe as a chain of Slurm jobs, after everything that can be checked before has been.
+"""Plans the stages of a recipe as a chain of Slurm jobs: their scripts, after all that can be checked without Slurm.
 
 Each job's script is a template of ``slurm/`` below the site's settings, complete in itself: it lies in the run folder
 beside the recipe it will train, overrides and defaults filled in, and can be read, changed and given to sbatch by hand.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import append_event, append_events, newest_step
+from megatron_eagle.cluster.events import newest_step
 from megatron_eagle.cluster.profile import Profile, shipped_profiles
 from megatron_eagle.cluster.script import JOBS, batch_script
-from megatron_eagle.config.recipe import Recipe, Stage, recipe_as_yaml
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.tokenizer import check_if_there
 from megatron_eagle.errors import UserError
 
@@ -109,107 +107,6 @@ def missing_account(profile: Profile) -> str | None:
     return f"cluster profile '{profile.name}' has no account; set account: in it" + (
         f" (give a copy of {copy} as --cluster)" if copy else ""
     )
-
-
-def submit_chain(chain: Chain) -> list[str]:
-    """Write the scripts, have Slurm check each, and submit all or none; returns the jobs' numbers.
-
-    Nothing starts before everything is queued and on record: the first job is held until then. So even ``kill -9``
-    leaves no half of a chain that runs, only jobs that ``cancel_run`` finds.
-    """
-    active = slurm.queued_from(chain.jobs)
-    ahead = _job_to_follow(chain, active)
-    _write(chain)
-    for link in chain.links:
-        slurm.check(chain.script(link))
-    jobs: list[str] = []
-    with _signals_wait() as asked:
-        try:
-            for link in chain.links:
-                jobs.append(slurm.submit(chain.script(link), jobs[-1] if jobs else ahead, held=not jobs))
-                if asked:
-                    raise KeyboardInterrupt
-            entries = [
-                {"stage": link.name, "job": job, "steps": link.stage.steps if link.stage else 0}
-                | {"processes": link.processes}
-                for link, job in zip(chain.links, jobs, strict=True)
-            ]
-            append_events(chain.folder, "submitted", entries)
-            slurm.release(jobs[0])
-        except (UserError, OSError, KeyboardInterrupt) as error:
-            _take_back(chain, jobs, set(active))
-            if isinstance(error, OSError):
-                raise UserError(f"cannot write {chain.folder}: {error.strerror}; nothing was submitted") from None
-            raise
-    return jobs
-
-
-def cancel_run(run_folder: Path) -> list[slurm.Queued]:
-    """Cancel all jobs of the run that are in the queue, and note it; UserError if there are none."""
-    folder = run_folder.resolve()
-    active = slurm.queued_from(folder / JOBS)
-    if not active:
-        raise UserError(f"no job of {folder} is in the queue")
-    slurm.cancel(list(active))
-    with suppress(OSError):  # on a full disk the jobs are cancelled all the same, and ``status`` finds them gone
-        append_event(folder, "cancelled", jobs=list(active))
-    return list(active.values())
-
-
-def _job_to_follow(chain: Chain, active: dict[str, slurm.Queued]) -> str | None:
-    """The queue's job of the stage before the chain's first; None if there is none, UserError for jobs in the way.
-
-    Two jobs that train the same stage would overwrite each other's checkpoints, and those of later stages would start
-    from what is being replaced.
-    """
-    order = [stage.name for stage in chain.recipe.stages]
-    earlier = order[: order.index(chain.links[0].name)]
-    in_the_way = [job for job in active.values() if job.name not in earlier]
-    if in_the_way:
-        numbers = " ".join(job.job for job in in_the_way)
-        listed = ", ".join(map(str, in_the_way))
-        raise UserError(f"{chain.folder} already has jobs in the queue: {listed}; end them first: scancel {numbers}")
-    if active and (chain.jobs / "recipe.yaml").read_text(encoding="utf-8") != recipe_as_yaml(chain.recipe):
-        listed = ", ".join(map(str, active.values()))
-        raise UserError(f"job {listed} of {chain.folder} trains another recipe than this one; wait for its end")
-    return next((job.job for job in active.values() if earlier and job.name == earlier[-1]), None)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[list[int]]:
-    """Signals that would end this process are only noted inside: those that came."""
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _take_back(chain: Chain, jobs: list[str], others: set[str]) -> None:
-    """Cancel ``jobs`` and what of this chain is in the queue though sbatch did not come to say so."""
-    try:
-        found = set(jobs) | (slurm.queued_from(chain.jobs).keys() - others)
-        slurm.cancel(sorted(found))
-    except UserError as error:
-        raise UserError(
-            f"{error}; of {chain.folder} jobs may be left in the queue, where they wait and never start: "
-            f"megatron-eagle cancel {chain.folder}"
-        ) from None
-    with suppress(OSError):  # a full disk may be why
-        append_event(chain.folder, "cancelled", jobs=sorted(found))
-
-
-def _write(chain: Chain) -> None:
-    try:
-        chain.jobs.mkdir(parents=True, exist_ok=True)
-        (chain.jobs / "recipe.yaml").write_text(recipe_as_yaml(chain.recipe), encoding="utf-8")
-        for link in chain.links:
-            chain.script(link).write_text(link.text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {chain.jobs}: {error.strerror}") from None
 
 
 def _stage_link(recipe: Recipe, stage: Stage, profile: Profile, folder: Path, more: dict[str, str]) -> Link:

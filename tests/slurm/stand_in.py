@@ -107,6 +107,8 @@ def train(options: argparse.Namespace, watch: Peers, rank: int) -> bool:
         if rank == 0:
             start.require_newest()
             entry = {"stage": stage["name"], "step": step, "loss": loss_of(state), "sample_digest": state}
+            entry |= {"steps": stage["steps"], "learning_rate": 1.0, "grad_norm": 1.0, "useful_tokens": 1, "tokens": 1}
+            entry |= {"tiles": 1, "seconds": STEP_SECONDS, "data_wait": 0.0}
             append_text(metrics, json.dumps(entry) + "\n", durable=False)
             if stop or step % stage["checkpoint_every"] == 0 or step == stage["steps"]:
                 save(folder, step, stage["steps"], state)
@@ -162,6 +164,8 @@ def main() -> None:
         watch.connect(rank, world)
         watch.training_begins()
         finished = train(options, watch, rank)
+        if os.environ.get("STAND_IN_STAYS") == str(rank) and "SLURM_RESTART_COUNT" not in os.environ:
+            os.kill(os.getpid(), signal.SIGSTOP)
     except UserError as error:
         print(f"megatron-eagle: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

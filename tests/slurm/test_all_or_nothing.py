@@ -47,8 +47,11 @@ def refused(arguments: list[str], environment: dict[str, str]) -> int | str | No
 
 @contextmanager
 def nothing_starts(slurm: ThrowawaySlurm, runs: Path) -> Iterator[None]:
-    yield
-    assert slurm.run("squeue", "--noheader") == ""
+    try:
+        yield
+        assert slurm.run("squeue", "--noheader") == ""
+    finally:
+        slurm.run("scancel", "--me")
     assert not list(runs.glob("*/jobs/*.log")) and not (runs / "small" / "checkpoints").exists()
 
 

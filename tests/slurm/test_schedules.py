@@ -20,8 +20,8 @@ from stand_in import expected_losses
 from test_faults import drain_node, hang_rank, kill_rank, lose_node, requeue, signal_batch, signal_ranks
 from throwaway import ThrowawaySlurm
 
+from megatron_eagle.cluster.queueing import cancel_run
 from megatron_eagle.cluster.status import CANCELLED, COMPLETE, GAVE_UP, read_status
-from megatron_eagle.cluster.submit import cancel_run
 
 CHAINS = 10
 STEPS = 40
@@ -63,8 +63,18 @@ def cancel(chain: SubmittedChain, job: str, random_: random.Random) -> None:
         cancel_run(chain.folder)
 
 
+def slurmd_dies(chain: SubmittedChain, job: str, random_: random.Random) -> None:
+    """Slurm takes the node for lost; its ranks train on until the next start."""
+    node = random_.choice(chain.slurm.nodes)
+    chain.slurm.kill_slurmd(node)
+    time.sleep(2)
+    chain.slurm.start_node(node)
+
+
 def controller_away(chain: SubmittedChain, job: str, random_: random.Random) -> None:
-    chain.slurm.kill_controller()
+    """Ended in order: with kill -9 Slurm forgets what it was told last, and takes a job that is over for suspended."""
+    chain.slurm.daemons["slurmctld"].terminate()
+    chain.slurm.daemons.pop("slurmctld").wait()
     time.sleep(random_.uniform(1, 5))
     chain.slurm.start_controller()
 
@@ -85,6 +95,7 @@ OWN: dict[Fault, str] = {
 EVERYBODYS: dict[Fault, str] = {
     controller_away: "^$",
     lose_node: "ended from outside|node",
+    slurmd_dies: "ended from outside|node",
     drain_node: "asked to stop",
 }
 
@@ -121,6 +132,19 @@ def recipe_and_cluster(small_run, tmp_path_factory: pytest.TempPathFactory) -> t
     return recipe, profile(folder / "cluster.yaml", environment={"PYTHONPATH": str(ROOT)}, **settings)
 
 
+@pytest.mark.long
+def test_a_rank_that_hangs_after_its_last_step(wide: ThrowawaySlurm, small_run, tmp_path: Path) -> None:
+    """The schedules' finding: the others end well, and Slurm would wait for it up to the time limit."""
+    recipe = small_recipe(small_run, tmp_path / "recipe.yaml", steps=10)
+    environment = {"PYTHONPATH": str(ROOT), "STAND_IN_STAYS": "3"}
+    settings = {"python": str(stand_in_python(tmp_path)), "hang": HANG | {"otherwise": 6}, "environment": environment}
+    chain = submit(wide, recipe, profile(tmp_path / "cluster.yaml", **settings), tmp_path, "--stages", "stage1")
+    assert chain.wait() == {"stage1": "COMPLETED"}, chain.logs()
+    first, second = chain.events("ended")
+    assert (first["outcome"], second["outcome"], first["step"]) == ("failed", "complete", 10), chain.logs()
+    assert "rank 3 on node n2" in first["cause"]
+
+
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("wave", "stages", "most"),
@@ -139,12 +163,14 @@ def test_every_schedule_ends_well_or_says_why(
 ) -> None:
     """Up to ``most`` faults a chain; with more than one also some that hit all."""
     scheduled = []
+    wide.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # they begin together
     for seed in range(wave * CHAINS, (wave + 1) * CHAINS):
         random_ = random.Random(seed)
         chain = submit(wide, *recipe_and_cluster, tmp_path / str(seed), "--stages", ",".join(stages))
         faults = random_.choices(list(OWN), k=random_.randint(1, most))
         due = sorted(((random_.uniform(2, 4 + 12 * (most > 1)), fault) for fault in faults), key=lambda entry: entry[0])
         scheduled.append(Scheduled(chain, random_, due))
+    wide.run("scontrol", "update", "PartitionName=main", "State=UP")
     everybodys = random.Random(wave).choices(list(EVERYBODYS), k=2) if most > 1 else [controller_away]
     run_schedules(wide, scheduled, everybodys)
     wide.until(lambda: all(one.chain.is_over() for one in scheduled), f"the end of wave {wave}", 900, 0.5)
