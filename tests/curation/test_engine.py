@@ -17,7 +17,7 @@ import yaml
 from planted import write_planted
 
 from megatron_eagle.cli import main
-from megatron_eagle.curation import engine
+from megatron_eagle.curation import engine, output
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.data.build.sources import RecordSource
@@ -165,6 +165,20 @@ def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path
     monkeypatch.setattr(engine, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
     curate(made(tmp_path, planted), tmp_path / "out", progress=False)
     assert done == list(range(8)) * SEGMENTS
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_kill_while_the_output_is_written_loses_nothing(
+    whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "write_report", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+    curate(made(tmp_path, planted), tmp_path / "out", progress=False)
     assert contents(tmp_path / "out") == contents(whole)
 
 
