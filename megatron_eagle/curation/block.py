@@ -6,6 +6,7 @@ A result depends on the block and the plan alone, so that blocks may be worked o
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from megatron_eagle.data.sample.conversation import Conversation, check_learned
 from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.errors import BrokenSample
 
+_VARYING = re.compile(r"\S*\w\.\w\S*|\S*\d\S*")  # names of files, numbers
 READ = "read"  # what the ledger calls the step before all operators
 NOTHING_LEFT = "no answer is left"
 EXAMPLES = 3  # kept of each reason in a block, for the report
@@ -112,10 +114,10 @@ class _Work:
             try:
                 yield sample_of(item, self.source, category)
             except BrokenSample as error:
-                reason, _, detail = str(error).partition(": ")
+                reason = _VARYING.sub("...", str(error).partition(": ")[0])  # by which reports count
                 identity = str(item.claimed_id) if item.claimed_id is not None else _place_text(item.place)
                 row = {"number": item.number, "id": identity, "operator": READ, "final": True, "decision": "rejected"}
-                self.result.rows.append({**row, "reason": reason[:200], "detail": detail[:200]})
+                self.result.rows.append({**row, "reason": reason[:100], "detail": str(error)[:200]})
 
     def take(self, sample: Sample) -> None:
         """One sample through all steps of the segment."""

@@ -6,6 +6,7 @@ build`` finds them. What lies inside of tar files or records only is unpacked be
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +71,13 @@ class Summary:
 
 
 def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summary:
-    """Writes everything into ``out`` from the results in ``state``; blocks: how many each source has."""
+    """Writes everything into ``out`` from the results in ``state``; blocks: how many each source has.
+
+    What a run that was killed here has left is written anew.
+    """
+    for left in out.iterdir():
+        if left.name != state.name:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     cut = segments(plan)
     summaries: list[SourceSummary] = []
     examples: list[Example] = []

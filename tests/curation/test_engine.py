@@ -17,24 +17,19 @@ import yaml
 from planted import write_planted
 
 from megatron_eagle.cli import main
-from megatron_eagle.curation import engine
+from megatron_eagle.curation import engine, output
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.data.build.sources import RecordSource
+from megatron_eagle.data.sample.conversation import Conversation
+from megatron_eagle.demo.dataset import generate
 from megatron_eagle.errors import UserError
 
 RULES = (
-    "turn_order",
-    "empty",
-    "refusal",
-    "repetition",
-    "decimals",
-    "choices",
-    "yes_no",
-    "counting",
-    "leak",
-    "image_size",
-)
+    "turn_order", "empty", "refusal", "repetition", "decimals", "choices", "yes_no", "counting", "leak", "image_size",
+    "decorations", "formats", "image_hashes", "duplicates", "lint",
+)  # fmt: skip
+SEGMENTS = 3  # up to duplicates, up to lint, and the rest
 PROCESS = """
 import sys
 from pathlib import Path
@@ -83,6 +78,7 @@ def whole(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_sample_is_used_rejected_or_left(whole: Path, planted: Path) -> None:
     (source,) = json.loads((whole / "summary.json").read_text())["sources"]
     assert source["read"] == 300 == source["used"] + source["rejected"] + source["left"]
+    assert source["left"] > 0 and any(note.startswith("tasks: ") for note in source["notes"])
     assert 0 < source["rejected"] < 120
     rows = pq.read_table(whole / "ledger.parquet").to_pylist()
     final = Counter(row["sample"] for row in rows if row["final"])
@@ -93,16 +89,20 @@ def test_every_sample_is_used_rejected_or_left(whole: Path, planted: Path) -> No
     assert len(kept) == source["used"]
 
 
+def conversations(path: Path) -> list[Conversation]:
+    items = RecordSource(path).items(path.parent)
+    return [item.content for item in items if isinstance(item.content, Conversation)]
+
+
 def test_what_is_kept_is_read_as_it_was(whole: Path, planted: Path) -> None:
-    before = {item.content.id: item for item in RecordSource(planted / "samples.jsonl").items(planted)}  # type: ignore[union-attr]
+    before = {one.id: one for one in conversations(planted / "samples.jsonl")}
     touched = {row["sample"] for row in pq.read_table(whole / "ledger.parquet").to_pylist() if not row["final"]}
-    kept = list(RecordSource(whole / "kept" / "all" / "samples.jsonl").items(whole))
-    untouched = [item.content for item in kept if item.content.id not in touched]  # type: ignore[union-attr]
-    assert len(untouched) > 100
-    for conversation in untouched:
-        old = before[conversation.id].content  # type: ignore[union-attr]
-        assert conversation.turns == old.turns  # type: ignore[union-attr]
-        assert conversation.images == tuple(f"media/{name}" for name in old.images)  # type: ignore[union-attr]
+    kept = [one for one in conversations(whole / "kept" / "all" / "samples.jsonl") if one.id not in touched]
+    assert len(kept) > 100
+    for conversation in kept:
+        old = before[conversation.id]
+        assert conversation.turns == old.turns
+        assert conversation.images == tuple(f"media/{name}" for name in old.images)
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def killed_run(tmp_path: Path, plan: Path, workers: int, rng: random.Random) -> 
     out, kills = tmp_path / "out", 0
     while not out.exists():
         state = tmp_path / ".out.partial" / ".state"
-        done = len(list(state.glob("segment-*"))) + rng.randint(0, 3)
+        done = len(list(state.glob("segment-*"))) + rng.randint(0, 12)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen([sys.executable, "-c", PROCESS, str(plan), str(out), str(workers)], env=environment)
         while process.poll() is None and len(list(state.glob("segment-*"))) < done:
@@ -136,6 +136,7 @@ def test_a_kill_loses_nothing(whole: Path, planted: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_fifty_kills_lose_nothing(whole: Path, planted: Path, tmp_path: Path) -> None:
     kills, rng = 0, random.Random(2)
     while kills < 50:
@@ -163,7 +164,21 @@ def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path
     assert done == [0, 1, 2]
     monkeypatch.setattr(engine, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
     curate(made(tmp_path, planted), tmp_path / "out", progress=False)
-    assert done == list(range(8))
+    assert done == list(range(8)) * SEGMENTS
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_kill_while_the_output_is_written_loses_nothing(
+    whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "write_report", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+    curate(made(tmp_path, planted), tmp_path / "out", progress=False)
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -195,14 +210,25 @@ def test_a_built_data_set_is_a_source(planted: Path, tmp_path: Path) -> None:
     again = made(tmp_path, planted, sources=[{"name": "built", "path": str(built)}], **clean)
     second = curate(again, tmp_path / "second", progress=False)
     assert second.total("used") == second.total("read") == first.total("used")
-    before, after = (
-        [item.content.turns for item in RecordSource(folder / "samples.jsonl").items(tmp_path)]  # type: ignore[union-attr]
-        for folder in (tmp_path / "first/kept/all", tmp_path / "second/kept/built")
-    )
+    folders = (tmp_path / "first/kept/all", tmp_path / "second/kept/built")
+    before, after = ([one.turns for one in conversations(folder / "samples.jsonl")] for folder in folders)
     assert before == after
     assert list((tmp_path / "second/kept/built/unpacked").iterdir())
     blend = yaml.safe_load((tmp_path / "first" / "blend.yaml").read_text())["blend"]
     assert blend == [{"path": "shards/all", "weight": float(first.total("used"))}]
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("general", "charts"):
+        generate(tmp_path / "data" / name, split="train", samples=12, seed=1)
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[2] / "examples" / "curation" / "plan.yaml"
+    summary = curate(load_plan(example), Path("curated"), progress=False)
+    # The second source is the first again, which the plan finds out.
+    assert [(one.read, one.used, one.left) for one in summary.sources] == [(12, 12, 0), (12, 0, 12)]
+    assert yaml.safe_load((tmp_path / "curated" / "blend.yaml").read_text())["blend"] == [
+        {"path": "shards/general", "weight": 12.0}
+    ]
 
 
 def refusal(run: Any) -> str:

@@ -80,6 +80,8 @@ class Operator(SetOperator):
 
 
 def opening(answer: str) -> str:
-    """The first words of a longer answer, digits as one, empty if it is short."""
+    """The first words of a longer answer, digits as one, or its LaTeX environment; empty if it is short."""
     words = answer.split()
-    return re.sub(r"\d+", "0", " ".join(words[:OPENING])) if len(words) >= LONG or answer.startswith("\\begin") else ""
+    if answer.startswith("\\begin"):
+        return words[0]
+    return re.sub(r"\d+", "0", " ".join(words[:OPENING])) if len(words) >= LONG else ""
