@@ -50,7 +50,7 @@ def test_no_route_gives_a_file_that_was_not_uploaded(page: str, secret: Path) ->
             "/gradio_api/stream/",
         ):
             status, text = send(page, "GET", f"{route}{way}")
-            assert status >= 400 and "secret" not in text and "root:" not in text, (route, way, status)
+            assert status >= 400 and "the secret" not in text and "root:" not in text, (route, way, status)
 
 
 def joined(page: str, path: str) -> tuple[int, str]:

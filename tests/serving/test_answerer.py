@@ -1,5 +1,7 @@
 """A trained checkpoint asked: found and exported without naming anything, its tiles, its limits, files of questions."""
 
+import base64
+import http.client
 import io
 import json
 import shutil
@@ -8,11 +10,12 @@ import threading
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from serving_cases import png
+from serving_cases import png, served
 from train_cases import train
 
 from megatron_eagle.checkpoint.files import find_latest
@@ -27,9 +30,12 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.serving.answerer import Answerer, load_answerer
 from megatron_eagle.serving.bulk import answer_file
 from megatron_eagle.serving.conversation import Event, Finished, Medium, Message, Options, Shown, question
+from megatron_eagle.serving.endpoint import build_app
+from megatron_eagle.serving.fetching import Fetcher
 from megatron_eagle.serving.limits import Limits, Refused
 from megatron_eagle.serving.model_folder import exported_folder, newest_checkpoint
 from megatron_eagle.serving.tile_picture import caption, draw_tiles
+from megatron_eagle.serving.worker import Worker
 
 SHORT = Options(max_new_tokens=6)
 
@@ -171,6 +177,23 @@ def test_what_is_refused_has_its_numbers(answerer: Answerer, case: str) -> None:
     with pytest.raises(Refused) as refused:
         answerer.prepare(question("?", media()), SHORT)
     assert refused.value.code == code and words in str(refused.value)
+
+
+def test_the_endpoint_answers_as_the_model_does(answerer: Answerer) -> None:
+    data = image().data
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    body = {"model": answerer.name, "max_tokens": 6, "messages": [{"role": "user", "content": content}]}
+    worker = Worker(answerer, answerer.limits)
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+    worker.close()
+    (alone,) = answerer.answer_all([answerer.prepare(question("What?", [image()]), SHORT)], SHORT)
+    assert answer["choices"][0]["message"]["content"] == alone.text
+    assert answer["usage"]["prompt_tokens"] == alone.end.prompt_tokens
 
 
 def test_a_context_too_short_is_refused(answerer: Answerer) -> None:
