@@ -27,12 +27,13 @@ from megatron_eagle.data.sample.chatml import encode_prompt
 from megatron_eagle.data.sample.conversation import Conversation, Turn
 from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer
 from megatron_eagle.errors import UserError
-from megatron_eagle.serving.answerer import Answerer, load_answerer
+from megatron_eagle.serving.answerer import Answerer
 from megatron_eagle.serving.bulk import answer_file
 from megatron_eagle.serving.conversation import Event, Finished, Medium, Message, Options, Shown, question
 from megatron_eagle.serving.endpoint import build_app
 from megatron_eagle.serving.fetching import Fetcher
 from megatron_eagle.serving.limits import Limits, Refused
+from megatron_eagle.serving.loading import load_answerer
 from megatron_eagle.serving.model_folder import exported_folder, newest_checkpoint
 from megatron_eagle.serving.tile_picture import caption, draw_tiles
 from megatron_eagle.serving.worker import Worker
