@@ -11,6 +11,7 @@ import pytest
 from serving_cases import expected, png
 
 SECONDS = 60.0
+WORDS = "Which <ref>colours</ref>, *now*? ![a](http://example.org/a.png)"  # shown as it is, and fetched by nobody
 
 
 def wait_for(check: Callable[[], Any], what: str) -> Any:
@@ -69,8 +70,8 @@ def test_a_talk_about_pictures_with_two_models(browser: Any, page: str, tmp_path
     (tmp_path / "red.png").write_bytes(first)
     (tmp_path / "blue.png").write_bytes(second)
     upload(browser, tmp_path / "red.png", tmp_path / "blue.png")
-    ask(browser, "Which colours?")
-    whole = expected("Which colours?", first, second)
+    ask(browser, WORDS)
+    whole = expected(WORDS, first, second)
     seen: list[set[str]] = [set(), set()]
 
     def both() -> bool:

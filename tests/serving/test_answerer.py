@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from samples import frame_number, write_video
 from serving_cases import png, served
 from train_cases import train
 
@@ -121,6 +122,18 @@ def test_tokens_and_tiles_are_those_of_training(small_run: Any, answerer: Answer
 
     picture = Image.open(io.BytesIO(image().data)).convert("RGB")
     assert torch.equal(torch.from_numpy(shown.tiles), cut_tiles(picture, Tiling(64, 1, 6, "ratio")))
+
+
+def test_a_video_is_shown_by_its_frames(answerer: Answerer, tmp_path: Path) -> None:
+    def film(frames: int) -> Medium:
+        return Medium("video", "v.avi", write_video(tmp_path / f"{frames}.avi", frames).read_bytes())
+
+    prompt = answerer.prepare(question("What?", [film(40), image()]), SHORT)
+    assert [one.name for one in prompt.shown] == [f"v.avi, frame {number}" for number in range(1, 9)] + ["a.png"]
+    assert [frame_number(one.tiles[0].transpose(1, 2, 0)) for one in prompt.shown[:-1]] == list(range(0, 40, 5))
+    assert prompt.pixels is not None and len(prompt.pixels) == 8 + 4
+    with pytest.raises(Refused, match="60 tiles, the limit is 20"):
+        answerer.prepare(question("What?", [film(300)]), SHORT)
 
 
 def test_an_answer_comes_in_pieces_that_make_up_the_whole(answerer: Answerer) -> None:
