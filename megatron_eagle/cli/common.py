@@ -152,7 +152,7 @@ def open_answerer(
     from megatron_eagle.serving.model_folder import exported_folder
 
     folder = exported_folder(model, print_once, tokenizer=options.tokenizer)
-    from megatron_eagle.serving.answerer import load_answerer
+    from megatron_eagle.serving.loading import load_answerer
 
     answerer = load_answerer(
         folder, name=name or model.resolve().name, device=options.device, limits=limits, trust=options.trust_code

@@ -56,7 +56,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "megatron-to-hf",
         "a checkpoint to the form in which Eagle models are published",
         "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken.",
-        "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my --tokenizer hub/tokenizer\n",
+        "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my\n",
     )
     go.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     go.add_argument("out", type=Path, metavar="OUT")

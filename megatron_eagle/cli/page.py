@@ -4,10 +4,14 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import Verbs, add_model_arguments, not_negative, open_answerer, positive_int, verb
-from megatron_eagle.cli.serve import add_address_arguments
+from megatron_eagle.cli.serve import add_address_arguments, address_of, is_local, open_port
 from megatron_eagle.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_eagle.serving.conversation import Options
 
 
 def add(verbs: Verbs) -> None:
@@ -34,7 +38,12 @@ def _page(options: argparse.Namespace) -> None:
     from megatron_eagle.serving.conversation import Options
 
     drawn = Options(max_new_tokens=options.max_new_tokens, temperature=float(options.temperature))
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="megatron-eagle-page-")  # the only folder that it reads
+    with tempfile.TemporaryDirectory(prefix="megatron-eagle-page-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # the only folder whose files it reads
+        _run(options, drawn)
+
+
+def _run(options: argparse.Namespace, drawn: "Options") -> None:
     try:
         import uvicorn
 
@@ -46,7 +55,7 @@ def _page(options: argparse.Namespace) -> None:
 
     models = [Path(model) for model in (options.model, options.second) if model]
     workers = [Worker(open_answerer(options, model)[0], Limits()) for model in models]
-    local = options.host in ("127.0.0.1", "localhost", "::1")
-    app = build_page(workers, drawn, local=local)
-    print(f"http://{options.host}:{options.port}", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    app = build_page(workers, drawn, local=is_local(options.host))
+    listener = open_port(options.host, options.port)
+    print(address_of(listener), flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])

@@ -1,6 +1,7 @@
 """``megatron-eagle serve``: an OpenAI-compatible endpoint for an exported model or a run."""
 
 import argparse
+import socket
 
 from megatron_eagle.cli.common import Number, Verbs, add_model_arguments, open_answerer, positive_int, verb
 from megatron_eagle.errors import UserError
@@ -52,7 +53,26 @@ def _serve(options: argparse.Namespace) -> None:
     from megatron_eagle.serving.worker import Worker
 
     answerer, _ = open_answerer(options, options.model, name=options.name, limits=limits)
-    local = options.host in ("127.0.0.1", "localhost", "::1")
-    app = build_app(Worker(answerer, limits), Fetcher(prefixes, limits.body_bytes), local=local)
-    print(f"{answerer.name}: http://{options.host}:{options.port}/v1", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    app = build_app(Worker(answerer, limits), Fetcher(prefixes, limits.body_bytes), local=is_local(options.host))
+    listener = open_port(options.host, options.port)
+    print(f"{answerer.name}: {address_of(listener)}/v1", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``."""
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A socket that listens there; UserError if the port is taken or the address is not this machine's."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """http://HOST:PORT"""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

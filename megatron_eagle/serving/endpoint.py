@@ -7,9 +7,6 @@ pictures and videos that are to be asked about more than once.
 import asyncio
 import json
 import logging
-import threading
-import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,18 +25,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_eagle.serving.conversation import Event, Finished
 from megatron_eagle.serving.fetching import Fetcher
-from megatron_eagle.serving.limits import Limits, Refused
+from megatron_eagle.serving.limits import Refused
 from megatron_eagle.serving.openai_form import ChatRequest, Reply, event, failure, read_request
+from megatron_eagle.serving.uploads import Uploads
 from megatron_eagle.serving.worker import Job, Worker
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-KEEP_SECONDS = 3600.0  # an upload, after it was used last
 log = logging.getLogger(__name__)
 
 
 def build_app(worker: Worker, fetcher: Fetcher, *, local: bool = True) -> ASGIApp:
     """The application. local: answer only to this machine's own names, so that no web page can reach it by another."""
-    endpoint = _Endpoint(worker, fetcher, _Files(worker.limits))
+    endpoint = _Endpoint(worker, fetcher, Uploads(worker.limits))
     routes = [
         Route("/v1/models", endpoint.models),
         Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
@@ -103,7 +100,7 @@ def _with_refusals(handler: Handler) -> Handler:
 class _Endpoint:
     worker: Worker
     fetcher: Fetcher
-    files: "_Files"
+    files: Uploads
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -215,53 +212,3 @@ async def _stream(asked: ChatRequest, pieces: _Pieces, piece: str | Finished) ->
         yield event(failure(error)[1])
     finally:
         pieces.job.stop.set()
-
-
-class _Files:
-    """Uploads, in memory; an upload that was not used for an hour goes."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits, self._lock = limits, threading.Lock()
-        self._files: dict[str, tuple[str, bytes, float]] = {}
-
-    def keep(self, name: str, data: bytes) -> dict[str, Any]:
-        """Keep a file; Refused if all uploads together would be too large."""
-        with self._lock:
-            self._forget_old()
-            stored = sum(len(kept) for _, kept, _ in self._files.values())
-            if stored + len(data) > self._limits.stored_bytes:
-                raise Refused(
-                    f"the upload has {len(data)} bytes and {stored} are kept already, the limit is "
-                    f"{self._limits.stored_bytes}; delete some",
-                    "storage_full",
-                    status=413,
-                )
-            identity = f"file-{uuid.uuid4().hex}"
-            self._files[identity] = (name, data, time.monotonic())
-        return self.describe(identity)
-
-    def describe(self, identity: str) -> dict[str, Any]:
-        """OpenAI's description of an upload."""
-        name, data, _ = self._get(identity)
-        return {"id": identity, "object": "file", "bytes": len(data), "filename": name, "purpose": "vision"}
-
-    def content(self, identity: str) -> bytes:
-        """Its bytes; it is kept for another hour."""
-        name, data, _ = self._get(identity)
-        self._files[identity] = (name, data, time.monotonic())
-        return data
-
-    def drop(self, identity: str) -> None:
-        """Forget an upload."""
-        self._get(identity)
-        self._files.pop(identity, None)
-
-    def _get(self, identity: str) -> tuple[str, bytes, float]:
-        found = self._files.get(identity)
-        if found is None:
-            raise Refused(f"there is no file {identity[:100]!r} here", "file_not_found", status=404)
-        return found
-
-    def _forget_old(self) -> None:
-        now = time.monotonic()
-        self._files = {name: kept for name, kept in self._files.items() if now - kept[2] < KEEP_SECONDS}

@@ -19,8 +19,8 @@ class Refused(UserError):
 @dataclass(frozen=True)
 class Limits:
     """body_bytes: of a request or an upload. images, videos: media of each kind in one. pixels: of a picture or a
-    frame. tiles: of all pictures and frames. new_tokens: of an answer. waiting: requests in the queue. stored_bytes: of
-    all uploads that are kept."""
+    frame. tiles: of all pictures and frames. new_tokens: of an answer. waiting: requests in the queue; waiting_bytes:
+    of their pictures and videos. stored_bytes: of all uploads that are kept."""
 
     body_bytes: int = 64 << 20
     images: int = 64
@@ -29,6 +29,7 @@ class Limits:
     tiles: int = 512
     new_tokens: int = 4096
     waiting: int = 256
+    waiting_bytes: int = 1 << 30
     stored_bytes: int = 512 << 20
 
     def check_request(self, messages: Sequence[Message], options: Options) -> None:

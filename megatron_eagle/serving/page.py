@@ -85,8 +85,9 @@ def _lay_out(workers: Sequence[Worker], options: talk.Options) -> None:
     with gradio.Row():
         for worker in workers:
             with gradio.Column():
+                # Text as it is: rendering would drop marks such as <box>, and fetch pictures that an answer names.
                 chat = gradio.Chatbot(
-                    label=worker.model.name, feedback_options=None, allow_tags=False, buttons=["copy"]
+                    label=worker.model.name, feedback_options=None, render_markdown=False, buttons=["copy"]
                 )
                 tiles = gradio.Image(label="what the model saw", interactive=False, buttons=[], format="png")
                 columns.append((worker, chat, tiles, gradio.State(Talk())))

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +30,11 @@ class Job:
     say: Say
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def bytes(self) -> int:
+        """Of its pictures and videos, as they came."""
+        return sum(len(medium.data) for message in self.messages for medium in message.media)
+
 
 class Worker:
     """Answers one question after another, in the order in which they came."""
@@ -36,17 +42,27 @@ class Worker:
     def __init__(self, model: Model, limits: Limits) -> None:
         self.model, self.limits = model, limits
         self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._lock, self._bytes = threading.Lock(), 0  # of pictures and videos of the jobs in the queue
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
     def submit(self, messages: Sequence[Message], options: Options, say: Say) -> Job:
         """Queue a question; raises Refused if it, or the queue, is beyond the limits."""
         self.limits.check_request(messages, options)
-        waiting = self._jobs.qsize()
-        if waiting >= self.limits.waiting:
-            raise Refused(f"{waiting} questions wait already, the limit is {self.limits.waiting}", "busy", status=429)
         job = Job(messages, options, say)
-        self._jobs.put(job)
+        with self._lock:
+            waiting, limits = self._jobs.qsize(), self.limits
+            if waiting >= limits.waiting:
+                raise Refused(f"{waiting} questions wait already, the limit is {limits.waiting}", "busy", status=429)
+            if self._bytes + job.bytes > limits.waiting_bytes:
+                raise Refused(
+                    f"{waiting} questions with {self._bytes} bytes of pictures wait already, {job.bytes} more are "
+                    f"above the limit of {limits.waiting_bytes}",
+                    "busy",
+                    status=429,
+                )
+            self._bytes += job.bytes
+            self._jobs.put(job)
         return job
 
     def ask(self, messages: Sequence[Message], options: Options) -> Iterator[Event]:
@@ -71,9 +87,12 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            with self._lock:
+                self._bytes -= job.bytes
             if job.stop.is_set():
                 continue
             try:
                 self.model.answer(job.messages, job.options, job.say, job.stop)
             except Exception as error:  # it belongs to this question; the next one is another's
-                job.say(error)
+                with suppress(RuntimeError):  # the server that waited for it is gone
+                    job.say(error)

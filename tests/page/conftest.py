@@ -35,7 +35,7 @@ def page(packages: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     from megatron_eagle.serving.worker import Worker
 
     limits = Limits(body_bytes=300_000)
-    workers = [Worker(Echo("first", 0.05), limits), Worker(Echo("second", 0.2), limits)]
+    workers = [Worker(Echo("first", 0.3), limits), Worker(Echo("second", 0.4), limits)]
     with served(build_page(workers, Options())) as address:
         yield address
 

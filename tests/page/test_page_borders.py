@@ -50,7 +50,13 @@ def test_no_route_gives_a_file_that_was_not_uploaded(page: str, secret: Path) ->
             "/gradio_api/stream/",
         ):
             status, text = send(page, "GET", f"{route}{way}")
-            assert status >= 400 and "secret" not in text and "root:" not in text, (route, way, status)
+            assert status >= 400 and "the secret" not in text and "root:" not in text, (route, way, status)
+
+
+def test_nothing_is_fetched_for_a_client(page: str) -> None:
+    for url in ("http://127.0.0.1:9/a.png", "https://example.org/a.png", quote("http://127.0.0.1:9/", safe="")):
+        for route in ("/gradio_api/proxy=", "/proxy=", "/gradio_api/file=", "/gradio_api/stream/"):
+            assert send(page, "GET", f"{route}{url}")[0] >= 400, (route, url)
 
 
 def joined(page: str, path: str) -> tuple[int, str]:

@@ -1,5 +1,7 @@
 """A trained checkpoint asked: found and exported without naming anything, its tiles, its limits, files of questions."""
 
+import base64
+import http.client
 import io
 import json
 import shutil
@@ -8,11 +10,13 @@ import threading
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from serving_cases import png
+from samples import frame_number, write_video
+from serving_cases import png, served
 from train_cases import train
 
 from megatron_eagle.checkpoint.files import find_latest
@@ -24,12 +28,16 @@ from megatron_eagle.data.sample.chatml import encode_prompt
 from megatron_eagle.data.sample.conversation import Conversation, Turn
 from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer
 from megatron_eagle.errors import UserError
-from megatron_eagle.serving.answerer import Answerer, load_answerer
+from megatron_eagle.serving.answerer import Answerer
 from megatron_eagle.serving.bulk import answer_file
 from megatron_eagle.serving.conversation import Event, Finished, Medium, Message, Options, Shown, question
+from megatron_eagle.serving.endpoint import build_app
+from megatron_eagle.serving.fetching import Fetcher
 from megatron_eagle.serving.limits import Limits, Refused
+from megatron_eagle.serving.loading import load_answerer
 from megatron_eagle.serving.model_folder import exported_folder, newest_checkpoint
 from megatron_eagle.serving.tile_picture import caption, draw_tiles
+from megatron_eagle.serving.worker import Worker
 
 SHORT = Options(max_new_tokens=6)
 
@@ -116,6 +124,18 @@ def test_tokens_and_tiles_are_those_of_training(small_run: Any, answerer: Answer
     assert torch.equal(torch.from_numpy(shown.tiles), cut_tiles(picture, Tiling(64, 1, 6, "ratio")))
 
 
+def test_a_video_is_shown_by_its_frames(answerer: Answerer, tmp_path: Path) -> None:
+    def film(frames: int) -> Medium:
+        return Medium("video", "v.avi", write_video(tmp_path / f"{frames}.avi", frames).read_bytes())
+
+    prompt = answerer.prepare(question("What?", [film(40), image()]), SHORT)
+    assert [one.name for one in prompt.shown] == [f"v.avi, frame {number}" for number in range(1, 9)] + ["a.png"]
+    assert [frame_number(one.tiles[0].transpose(1, 2, 0)) for one in prompt.shown[:-1]] == list(range(0, 40, 5))
+    assert prompt.pixels is not None and len(prompt.pixels) == 8 + 4
+    with pytest.raises(Refused, match="60 tiles, the limit is 20"):
+        answerer.prepare(question("What?", [film(300)]), SHORT)
+
+
 def test_an_answer_comes_in_pieces_that_make_up_the_whole(answerer: Answerer) -> None:
     messages = question("What is it?", [image()])
     shown, *pieces, end = ask(answerer, messages)
@@ -171,6 +191,23 @@ def test_what_is_refused_has_its_numbers(answerer: Answerer, case: str) -> None:
     with pytest.raises(Refused) as refused:
         answerer.prepare(question("?", media()), SHORT)
     assert refused.value.code == code and words in str(refused.value)
+
+
+def test_the_endpoint_answers_as_the_model_does(answerer: Answerer) -> None:
+    data = image().data
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    body = {"model": answerer.name, "max_tokens": 6, "messages": [{"role": "user", "content": content}]}
+    worker = Worker(answerer, answerer.limits)
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+    worker.close()
+    (alone,) = answerer.answer_all([answerer.prepare(question("What?", [image()]), SHORT)], SHORT)
+    assert answer["choices"][0]["message"]["content"] == alone.text
+    assert answer["usage"]["prompt_tokens"] == alone.end.prompt_tokens
 
 
 def test_a_context_too_short_is_refused(answerer: Answerer) -> None:

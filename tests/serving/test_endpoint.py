@@ -193,7 +193,9 @@ def test_a_large_body_is_refused_before_it_is_read(address: str) -> None:
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 209715200\r\n\r\n{"
         )
-        answer = client.recv(4096).decode()
+        answer = ""
+        while "limit is" not in answer and (more := client.recv(4096).decode()):
+            answer += more
     assert " 413 " in answer and "the request has 209715200 bytes, the limit is 300000" in answer
 
 
@@ -227,9 +229,11 @@ def test_a_client_that_leaves_frees_the_model_for_the_next() -> None:
     worker.close()
 
 
-def test_a_full_queue_is_refused() -> None:
-    worker = Worker(Echo(pause=0.2), Limits(waiting=1))
-    body = ask("a long question")
+@pytest.mark.parametrize("limits", [Limits(waiting=1), Limits(waiting_bytes=150)])
+def test_a_full_queue_is_refused(limits: Limits) -> None:
+    worker = Worker(Echo(pause=0.2), limits)
+    body = ask("a long question", picture(png((1, 2, 3))))
+    assert 75 < len(png((1, 2, 3))) < 150
     with served(build_app(worker, Fetcher((), 1000))) as address:
         statuses: list[int] = []
         threads = [
