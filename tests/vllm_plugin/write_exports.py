@@ -5,7 +5,7 @@ Runs where the trainer is installed (``make test-vllm``); the tests run where vL
 
     NAME/                 an export, from ``convert megatron-to-hf``; NAME as in ``MODELS``
     NAME.npz              of the export in the code that it carries: ``features``, of the tiles of conversation 3, and
-                          ``answerN`` and ``logprobsN``, tokens of a greedy answer to conversation N and how likely each was
+                          ``answerN`` and ``logprobsN``, tokens of a greedy answer to conversation N and how likely
     conversations.json    messages, the files that they show, and token ids up to where the answer begins
     tiles.npz             ``N``: the tiles of conversation N, uint8 [tiles, 3, side, side]
     media/                the files
@@ -103,7 +103,9 @@ def write_model(folder: Path, config: EagleConfig, kind: Any, tokenizer: Path) -
     megatron_to_hf(parts / "megatron", folder, Options(logits=False), kind=kind, tokenizer=tokenizer)
 
 
-def write_conversations(folder: Path, media: dict[str, list[Path]], tokenizer: Path, tokens_per_tile: int) -> list[Read]:
+def write_conversations(
+    folder: Path, media: dict[str, list[Path]], tokenizer: Path, tokens_per_tile: int
+) -> list[Read]:
     """Each conversation as messages and as the trainer reads it; media are taken in turn."""
     settings = make_settings(
         folder,
@@ -125,7 +127,9 @@ def write_conversations(folder: Path, media: dict[str, list[Path]], tokenizer: P
         roles = ["system"] * texts[0].startswith("system: ") + ["user", "assistant"] * len(texts)
         turns = [Turn(role, text.removeprefix("system: ")) for role, text in zip(roles, texts, strict=False)]
         names = {kind: tuple(file.name for file in own) for kind, own in shown.items()}
-        conversation = Conversation(str(number), names["image"], (*turns, Turn("assistant", ANSWER)), videos=names["video"])
+        conversation = Conversation(
+            str(number), names["image"], (*turns, Turn("assistant", ANSWER)), videos=names["video"]
+        )
         stored = StoredSample(conversation, *(tuple(file.read_bytes() for file in own) for own in shown.values()))
         segment, plan = tokenise(stored, planner, prompt=True)
         tiles[str(number)] = add_tiles(segment, stored, plan, settings).tiles.numpy()
@@ -155,7 +159,10 @@ def write_answers(folder: Path, conversations: list[Read]) -> None:
         )
         answer = said.sequences[0, len(ids) :]
         logprobs = torch.cat(said.logits).log_softmax(-1)
-        found |= {f"answer{number}": answer.numpy(), f"logprobs{number}": logprobs.gather(1, answer[:, None])[:, 0].numpy()}
+        found |= {
+            f"answer{number}": answer.numpy(),
+            f"logprobs{number}": logprobs.gather(1, answer[:, None])[:, 0].numpy(),
+        }
     np.savez(folder.with_suffix(".npz"), **found)
 
 
