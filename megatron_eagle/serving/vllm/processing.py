@@ -45,7 +45,7 @@ MEAN = STD = 0.5  # of every channel: the pixels that encoders are given, which 
 
 
 @dataclass
-class Shown(PromptUpdateDetails):  # type: ignore[misc]
+class Shown(PromptUpdateDetails):
     """What a prompt needs to know of a medium.
 
     tiles: of each of its pictures. film, times: of a video, whose frames are taken at these seconds.
@@ -56,14 +56,14 @@ class Shown(PromptUpdateDetails):  # type: ignore[misc]
     times: tuple[float, ...] = ()
 
 
-class WholeImages(ImageProcessorItems):  # type: ignore[misc]
+class WholeImages(ImageProcessorItems):
     """Pictures with the bytes of the files that they came from; vLLM's own lose them where it remembers media."""
 
     def get(self, index: int) -> Any:
         return self.data[index]
 
 
-class WholeVideos(VideoProcessorItems):  # type: ignore[misc]
+class WholeVideos(VideoProcessorItems):
     """Videos, each with what is known of its frames, and with the bytes of the files that they came from."""
 
     def get(self, index: int) -> Any:
@@ -75,7 +75,7 @@ class WholeVideos(VideoProcessorItems):  # type: ignore[misc]
         return (_as_it_came(item[0]), item[1]) if isinstance(item, tuple) else item
 
 
-class EagleDataParser(MultiModalDataParser):  # type: ignore[misc]
+class EagleDataParser(MultiModalDataParser):
     """Media of a request, whole."""
 
     def _parse_image_data(self, data: Any) -> Any:
@@ -87,7 +87,7 @@ class EagleDataParser(MultiModalDataParser):  # type: ignore[misc]
         return WholeVideos(parsed.data, parsed.metadata) if isinstance(parsed, VideoProcessorItems) else parsed
 
 
-class EagleProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
+class EagleProcessingInfo(BaseProcessingInfo):
     """The export's processor, loaded as the plug-in's own code, and how many media a request may hold: any number."""
 
     @cached_property
@@ -114,7 +114,7 @@ class EagleProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
         return dict.fromkeys(MARKS)
 
 
-class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ignore[misc]
+class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):
     """The largest media there can be, by which vLLM plans its memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
@@ -142,7 +142,7 @@ class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ig
         }
 
 
-class EagleMultiModalProcessor(BaseMultiModalProcessor[EagleProcessingInfo]):  # type: ignore[misc]
+class EagleMultiModalProcessor(BaseMultiModalProcessor[EagleProcessingInfo]):
     """Tiles of a request's media, and its tokens."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
