@@ -121,6 +121,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
         max_model_len=1024,
         max_num_seqs=4,
         enforce_eager=True,
+        gpu_memory_utilization=0.3,
         limit_mm_per_prompt={"image": 4, "video": 3},
         allowed_local_media_path=str(EXPORTS),
     )
@@ -284,9 +285,15 @@ def test_other_statistics_than_those_of_the_weights_are_refused(served: Served, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and vLLM's build for it")
 def test_answers_on_a_gpu_in_bf16_are_likely_by_the_exports_own_code(served: Served) -> None:
-    """On CUDA the fixture's engine runs in fp32 there, and every test above is on the GPU; this adds the usual type."""
-    llm = LLM(str(served.folder), dtype="bfloat16", max_model_len=1024, limit_mm_per_prompt={"image": 4, "video": 3},
-              gpu_memory_utilization=0.2, allowed_local_media_path=str(EXPORTS))  # fmt: skip
+    """With CUDA, every test above runs on the GPU in fp32; this adds the usual type, and vLLM's compiled graphs."""
+    llm = LLM(
+        str(served.folder),
+        dtype="bfloat16",
+        max_model_len=1024,
+        gpu_memory_utilization=0.3,
+        limit_mm_per_prompt={"image": 4, "video": 3},
+        allowed_local_media_path=str(EXPORTS),
+    )
     settings = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
     for number, result in enumerate(llm.chat([messages_of(one) for one in conversations()], settings)):
         (step,) = result.outputs[0].logprobs
