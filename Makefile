@@ -6,6 +6,7 @@
 # make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
+# make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
 # All are idempotent. Set-up makes .venv with the pinned versions of the stack that its Python has: 3.11 or newer is needed
@@ -36,7 +37,12 @@ OTHER_TESTS := tests/compat tests/install/test_pins.py tests/model/test_parity.p
 TE = $(shell sed -n 's/^transformer-engine==//p' constraints/megatron-$(MEGATRON).txt)
 TE_FOLDER = .te/megatron-$(MEGATRON)-te-$(TE)
 
-.PHONY: setup demo check test test-stacks test-te test-page test-long support gpu lint format clean test-bare
+# vLLM has an environment of its own: it asks for other versions than the trainer. Exports are written by the trainer's.
+VLLM_VENV ?= .venv-vllm
+VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
+    HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
+
+.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-long support gpu lint format clean test-bare
 
 setup: $(READY)
 
@@ -94,6 +100,20 @@ test-bare: setup
 	      --constraint constraints/lowest.txt torch triton transformers numpy==2.5.2 && touch $(BARE_VENV)/ready; } && \
 	  $(BIN)/python -m pytest -q -rP -m long tests/install/test_bare_image.py --bare-python $(BARE_VENV)/bin/python $(RECORD); fi
 
+$(VLLM_VENV)/ready: constraints/vllm.txt setup.py
+	@echo "test-vllm: making $(VLLM_VENV) with $(PYTHON), 2.6 GB"
+	@rm -rf $(VLLM_VENV) && $(PYTHON) -m venv $(VLLM_VENV) && \
+	  $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement constraints/vllm.txt && \
+	  $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable . && \
+	  touch $@
+
+test-vllm: setup
+	@if ! $(MAKE) --no-print-directory $(VLLM_VENV)/ready; then \
+	  echo "test-vllm: skipped, constraints/vllm.txt cannot be installed with $(PYTHON): see above"; else \
+	  rm -rf .vllm && echo "test-vllm: writing exports with the trainer" && \
+	  PYTHONPATH=tests HF_HOME=.vllm/hf OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/vllm_plugin/write_exports.py .vllm/exports && \
+	  $(VLLM_ENVIRONMENT) $(VLLM_VENV)/bin/python -m pytest -q --confcutdir tests/vllm_plugin tests/vllm_plugin; fi
+
 test-long: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long --timeout 7200
 
@@ -111,4 +131,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) .te .page runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page runs build *.egg-info

@@ -91,7 +91,11 @@ setup(
         "serve": [*ENDPOINT, *PAGE],
         "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
     },
-    entry_points={"console_scripts": ["megatron-eagle=megatron_eagle.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],
+        # vLLM has an environment of its own, where this package is installed without what it requires (docs/vllm.md).
+        "vllm.general_plugins": ["megatron_eagle=megatron_eagle.serving.vllm:register"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

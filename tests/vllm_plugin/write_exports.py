@@ -5,7 +5,7 @@ Runs where the trainer is installed (``make test-vllm``); the tests run where vL
 
     NAME/                 an export, from ``convert megatron-to-hf``; NAME as in ``MODELS``
     NAME.npz              of the export in the code that it carries: ``features``, of the tiles of conversation 3, and
-                          ``answerN`` and ``logprobsN``, tokens of a greedy answer to conversation N and how likely each was
+                          ``answerN`` and ``logprobsN``, tokens of a greedy answer to conversation N and how likely
     conversations.json    messages, the files that they show, and token ids up to where the answer begins
     tiles.npz             ``N``: the tiles of conversation N, uint8 [tiles, 3, side, side]
     media/                the files

@@ -118,7 +118,7 @@ class EagleProcessor(ProcessorMixin):
         doubled = words.replace(QUOTE, QUOTE + QUOTE)
         return re.sub(self._marks(), lambda found: found[0][0] + QUOTE + found[0][1:], doubled)
 
-    def _encode(self, text: str, media: "Iterator[_Shown]") -> tuple[list[int], list[Tensor]]:
+    def encode(self, text: str, media: "Iterator[_Shown]") -> tuple[list[int], list[Tensor]]:
         """Tokens of one text, and the tiles of the media that it shows, which are taken from ``media``.
 
         As in training: a picture ends with a line break unless its turn does, one that follows it anyway is that line
@@ -156,9 +156,19 @@ class EagleProcessor(ProcessorMixin):
     def show_video(self, given: Any, video: int, metadata: Any = None, **changed: Any) -> "_Shown":
         """The words and tiles of each frame that is shown of a video.
 
+        video: its number in the text, from 0. For the rest see ``read_video``.
+        """
+        info, times, tiles = self.read_video(given, metadata, **changed)
+        return list(zip(frame_words(self.frame_settings(**changed), video, info, times), tiles, strict=True))
+
+    def read_video(
+        self, given: Any, metadata: Any = None, **changed: Any
+    ) -> tuple[VideoInfo, tuple[float, ...], list[Tensor]]:
+        """What is known of a video, and seconds and tiles of each frame that is shown.
+
         given: a file's path or bytes, or decoded frames, of which metadata says the frames a second (``fps``) and, if
-            they are a choice, which ones they are (``frames_indices``) of how many (``total_num_frames``). video: its
-            number in the text, from 0. changed: fields of ``VideoReading``.
+            they are a choice, which ones they are (``frames_indices``) of how many (``total_num_frames``). changed:
+            fields of ``VideoReading``.
         """
         settings = self.frame_settings(**changed)
         given = _file_of(given)
@@ -166,11 +176,9 @@ class EagleProcessor(ProcessorMixin):
             with VideoReader(given if isinstance(given, bytes) else _File(given)) as reader:
                 info = reader.info
                 times = frame_times(settings, info, wanted_frames(settings, info))
-                tiles = [self._cut_frame(frame, info, settings) for frame in reader.frames(times)]
-        else:
-            info, times, frames = _decoded(given, metadata, settings)
-            tiles = [self._cut_frame(frame, info, settings) for frame in frames]
-        return list(zip(frame_words(settings, video, info, times), tiles, strict=True))
+                return info, times, [self._cut_frame(frame, info, settings) for frame in reader.frames(times)]
+        info, times, frames = _decoded(given, metadata, settings)
+        return info, times, [self._cut_frame(frame, info, settings) for frame in frames]
 
     def _cut_frame(self, frame: Image.Image, info: VideoInfo, settings: VideoReading) -> Tensor:
         columns, rows = self.image_processor.grid(info.width, info.height, settings.frame_tiles)
@@ -215,7 +223,7 @@ class EagleProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("a text is needed; pictures alone are for image_processor")
-        options = _Options.of(kwargs)
+        options = Options.of(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         pictures, films = _dealt(images, texts, IMAGE, _flat), _dealt(videos, texts, VIDEO, _films)
         metadata = options.metadata(sum(map(len, films)))
@@ -223,7 +231,7 @@ class EagleProcessor(ProcessorMixin):
         tiles: list[Tensor] = []
         for one, own_pictures, own_films in zip(texts, pictures, films, strict=True):
             described = [(film, next(metadata)) for film in own_films]
-            own_ids, own_tiles = self._encode(one, self._shown(one, iter(own_pictures), described, options))
+            own_ids, own_tiles = self.encode(one, self._shown(one, iter(own_pictures), described, options))
             ids.append(own_ids)
             tiles += own_tiles
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids]}
@@ -234,7 +242,7 @@ class EagleProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=options.return_tensors)
 
     def _shown(
-        self, text: str, pictures: Iterator[Any], films: Sequence[tuple[Any, Any]], options: "_Options"
+        self, text: str, pictures: Iterator[Any], films: Sequence[tuple[Any, Any]], options: "Options"
     ) -> "Iterator[_Shown]":
         """The media of one text, in the order of its marks."""
         numbered = enumerate(films)
@@ -271,7 +279,7 @@ class _File:
         return self._path.open("rb")
 
 
-class _Options:
+class Options:
     """What ``__call__`` was told beside texts and media."""
 
     def __init__(
@@ -303,7 +311,7 @@ class _Options:
             self.frames |= {"sampling": "uniform" if fps is None else "fps", "max_frames": num_frames}
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any]) -> "_Options":
+    def of(cls, kwargs: Mapping[str, Any]) -> "Options":
         """From transformers' flat or nested arguments; TypeError names those that are not known."""
         flat = {name: value for name, value in kwargs.items() if name not in _NESTED and value is not None}
         for nested in _NESTED:

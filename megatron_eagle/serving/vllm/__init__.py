@@ -1,8 +1,8 @@
 """vLLM plug-in: exported Eagles in ``vllm serve``, with the tiles, frames and words that they were trained on.
 
 vLLM itself has no mixture of encoders, and reads Eagle 2.5 otherwise than it was trained (docs/vllm.md). The package is
-installed beside vLLM in an environment of its own, so it imports vLLM, what vLLM brings, and the code that exports carry:
-nothing of the trainer.
+installed beside vLLM in an environment of its own, so it imports vLLM, what vLLM brings, and the code that exports
+carry: nothing of the trainer.
 """
 
 ARCHITECTURE = "MegatronEagleForConditionalGeneration"

@@ -31,7 +31,7 @@ TILES_AT_ONCE = 64  # a long video would otherwise need the memory of all its fr
 @MULTIMODAL_REGISTRY.register_processor(
     EagleMultiModalProcessor, info=EagleProcessingInfo, dummy_inputs=EagleDummyInputs
 )
-class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):  # type: ignore[misc]
+class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):
     """A mixture of encoders or one SigLIP, a connector, and a Qwen2."""
 
     @classmethod
@@ -43,7 +43,7 @@ class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):  # type: ignore[mi
         super().__init__()
         config = vllm_config.model_config.hf_config
         vision, hidden = config.vision_config, config.text_config.hidden_size
-        with self._mark_tower_model(vllm_config, set(MARKS)):
+        with self._mark_tower_model(vllm_config, set(MARKS)):  # type: ignore[operator]
             if vision.model_type == "MOB":
                 self.vision_model: nn.Module = Mixture(vision)
                 width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
@@ -52,7 +52,7 @@ class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):  # type: ignore[mi
                 width = 4 * vision.hidden_size
             norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
             self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.text_config,

@@ -3,8 +3,8 @@
 vLLM tokenises a prompt before it looks at the media. In training, the tokens around a picture follow from the whole
 text: pictures are numbered where there are several, and a line break follows one unless its turn ends. So the prompt is
 turned into its text again and read as in training, with as many tokens in place of each mark as the medium has. A video
-is known by its frames' times (``Shown``), not by its tokens, because the words before it hold its number in the text and
-vLLM remembers media from one request to the next.
+is known by its frames' times (``Shown``), not by its tokens: the words before it hold its number in the text, and vLLM
+remembers media from one request to the next.
 
 Pictures and videos that came as files are read from the files' bytes, by the trainer's own functions; vLLM decodes them
 too, in its own way, and that copy is not used.
@@ -45,30 +45,37 @@ MEAN = STD = 0.5  # of every channel: the pixels that encoders are given, which 
 
 
 @dataclass
-class Shown(PromptUpdateDetails):  # type: ignore[misc]
-    """What a prompt needs to know of a medium. tiles: of each of its pictures; film, times: of a video, seconds at which
-    its frames are taken."""
+class Shown(PromptUpdateDetails):
+    """What a prompt needs to know of a medium.
+
+    tiles: of each of its pictures. film, times: of a video, whose frames are taken at these seconds.
+    """
 
     tiles: tuple[int, ...] = ()
     film: VideoInfo | None = None
     times: tuple[float, ...] = ()
 
 
-class WholeImages(ImageProcessorItems):  # type: ignore[misc]
+class WholeImages(ImageProcessorItems):
     """Pictures with the bytes of the files that they came from; vLLM's own lose them where it remembers media."""
 
     def get(self, index: int) -> Any:
         return self.data[index]
 
 
-class WholeVideos(VideoProcessorItems):  # type: ignore[misc]
+class WholeVideos(VideoProcessorItems):
     """Videos, each with what is known of its frames, and with the bytes of the files that they came from."""
 
     def get(self, index: int) -> Any:
         return self.data[index]
 
+    def get_item_for_hash(self, index: int) -> Any:
+        """By which a video is remembered: the file, where vLLM may take the frames that it decoded itself."""
+        item = self.data[index]
+        return (_as_it_came(item[0]), item[1]) if isinstance(item, tuple) else item
 
-class EagleDataParser(MultiModalDataParser):  # type: ignore[misc]
+
+class EagleDataParser(MultiModalDataParser):
     """Media of a request, whole."""
 
     def _parse_image_data(self, data: Any) -> Any:
@@ -80,7 +87,7 @@ class EagleDataParser(MultiModalDataParser):  # type: ignore[misc]
         return WholeVideos(parsed.data, parsed.metadata) if isinstance(parsed, VideoProcessorItems) else parsed
 
 
-class EagleProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
+class EagleProcessingInfo(BaseProcessingInfo):
     """The export's processor, loaded as the plug-in's own code, and how many media a request may hold: any number."""
 
     @cached_property
@@ -107,7 +114,7 @@ class EagleProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
         return dict.fromkeys(MARKS)
 
 
-class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ignore[misc]
+class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):
     """The largest media there can be, by which vLLM plans its memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
@@ -118,11 +125,8 @@ class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ig
     ) -> dict[str, Any]:
         """A strip of as many tiles as a picture can have, and videos of the frames that the sequence has room for."""
         images, settings = self.info.processor.image_processor, self.info.processor.frame_settings()
-        side, most, width = (
-            images.size["height"],
-            images.max_dynamic_tiles,
-            settings.frame_tiles * images.size["height"],
-        )
+        side, most = images.size["height"], images.max_dynamic_tiles
+        width = settings.frame_tiles * side
         pictures, films = mm_counts.get("image", 0), mm_counts.get("video", 0)
         frame = images.get_number_of_image_patches(side, width) * images.tokens_per_tile
         room = seq_len - pictures * (most + 1) * images.tokens_per_tile
@@ -138,7 +142,7 @@ class EagleDummyInputs(BaseDummyInputsBuilder[EagleProcessingInfo]):  # type: ig
         }
 
 
-class EagleMultiModalProcessor(BaseMultiModalProcessor[EagleProcessingInfo]):  # type: ignore[misc]
+class EagleMultiModalProcessor(BaseMultiModalProcessor[EagleProcessingInfo]):
     """Tiles of a request's media, and its tokens."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
