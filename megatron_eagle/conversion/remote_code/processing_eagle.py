@@ -8,13 +8,9 @@ name in somebody's words is spelled out. ``apply_chat_template`` quotes such nam
 (``QUOTE``), so that they are still words when the template's text is read.
 """
 
-import base64
-import binascii
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +19,13 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from .frames_eagle import VideoInfo, VideoReading, frame_times, frame_words, wanted_frames
-from .pictures_eagle import read_picture
+from .given_eagle import File, Options, dealt, decoded_video, file_of, flat, flat_videos
 from .video_eagle import VideoReader
 
 IMAGE, VIDEO = "<image>", "<video>"
 # Marks of grounded answers are text that the model reads and writes, although a tokenizer calls them special.
 GROUNDING = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>")
 QUOTE = "\ufdd0"  # Unicode promises that this is no character
-_NESTED = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
-# Said by transformers' callers, and true of this code whatever they say.
-_WITHOUT_EFFECT = ("add_special_tokens", "sanitize_control_tokens", "return_metadata", "do_sample_frames")
 
 
 class EagleProcessor(ProcessorMixin):
@@ -151,7 +144,7 @@ class EagleProcessor(ProcessorMixin):
 
     def show_image(self, given: Any, most: int | None = None) -> "_Shown":
         """The tiles of a picture: a Pillow image, a file's path or bytes, base64, or pixels uint8."""
-        return [("", self.image_processor.cut(_file_of(given), most))]
+        return [("", self.image_processor.cut(file_of(given), most))]
 
     def show_video(self, given: Any, video: int, metadata: Any = None, **changed: Any) -> "_Shown":
         """The words and tiles of each frame that is shown of a video.
@@ -171,13 +164,14 @@ class EagleProcessor(ProcessorMixin):
             fields of ``VideoReading``.
         """
         settings = self.frame_settings(**changed)
-        given = _file_of(given)
+        given = file_of(given)
         if isinstance(given, str | Path | bytes):
-            with VideoReader(given if isinstance(given, bytes) else _File(given)) as reader:
+            source = given if isinstance(given, bytes) else File(given)
+            with VideoReader(source, max_pixels=self.image_processor.max_pixels) as reader:
                 info = reader.info
                 times = frame_times(settings, info, wanted_frames(settings, info))
                 return info, times, [self._cut_frame(frame, info, settings) for frame in reader.frames(times)]
-        info, times, frames = _decoded(given, metadata, settings)
+        info, times, frames = decoded_video(given, metadata, settings)
         return info, times, [self._cut_frame(frame, info, settings) for frame in frames]
 
     def _cut_frame(self, frame: Image.Image, info: VideoInfo, settings: VideoReading) -> Tensor:
@@ -225,7 +219,7 @@ class EagleProcessor(ProcessorMixin):
             raise ValueError("a text is needed; pictures alone are for image_processor")
         options = Options.of(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        pictures, films = _dealt(images, texts, IMAGE, _flat), _dealt(videos, texts, VIDEO, _films)
+        pictures, films = dealt(images, texts, IMAGE, flat), dealt(videos, texts, VIDEO, flat_videos)
         metadata = options.metadata(sum(map(len, films)))
         ids: list[list[int]] = []
         tiles: list[Tensor] = []
@@ -267,138 +261,3 @@ class EagleProcessor(ProcessorMixin):
 
 
 _Shown = list[tuple[str, Tensor]]  # words before each of a medium's pictures, and its tiles
-
-
-class _File:
-    """A file that is read where it is looked at."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-
-    def open(self) -> Any:
-        return self._path.open("rb")
-
-
-class Options:
-    """What ``__call__`` was told beside texts and media."""
-
-    def __init__(
-        self,
-        *,
-        return_tensors: Any = None,
-        padding: Any = None,
-        padding_side: str = "left",
-        pad_to_multiple_of: int | None = None,
-        max_length: int | None = None,
-        truncation: bool | None = None,
-        max_dynamic_tiles: int | None = None,
-        video_metadata: Any = None,
-        fps: float | None = None,
-        num_frames: int | None = None,
-    ) -> None:
-        if truncation:
-            raise ValueError("truncation would cut through pictures; show less instead (max_dynamic_tiles, num_frames)")
-        self.return_tensors, self.most_tiles, self._metadata = return_tensors, max_dynamic_tiles, video_metadata
-        self._pad = padding
-        self.padding = {
-            "padding": True if padding is None else padding,
-            "padding_side": padding_side,
-            "pad_to_multiple_of": pad_to_multiple_of,
-            "max_length": max_length,
-        }
-        self.frames: dict[str, Any] = {} if fps is None else {"sampling": "fps", "fps": float(fps)}
-        if num_frames is not None:
-            self.frames |= {"sampling": "uniform" if fps is None else "fps", "max_frames": num_frames}
-
-    @classmethod
-    def of(cls, kwargs: Mapping[str, Any]) -> "Options":
-        """From transformers' flat or nested arguments; TypeError names those that are not known."""
-        flat = {name: value for name, value in kwargs.items() if name not in _NESTED and value is not None}
-        for nested in _NESTED:
-            flat |= kwargs.get(nested) or {}
-        flat = {name: value for name, value in flat.items() if name not in _WITHOUT_EFFECT}
-        known = cls.__init__.__kwdefaults__ or {}
-        if unknown := sorted(flat.keys() - known.keys()):
-            raise TypeError(f"the processor does not know {', '.join(unknown)}")
-        return cls(**flat)
-
-    def pads(self, texts: int) -> bool:
-        return bool(self._pad) or (self._pad is None and texts > 1 and self.return_tensors is not None)
-
-    def metadata(self, films: int) -> Iterator[Any]:
-        """One entry a video; None where nothing is said."""
-        found = [None] * films if self._metadata is None else list(_flat(self._metadata))
-        if len(found) != films:
-            raise ValueError(f"video_metadata describes {len(found)} videos, {films} were given")
-        return iter(found)
-
-
-def _dealt(media: Any, texts: Sequence[str], mark: str, flat: Callable[[Any], Iterator[Any]]) -> list[list[Any]]:
-    """The media of each text, which are given as one list a text or all in a row."""
-    marks = [text.count(mark) for text in texts]
-    if isinstance(media, list | tuple) and len(media) == len(texts) and all(isinstance(one, list) for one in media):
-        dealt = [list(flat(one)) for one in media]
-    else:
-        every = list(flat(media))
-        left = iter(every)
-        dealt = [list(islice(left, count)) for count in marks] if len(every) == sum(marks) else [every]
-    if [len(own) for own in dealt] != marks:
-        raise ValueError(f"the texts have {marks} {mark} marks, given are {[len(own) for own in dealt]}")
-    return dealt
-
-
-def _flat(media: Any) -> Iterator[Any]:
-    """Media of nested lists, in order."""
-    if isinstance(media, list | tuple):
-        for one in media:
-            yield from _flat(one)
-    elif media is not None:
-        yield media
-
-
-def _films(media: Any) -> Iterator[Any]:
-    """As ``_flat``, of videos, each of which may be a list of pictures."""
-    if isinstance(media, list | tuple) and not (media and _is_picture(media[0])):
-        for one in media:
-            yield from _films(one)
-    elif media is not None:
-        yield media
-
-
-def _is_picture(given: Any) -> bool:
-    return isinstance(given, Image.Image) or getattr(given, "ndim", 0) == 3
-
-
-def _file_of(given: Any) -> Any:
-    """Bytes for base64 and ``data:`` URLs; anything else as it is. ValueError for other URLs, which are not fetched."""
-    if not isinstance(given, str):
-        return given
-    if re.match("[a-z0-9+.-]+://", given, re.IGNORECASE):
-        raise ValueError(f"{given[:80]} is not fetched; pass the file")
-    with contextlib.suppress(OSError):  # a long text is no name of a file
-        if not given.startswith("data:") and Path(given).is_file():
-            return given
-    try:
-        return base64.b64decode(given.split(",", 1)[-1] if given.startswith("data:") else given, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"no such file: {given[:80]}") from None
-
-
-def _decoded(
-    given: Any, metadata: Any, settings: VideoReading
-) -> tuple[VideoInfo, tuple[float, ...], list[Image.Image]]:
-    """Length of a video of decoded frames, times and pictures of those to show."""
-    said = metadata if isinstance(metadata, Mapping) else getattr(metadata, "__dict__", {})
-    rate, chosen = said.get("fps"), said.get("frames_indices")
-    if not rate:
-        raise ValueError("decoded frames need video_metadata, such as {'fps': 2.0}: the words before them hold times")
-    if not len(given):
-        raise ValueError("the video has no frames")
-    size = read_picture(given[0]).size
-    total = int(said.get("total_num_frames") or len(given))
-    if chosen is not None and len(chosen) == len(given) < total:
-        info = VideoInfo(*size, total / rate, rate)
-        return info, tuple(float(number) / rate for number in chosen), [read_picture(frame) for frame in given]
-    info = VideoInfo(*size, len(given) / rate, rate)
-    times = frame_times(settings, info, wanted_frames(settings, info))
-    return info, times, [read_picture(given[min(len(given) - 1, round(time * rate))]) for time in times]
