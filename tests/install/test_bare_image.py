@@ -27,7 +27,7 @@ def image(request: pytest.FixtureRequest) -> str:
     python = request.config.getoption("--bare-python")
     if not python:
         pytest.skip("no environment of a bare GPU image: make test-bare makes one")
-    return str(python)
+    return str(Path(python).absolute())  # commands run in other folders
 
 
 @pytest.fixture(scope="module")
