@@ -48,6 +48,6 @@ def check_code(folder: Path, *, trust: bool) -> None:
     for file in files:
         if not (own / file.name).is_file() or (own / file.name).read_bytes() != file.read_bytes():
             raise UserError(
-                f"{file} is not the code that this version of megatron-eagle exports; if you trust whoever made "
-                f"{folder}, give --trust-code"
+                f"{file} is not the code that this version of megatron-eagle exports; export it again or, if you "
+                f"trust whoever made {folder}, give --trust-code"
             )

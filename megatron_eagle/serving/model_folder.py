@@ -1,7 +1,7 @@
 """From what a user names to an exported folder: that folder itself, a checkpoint, a stage, or a whole run.
 
 A training checkpoint is exported first, into ``exports/`` of its run, under a name that says which checkpoint it is and
-holds a digest of its files; asked again, it is there already.
+holds a digest of its files and of the code that goes with them; asked again, it is there already.
 """
 
 import fcntl
@@ -53,11 +53,13 @@ def _export_name(checkpoint: Path) -> Path:
     """``<run>/exports/<stage>-<step>-<digest>``; beside a checkpoint that is in no run."""
     from megatron_eagle.checkpoint.checksums import CHECKSUMS
     from megatron_eagle.checkpoint.files import DESCRIPTION
+    from megatron_eagle.conversion import remote_code
 
     checkpoint = checkpoint.resolve()
     digest = hashlib.sha256()
-    for name in (DESCRIPTION, CHECKSUMS):
-        digest.update((checkpoint / name).read_bytes() if (checkpoint / name).is_file() else b"")
+    code = sorted(Path(remote_code.__file__).parent.glob("*.py"))  # another version of it needs another export
+    for file in (checkpoint / DESCRIPTION, checkpoint / CHECKSUMS, *code):
+        digest.update(file.read_bytes() if file.is_file() else b"")
     parents = checkpoint.parents
     in_run = len(parents) > 2 and parents[1].name == CHECKPOINTS
     folder = (parents[2] if in_run else parents[0]) / EXPORTS

@@ -219,7 +219,9 @@ def test_code_that_is_not_ours_is_not_run(folder: Path, tmp_path: Path) -> None:
     strange = Path(shutil.copytree(folder, tmp_path / "strange"))
     with (strange / "modeling_eagle.py").open("a") as file:
         file.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(UserError, match="modeling_eagle.py is not the code .*; if you trust .*, give --trust-code"):
+    with pytest.raises(
+        UserError, match="modeling_eagle.py is not the code .*; export it again or, if you trust .*, give --trust-code"
+    ):
         load_answerer(strange)
     assert not (tmp_path / "ran").exists()
     load_answerer(strange, device="cpu", trust=True)
