@@ -116,7 +116,8 @@ class StageRun:
         try:
             self._train_or_continue()
         except Damaged as damaged:  # on every process
-            raise UserError(f"{damaged.what}. {self._way_on(Path(damaged.folder))}") from None
+            way_on = self.run_folder.way_on(Path(damaged.folder), self.recipe, self.stage)
+            raise UserError(f"{damaged.what}. {way_on}") from None
         finally:
             if self.start is not None:
                 self.start.leave()
@@ -148,24 +149,6 @@ class StageRun:
             self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
-
-    def _way_on(self, damaged: Path) -> str:
-        """What ``--fallback`` would do about a damaged checkpoint of this stage or of the one before."""
-        before = self.recipe.stage_before(self.stage)
-        stage = self.stage
-        if before is not None and damaged.parent == self.run_folder.stage_checkpoints(before.name):
-            stage = before
-        elif damaged.parent != self.run_folder.stage_checkpoints(stage.name):
-            return "It is no checkpoint of this run: restore it"
-        good, _ = find_good(damaged.parent)
-        step = read_description(good).step if good else 0
-        lost = int(damaged.name.rpartition("_")[2]) - step
-        origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
-        again = f"'{stage.name}' {origin}, and {lost} of its {stage.steps} steps are trained again"
-        if stage is self.stage:
-            return f"'megatron-eagle train --fallback': {again}"
-        both = f"megatron-eagle submit --stages {stage.name},{self.stage.name} --fallback"
-        return f"Train '{stage.name}' with --fallback first ('{both}'): {again}, then '{self.stage.name}' starts"
 
     def _join(self) -> int | None:
         """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
