@@ -105,7 +105,7 @@ class StageRun:
         self.step = 0
         self.start: Start | None = None
         self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
-        self.superseded_by = "a newer start of the run is at work"
+        self.superseded_by = ""
 
     def train(self) -> None:
         """Everything between joining the run and leaving it, as the newest start of the run.
@@ -188,14 +188,13 @@ class StageRun:
         found: Found = answer[0]
         return found
 
-    def _is_superseded(self) -> bool:
-        """Asked of rank 0, which writes; the others learn it with the step's numbers."""
+    def _is_newest(self) -> bool:
+        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers."""
         try:
             self._require_newest()
         except Superseded as superseded:
             self.superseded_by = str(superseded)
-            return True
-        return False
+        return not self.superseded_by
 
     def _say_changes(self, saved: Description, what: str) -> None:
         if not saved.recipe:
@@ -277,15 +276,15 @@ class StageRun:
         started = time.perf_counter()
         result = step.run(read, phase=self._doing)
         with self._doing("collecting the step's numbers"):
-            stats = step.collect(result, stop=self.watch.asked, superseded=self._is_superseded())
+            stats = step.collect(result, stop=self.watch.asked, superseded=bool(self.superseded_by))
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
         if stats.superseded:
-            raise Superseded(self.superseded_by)
+            raise Superseded(self.superseded_by or "a newer start of the run is at work")
         self.step += 1
         self.rejected_total += stats.rejected
         if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process
             raise NonFinite(self._explain_non_finite(step, result, stats.loss))
-        if log:
+        if log and self._is_newest():
             log.step(self._record(step.engine, result, stats, rejected, time.perf_counter() - started))
         self.watch.step_done()
         return stats.stop
