@@ -10,8 +10,9 @@ creators with O_EXCL one wins (NFS since version 3, Lustre, GPFS, BeeGFS, local 
 what was created in it before, on whatever node: close-to-open consistency, which NFS has unless it is mounted with
 ``nocto``; there a number is seen up to ``acdirmax`` later, 60 s by default. No locks, no clocks, nothing to clean up.
 
-Between looking and writing lies a moment in which a process may stand still. What it then writes is harmless: it
-renames a folder that the new start has deleted, or appends to a file that the new one has replaced.
+Between looking and writing lies a moment in which a process may stand still. A checkpoint that it then publishes is
+whole and of the same numbers, unless the new start has deleted its folder, as it does when it saves; of the log it may
+add one line, for a step that the new start logs, too.
 """
 
 import json

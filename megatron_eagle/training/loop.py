@@ -105,7 +105,7 @@ class StageRun:
         self.step = 0
         self.start: Start | None = None
         self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
-        self.superseded_by = "a newer start of the run is at work"
+        self.superseded_by = ""
 
     def train(self) -> None:
         """Everything between joining the run and leaving it, as the newest start of the run.
@@ -116,7 +116,8 @@ class StageRun:
         try:
             self._train_or_continue()
         except Damaged as damaged:  # on every process
-            raise UserError(f"{damaged.what}. {self._way_on(Path(damaged.folder))}") from None
+            way_on = self.run_folder.way_on(Path(damaged.folder), self.recipe, self.stage)
+            raise UserError(f"{damaged.what}. {way_on}") from None
         finally:
             if self.start is not None:
                 self.start.leave()
@@ -148,24 +149,6 @@ class StageRun:
             self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
-
-    def _way_on(self, damaged: Path) -> str:
-        """What ``--fallback`` would do about a damaged checkpoint of this stage or of the one before."""
-        before = self.recipe.stage_before(self.stage)
-        stage = self.stage
-        if before is not None and damaged.parent == self.run_folder.stage_checkpoints(before.name):
-            stage = before
-        elif damaged.parent != self.run_folder.stage_checkpoints(stage.name):
-            return "It is no checkpoint of this run: restore it"
-        good, _ = find_good(damaged.parent)
-        step = read_description(good).step if good else 0
-        lost = int(damaged.name.rpartition("_")[2]) - step
-        origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
-        again = f"'{stage.name}' {origin}, and {lost} of its {stage.steps} steps are trained again"
-        if stage is self.stage:
-            return f"'megatron-eagle train --fallback': {again}"
-        both = f"megatron-eagle submit --stages {stage.name},{self.stage.name} --fallback"
-        return f"Train '{stage.name}' with --fallback first ('{both}'): {again}, then '{self.stage.name}' starts"
 
     def _join(self) -> int | None:
         """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
@@ -205,14 +188,13 @@ class StageRun:
         found: Found = answer[0]
         return found
 
-    def _is_superseded(self) -> bool:
-        """Asked of rank 0, which writes; the others learn it with the step's numbers."""
+    def _is_newest(self) -> bool:
+        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers."""
         try:
             self._require_newest()
         except Superseded as superseded:
             self.superseded_by = str(superseded)
-            return True
-        return False
+        return not self.superseded_by
 
     def _say_changes(self, saved: Description, what: str) -> None:
         if not saved.recipe:
@@ -294,15 +276,15 @@ class StageRun:
         started = time.perf_counter()
         result = step.run(read, phase=self._doing)
         with self._doing("collecting the step's numbers"):
-            stats = step.collect(result, stop=self.watch.asked, superseded=self._is_superseded())
+            stats = step.collect(result, stop=self.watch.asked, superseded=bool(self.superseded_by))
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
         if stats.superseded:
-            raise Superseded(self.superseded_by)
+            raise Superseded(self.superseded_by or "a newer start of the run is at work")
         self.step += 1
         self.rejected_total += stats.rejected
         if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process
             raise NonFinite(self._explain_non_finite(step, result, stats.loss))
-        if log:
+        if log and self._is_newest():
             log.step(self._record(step.engine, result, stats, rejected, time.perf_counter() - started))
         self.watch.step_done()
         return stats.stop

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eagle.checkpoint.files import find_latest, read_description, require_same_model
+from megatron_eagle.checkpoint.files import find_good, find_latest, read_description, require_same_model
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 
@@ -43,3 +43,22 @@ class RunFolder:
                 f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"
             )
         return checkpoint
+
+    def way_on(self, damaged: Path, recipe: Recipe, stage: Stage) -> str:
+        """What ``--fallback`` would do about a damaged checkpoint of ``stage`` or of the one before, and what it costs.
+
+        All processes call this together.
+        """
+        before = recipe.stage_before(stage)
+        of_before = before is not None and damaged.parent == self.stage_checkpoints(before.name)
+        of = before if before is not None and of_before else stage
+        if damaged.parent != self.stage_checkpoints(of.name):
+            return "It is no checkpoint of this run: restore it"
+        good, _ = find_good(damaged.parent)
+        lost = int(damaged.name.rpartition("_")[2]) - (read_description(good).step if good else 0)
+        origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
+        again = f"'{of.name}' {origin}, and {lost} of its {of.steps} steps are trained again"
+        if of is stage:
+            return f"'megatron-eagle train --fallback': {again}"
+        both = f"megatron-eagle submit --stages {of.name},{stage.name} --fallback"
+        return f"Train '{of.name}' with --fallback first ('{both}'): {again}, then '{stage.name}' starts"
