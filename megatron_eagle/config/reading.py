@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import AboveZero, Count, Flag, NotNegative, Positive
 from megatron_eagle.config.packing_rules import PackingName
-from megatron_eagle.conversion.remote_code.frames_eagle import MAX_PIXELS, fill_template
+from megatron_eagle.remote_code.frames_eagle import MAX_PIXELS, fill_template
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 

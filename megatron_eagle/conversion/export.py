@@ -23,7 +23,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
 
 Code = Literal["own", "nvidia"]
-REMOTE_CODE = Path(__file__).parent / "remote_code"
+REMOTE_CODE = Path(__file__).parents[1] / "remote_code"
 REPOSITORY = {"A": "nvidia/Eagle2-9B", "B": "nvidia/Eagle2.5-8B"}
 _ARCHITECTURE = {"A": "Eagle2ChatModel", "B": "Eagle2_5_VLForConditionalGeneration"}
 _CONFIG_CLASS = {"A": "Eagle2ChatConfig", "B": "Eagle2_5_VLConfig"}
@@ -100,7 +100,7 @@ def _write_code(folder: Path, config: EagleConfig) -> None:
 
 
 def _own_kinds() -> set[str]:
-    from megatron_eagle.conversion.remote_code.encoders_eagle import KINDS  # transformers takes seconds
+    from megatron_eagle.remote_code.encoders_eagle import KINDS  # transformers takes seconds
 
     return set(KINDS)
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_eagle.conversion.remote_code.frames_eagle import wanted_frames
-from megatron_eagle.conversion.remote_code.pictures_eagle import FORMATS, SIDEWAYS, orientation, read_picture
-from megatron_eagle.conversion.remote_code.tiling_eagle import Grid, tiles_of
-from megatron_eagle.conversion.remote_code.video_eagle import VideoReader
 from megatron_eagle.errors import UserError
+from megatron_eagle.remote_code.frames_eagle import wanted_frames
+from megatron_eagle.remote_code.pictures_eagle import FORMATS, SIDEWAYS, orientation, read_picture
+from megatron_eagle.remote_code.tiling_eagle import Grid, tiles_of
+from megatron_eagle.remote_code.video_eagle import VideoReader
 from megatron_eagle.serving.conversation import Finished, Medium, Message, Options, Say, Shown
 from megatron_eagle.serving.limits import Limits, Refused, check_context
 

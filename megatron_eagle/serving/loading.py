@@ -37,7 +37,7 @@ def load_answerer(
 
 def check_code(folder: Path, *, trust: bool) -> None:
     """Refuse to run code that somebody else may have put into a folder: only what this package writes is run."""
-    from megatron_eagle.conversion import remote_code
+    from megatron_eagle import remote_code
 
     if trust:
         return

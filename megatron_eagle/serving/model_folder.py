@@ -51,9 +51,9 @@ def newest_checkpoint(model: Path) -> Path:
 
 def _export_name(checkpoint: Path) -> Path:
     """``<run>/exports/<stage>-<step>-<digest>``; beside a checkpoint that is in no run."""
+    from megatron_eagle import remote_code
     from megatron_eagle.checkpoint.checksums import CHECKSUMS
     from megatron_eagle.checkpoint.files import DESCRIPTION
-    from megatron_eagle.conversion import remote_code
 
     checkpoint = checkpoint.resolve()
     digest = hashlib.sha256()

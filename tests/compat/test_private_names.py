@@ -14,7 +14,7 @@ COMPAT = ROOT / "megatron_eagle" / "compat"
 # Exported code imports nothing of this project either; tests/conversion/test_remote_code.py runs it.
 OUTSIDE = {
     "kernels/eagle_kernels/checking/interpreter.py",
-    "megatron_eagle/conversion/remote_code/modeling_eagle.py",
+    "megatron_eagle/remote_code/modeling_eagle.py",
     # What vLLM documents for models from outside is methods with a leading underscore, of classes that are absent where
     # compat is; tests/vllm_plugin runs them in vLLM.
     "megatron_eagle/serving/vllm/config.py",

@@ -11,9 +11,9 @@ from transformers import Qwen2Config, SiglipVisionConfig, __version__
 from megatron_eagle.conversion.convert import Options, hf_to_megatron
 from megatron_eagle.conversion.export import write_configs
 from megatron_eagle.conversion.released import Dialect, read_config, recognise
-from megatron_eagle.conversion.remote_code.configuration_eagle import Eagle2_5_VLConfig
 from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder
 from megatron_eagle.errors import UserError
+from megatron_eagle.remote_code.configuration_eagle import Eagle2_5_VLConfig
 
 MODELS = [("eagle2-1b", "A"), ("eagle2-1b", "B"), ("eagle2-9b", "A"), ("eagle2.5-8b", "B")]
 EACH = pytest.mark.parametrize(("shape", "kind"), MODELS)

@@ -18,9 +18,9 @@ from PIL import Image
 from samples import make_settings, write_video
 from tokenizer_folder import write_qwen_like
 
+from megatron_eagle import remote_code
 from megatron_eagle.config.presets import SMALLEST
 from megatron_eagle.config.reading import ReadingSettings, Tiling, VideoSettings
-from megatron_eagle.conversion import remote_code
 from megatron_eagle.conversion.processor_files import RELEASED, chat_template, write_processor
 from megatron_eagle.conversion.tokenizer_files import TOKENS, copy_tokenizer
 from megatron_eagle.data.media.tiling import cut_tiles

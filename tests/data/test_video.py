@@ -171,7 +171,7 @@ def test_words():
 
 
 def test_without_the_package_for_videos_images_are_built_and_videos_refused_by_name(tmp_path, films, monkeypatch):
-    monkeypatch.setattr("megatron_eagle.conversion.remote_code.video_eagle.av", None)
+    monkeypatch.setattr("megatron_eagle.remote_code.video_eagle.av", None)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 30)).save(picture)
     (tmp_path / "film.mp4").write_bytes(films[KINDS[0]].read_bytes())

@@ -3,14 +3,14 @@
 import math
 from dataclasses import replace
 
-from megatron_eagle.conversion.remote_code.frames_eagle import (
+from megatron_eagle.errors import BrokenSample
+from megatron_eagle.remote_code.frames_eagle import (
     VideoInfo,
     frame_times,
     frame_words,
     spread_place,
     wanted_frames,
 )
-from megatron_eagle.errors import BrokenSample
 
 __all__ = [
     "Stretch",

@@ -17,7 +17,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from megatron_eagle.conversion.remote_code.pictures_eagle import (
+from megatron_eagle.errors import BrokenSample
+from megatron_eagle.remote_code.pictures_eagle import (
     FORMATS,
     MAX_PIXELS,
     SIDEWAYS,
@@ -26,7 +27,6 @@ from megatron_eagle.conversion.remote_code.pictures_eagle import (
     to_rgb,
     upright,
 )
-from megatron_eagle.errors import BrokenSample
 
 EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
 

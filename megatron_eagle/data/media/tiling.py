@@ -1,6 +1,6 @@
 """From an image to its tiles, in training: the exported code's own functions, so that both can only agree."""
 
-from megatron_eagle.conversion.remote_code.tiling_eagle import (
+from megatron_eagle.remote_code.tiling_eagle import (
     Grid,
     candidate_grids,
     choose_grid,

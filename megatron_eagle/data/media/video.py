@@ -1,10 +1,10 @@
 """Frames of a video for training: the exported code's reader, whose errors are those of a sample."""
 
 from megatron_eagle.config.reading import MAX_PIXELS
-from megatron_eagle.conversion.remote_code import video_eagle
-from megatron_eagle.conversion.remote_code.frames_eagle import VideoInfo
-from megatron_eagle.conversion.remote_code.video_eagle import Source
 from megatron_eagle.errors import BrokenSample, UserError
+from megatron_eagle.remote_code import video_eagle
+from megatron_eagle.remote_code.frames_eagle import VideoInfo
+from megatron_eagle.remote_code.video_eagle import Source
 
 
 class NoVideos(UserError):

@@ -2,7 +2,7 @@
 
 Tokens follow Eagle (NVlabs/Eagle, ``Eagle2_5/eaglevl/train``): ChatML, turn texts stripped, loss on the assistant's
 words and the <|im_end|> after them. The processor of an exported folder makes the same ones
-(``conversion/remote_code/processing_eagle.py``); a test holds the two together.
+(``remote_code/processing_eagle.py``); a test holds the two together.
 """
 
 from collections.abc import Sequence

@@ -109,7 +109,7 @@ class EncoderExport(Protocol):
     """``exported.py``: an encoder of another package in transformers' terms, for exports that load by themselves.
 
     The file is copied into exported folders, so it imports torch and transformers and nothing else. Those of this
-    package are in ``conversion/remote_code/encoders_eagle.py``.
+    package are in ``remote_code/encoders_eagle.py``.
     """
 
     def build(self, numbers: Mapping[str, Any], attention: str | None) -> "nn.Module":

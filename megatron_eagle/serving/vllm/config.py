@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.transformers_utils.config import HFConfigParser
 
-from megatron_eagle.conversion.remote_code.configuration_eagle import Eagle2_5_VLConfig, Eagle2ChatConfig
+from megatron_eagle.remote_code.configuration_eagle import Eagle2_5_VLConfig, Eagle2ChatConfig
 from megatron_eagle.serving.vllm import ARCHITECTURE
 
 _CONFIGS = {f"configuration_eagle.{own.__name__}": own for own in (Eagle2ChatConfig, Eagle2_5_VLConfig)}

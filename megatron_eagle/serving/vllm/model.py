@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from megatron_eagle.conversion.remote_code.modeling_eagle import KINDS, Mixture, OnlySiglip
+from megatron_eagle.remote_code.modeling_eagle import KINDS, Mixture, OnlySiglip
 from megatron_eagle.serving.vllm.processing import (
     MARKS,
     MEAN,

@@ -36,10 +36,10 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
-from megatron_eagle.conversion.remote_code.frames_eagle import VideoInfo, frame_words
-from megatron_eagle.conversion.remote_code.given_eagle import Options
-from megatron_eagle.conversion.remote_code.image_processing_eagle import EagleImageProcessor
-from megatron_eagle.conversion.remote_code.processing_eagle import IMAGE, VIDEO, EagleProcessor
+from megatron_eagle.remote_code.frames_eagle import VideoInfo, frame_words
+from megatron_eagle.remote_code.given_eagle import Options
+from megatron_eagle.remote_code.image_processing_eagle import EagleImageProcessor
+from megatron_eagle.remote_code.processing_eagle import IMAGE, VIDEO, EagleProcessor
 
 MARKS = {"image": IMAGE, "video": VIDEO}  # modality -> where the chat template says that a medium is shown
 MEAN = STD = 0.5  # of every channel: the pixels that encoders are given, which derive others where they need them
