@@ -16,7 +16,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests side by side; each holds up to 6 GB of processes. WORKERS=0 is one after the other, in this process.
 WORKERS ?= 2
-TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST = -m pytest -q -n $(WORKERS) --dist loadgroup
+TESTS = $(BIN)/python $(PYTEST)
 # RECORD=--record-support: test, test-stacks and test-te also write down what passed, for the README's table.
 RECORD ?=
 READY := $(VENV)/ready
@@ -71,7 +72,7 @@ test-stacks: setup
 	@if [ -z "$(OTHER_PYTHON)" ]; then echo "test-stacks: skipped, no Python here has the other megatron-core than $(MEGATRON)"; else \
 	  echo "test-stacks: what leans on megatron-core, with the other one, in $(OTHER_VENV)" && \
 	  $(MAKE) --no-print-directory setup VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON) && \
-	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python -m pytest -q -m "not long" $(OTHER_TESTS) $(RECORD) && \
+	  OMP_NUM_THREADS=1 $(OTHER_VENV)/bin/python $(PYTEST) -m "not long" $(OTHER_TESTS) $(RECORD) && \
 	  $(OTHER_VENV)/bin/python -m eagle_kernels.check --tier compile --kernel tile_prepare --kernel pixel_shuffle_concat && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/stacks --other-python $(OTHER_VENV)/bin/python $(RECORD); fi
 
