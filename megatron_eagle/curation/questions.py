@@ -6,6 +6,7 @@ a rule built on it rather misses a fault than removes what is right.
 
 import re
 import string
+from collections.abc import Collection
 
 NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -55,32 +56,44 @@ def options_of(question: str) -> dict[str, str]:
     return {letter: text for (letter, _, _), text in zip(found, texts, strict=True)}
 
 
-def chosen_letter(answer: str) -> str | None:
-    """The letter of an option that an answer names, the last if it says several; None if it names none."""
+def chosen_letter(answer: str, options: Collection[str]) -> str | None:
+    """The letter of an option that an answer names, the last if it says several; None if it names none.
+
+    options: their letters; "I" within a sentence is a letter only if it is one of them.
+    """
     for pattern in (_LETTER_ALONE, _LETTER_FIRST):
         if match := pattern.match(answer):
             return match[1].upper()
-    said = _LETTER_SAID.findall(answer)
+    said = [letter for letter in _LETTER_SAID.findall(answer) if letter != "I" or letter in options]
     return said[-1] if said else None
 
 
 def asking_sentence(question: str) -> str:
     """The last sentence with a question mark, or the whole text."""
+    return _asking_sentences(question)[-1]
+
+
+def _asking_sentences(question: str) -> list[str]:
     sentences = re.split(r"(?<=[.?!])\s+|\n+", question.strip())
-    asking = [sentence for sentence in sentences if sentence.rstrip("\"')").endswith("?")]
-    return asking[-1] if asking else question.strip()
+    return [sentence for sentence in sentences if sentence.rstrip("\"')").endswith("?")] or [question.strip()]
 
 
 def asks_yes_no(question: str) -> bool:
-    """Whether yes or no is wanted; alternatives ("is it black or white?") and polite requests want something else."""
+    """Whether yes or no is wanted; alternatives ("is it black or white?") and polite requests want something else.
+
+    So does a question that is followed by another ("How much is it? Is that clear?").
+    """
     if options_of(question):
         return False
     if re.search(r"\byes\b\W+(?:or|/)?\W*no\b", question, re.I):
         return True
-    sentence = asking_sentence(question)
-    if not sentence.endswith("?") or not _AUXILIARY.match(sentence) or _POLITE.match(sentence):
-        return False
-    return re.search(r"\bor\b", sentence, re.I) is None
+    return not asks_count(question) and all(
+        sentence.endswith("?")
+        and _AUXILIARY.match(sentence)
+        and not _POLITE.match(sentence)
+        and not re.search(r"\bor\b", sentence, re.I)
+        for sentence in _asking_sentences(question)
+    )
 
 
 def asks_count(question: str) -> bool:

@@ -52,9 +52,10 @@ def format_of(task: Task, question: str, answer: str) -> str:
     """How an answer to a task is written, in a word or two; "sentence" where it is more than the bare answer."""
     said = answer.strip()
     if task == "choice":
-        letter = chosen_letter(said)
+        options = options_of(question)
+        letter = chosen_letter(said, options)
         alone = letter is not None and normal(said) == letter.lower()
-        texts = [normal(text) for text in options_of(question).values()]
+        texts = [normal(text) for text in options.values()]
         if alone:
             return "letter"
         return (

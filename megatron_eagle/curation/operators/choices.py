@@ -21,7 +21,7 @@ class Operator(ExchangeRule):
         if not options:
             return None
         letters = f"{len(options)} options, A to {list(options)[-1]}"
-        letter, said = chosen_letter(exchange.answer), normal(exchange.answer)
+        letter, said = chosen_letter(exchange.answer, options), normal(exchange.answer)
         texts = {key: normal(text) for key, text in options.items()}
         if letter is not None and letter not in options:
             return "the answer is no option", f"{letter} of {letters}"

@@ -55,7 +55,7 @@ def bare_answer(task: Task, exchange: Exchange) -> str | None:
     """The answer in the format of its task; None if it says more than that, or the task has none."""
     said, options = normal(exchange.answer), options_of(exchange.question)
     if task == "choice":
-        letter = chosen_letter(exchange.answer)
+        letter = chosen_letter(exchange.answer, options)
         if letter is None:
             found = [key for key, text in options.items() if normal(text) == said]
             return found[0] if len(found) == 1 else None

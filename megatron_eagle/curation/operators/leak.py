@@ -30,7 +30,8 @@ class Operator(ExchangeRule):
         question, answer = exchange.question, normal(exchange.answer)
         if not answer or works_on_text(question):
             return None
-        letter = (chosen_letter(exchange.answer) or "").lower() if options_of(question) else ""
+        options = options_of(question)
+        letter = (chosen_letter(exchange.answer, options) or "").lower() if options else ""
         for match in _STATED.finditer(question):
             stated = normal(re.split(r"\.(?:\s|$)", match[1])[0])
             if stated and stated in (answer, letter):

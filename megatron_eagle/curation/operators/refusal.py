@@ -15,12 +15,13 @@ _VERB = (
     r"(?:assist|help|provide|see|view|access|identify|process|describe|comply|answer|fulfil|recogni[sz]e|analy[sz]e"
     r"|do that|discuss)"
 )
+_MORE = r"(?:complete|continue|create|determine|engage|fulfill|generate|make out|offer|support)"  # after an apology
 _REFUSALS = re.compile(
     r"\bas an? (?:\w+ )?(?:ai|language model|text-based|artificial)\b"
     r"|\bi(?: am|'m)? (?:just )?an? (?:ai|language model)\b"
     rf"|\b(?:i|we)\s?{_NOT} (?:\w+ )?{_VERB}\b|\b(?:i|we) {_HAVE}\b|\bnot possible for me to\b"
-    rf"|\b(?:sorry|afraid|apologi[sz]e|unfortunately)\b[^.]{{0,60}}(?:\b|(?='m)){_NOT}"
-    rf"|\b(?:sorry|afraid|apologi[sz]e|unfortunately)\b[^.]{{0,60}}\b{_HAVE}",
+    rf"|\b(?:sorry|apologi[sz]e|apologies|unfortunately)\b[,;]? (?:but )?(?:{_NOT} (?:\w+ )?{_VERB}\b|{_HAVE}\b)"
+    rf"|\b(?:sorry|afraid|apologi[sz]e|unfortunately)\b[^.]{{0,60}}\b(?:i|we)\s?{_NOT} (?:\w+ )?{_MORE}\b",
     re.I,
 )
 
