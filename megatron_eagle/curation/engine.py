@@ -44,10 +44,11 @@ def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, prog
     Raises UserError if ``out`` holds something already, a source or what an operator needs is not there, another
     process runs the same, or what was begun is of another plan.
     """
+    partial = out.parent / f".{out.name}.partial"
+    state, finished = partial.absolute() / STATE_FOLDER, out.parent / f".{out.name}.finished"
+    _take_up(finished, partial, state)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty; remove it or choose another folder")
-    partial = out.parent / f".{out.name}.partial"
-    state = partial.absolute() / STATE_FOLDER
     try:
         given = json.loads(json.dumps(plan.begun_with()))
         state.mkdir(parents=True, exist_ok=True)
@@ -59,14 +60,32 @@ def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, prog
             summary = write_output(plan, partial, state, blocks)
             if build:
                 _build(summary, partial, workers, progress)
-            shutil.rmtree(state)
+            os.replace(state, finished)
             if out.exists():
                 out.rmdir()
             os.replace(partial, out)
+            shutil.rmtree(finished)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"cannot curate into {out}: {error.strerror or error}{where}") from error
     return summary
+
+
+def _take_up(finished: Path, partial: Path, state: Path) -> None:
+    """Goes on where a run ended between its last block and its end.
+
+    The state is moved out of the output in one step, and deleted once the output stands: a half-deleted one would be
+    taken for an unfinished run.
+    """
+    try:
+        if finished.exists():
+            with _alone(finished):
+                if partial.exists():
+                    os.replace(finished, state)
+                else:
+                    shutil.rmtree(finished)
+    except OSError as error:
+        raise UserError(f"cannot go on with {finished}: {error.strerror or error}") from error
 
 
 def _build(summary: Summary, out: Path, workers: int, progress: bool) -> None:

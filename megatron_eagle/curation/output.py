@@ -8,7 +8,7 @@ build`` finds them. What lies inside of tar files or records only is unpacked be
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -19,9 +19,10 @@ import yaml
 from megatron_eagle.curation.block import Result, Segment, read_result, segments
 from megatron_eagle.curation.ledger import LEDGER_FILE, LedgerWriter
 from megatron_eagle.curation.plan import Plan, PlannedSource
-from megatron_eagle.curation.report import Example, write_report
+from megatron_eagle.curation.report import SHOWN, Example, write_report
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.data.build.forms.keys import HARMLESS
+from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.media.file_slice import FileSlice
 
 KEPT = "kept"
@@ -73,8 +74,11 @@ class Summary:
 def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summary:
     """Writes everything into ``out`` from the results in ``state``; blocks: how many each source has.
 
-    What a run that was killed here has left is written anew.
+    What a run that was killed here has left is written anew; when all is written, it is not touched again.
     """
+    mark = state / "written.json"
+    if mark.exists():
+        return _summary(json.loads(mark.read_text(encoding="utf-8")))
     for left in out.iterdir():
         if left.name != state.name:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -95,7 +99,14 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
     _write_json(out / SUMMARY_FILE, asdict(summary))
     (out / BLEND_FILE).write_text(_blend(summary), encoding="utf-8")
     write_report(out, plan, summary, examples)
+    write_atomically(mark, json.dumps(asdict(summary), ensure_ascii=False))
     return summary
+
+
+def _summary(data: dict[str, Any]) -> Summary:
+    lists = ("notes", "files")
+    sources = ({**one, **{name: tuple(one[name]) for name in lists}} for one in data["sources"])
+    return Summary(data["plan"], tuple(SourceSummary(**one) for one in sources))
 
 
 def _all_of(state: Path, cut: list[Segment], source: int, block: int) -> Result:
@@ -145,6 +156,7 @@ class _SourceWriter:
         decisions: Counter[str] = Counter()
         gone: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
+        shown: Counter[tuple[str, str, str]] = Counter()
         read = 0
         with open(self.folder / SAMPLES_FILE, "w", encoding="utf-8") as file:
             for result in results:
@@ -157,7 +169,10 @@ class _SourceWriter:
                     if row["decision"] != "kept":
                         reasons[f"{row['operator']}: {row['reason']} ({row['decision']})"] += 1
                 for example in result.examples:
-                    self._show(example)
+                    reason = (example["operator"], example["decision"], example["reason"])
+                    if shown[reason] < SHOWN:  # of each source, so that the report may choose among sources
+                        shown[reason] += 1
+                        self.examples.append(Example(source=self.source.name, **example))
                 for data in result.samples:
                     sample = Sample.from_json(data, self.source.name, self.source.category)
                     file.write(json.dumps(self._record(sample), ensure_ascii=False) + "\n")
@@ -198,9 +213,6 @@ class _SourceWriter:
         records = self.source.records
         root = records.media_root or (records.path if records.path.is_dir() else records.path.parent)
         return root.absolute()
-
-    def _show(self, example: Mapping[str, Any]) -> None:
-        self.examples.append(Example(source=self.source.name, **example))
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from megatron_eagle.cli import main
 from megatron_eagle.curation import engine, output
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.plan import Plan, load_plan
+from megatron_eagle.curation.report import SHOWN, Example
+from megatron_eagle.data.build import dataset
 from megatron_eagle.data.build.sources import RecordSource
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.demo.dataset import generate
@@ -182,6 +187,85 @@ def test_a_kill_while_the_output_is_written_loses_nothing(
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_kill_before_the_output_is_moved_loses_nothing(
+    whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real, out = os.replace, tmp_path / "out"
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            curate(made(tmp_path, planted), out, progress=False)
+    other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
+    assert "unfinished run of something else" in refusal(lambda: curate(other, out, progress=False))
+    monkeypatch.setattr(engine, "run_block", stop)
+    monkeypatch.setattr(output, "write_report", stop)
+    summary = curate(made(tmp_path, planted), out, progress=False)
+    assert contents(out) == contents(whole) and json.loads(json.dumps(asdict(summary))) == json.loads(
+        (out / "summary.json").read_text()
+    )
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_kill_while_the_state_is_deleted_leaves_nothing_that_a_later_run_takes_for_its_own(
+    whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real, out = shutil.rmtree, tmp_path / "out"
+
+    def half(folder: Path) -> None:
+        for gone in [folder / "begun.json", *folder.glob("read-*"), *sorted(folder.glob("segment-*"))[::2]]:
+            gone.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            curate(made(tmp_path, planted, operators=[{"use": "decimals"}]), out, progress=False)
+    assert (out / "summary.json").exists()
+    real(out)
+    curate(made(tmp_path, planted), out, progress=False)
+    assert contents(out) == contents(whole)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_shards_that_are_built_are_not_built_again(planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    built: list[str] = []
+
+    def build_dataset(kept: Path, out: Path, **_: Any) -> None:
+        if built == ["a"]:
+            built.append("killed")
+            raise KeyboardInterrupt
+        built.append(out.name)
+        out.mkdir()
+
+    monkeypatch.setattr(dataset, "build_dataset", build_dataset)
+    sources = [{"name": name, "path": str(planted / "samples.jsonl")} for name in "ab"]
+    plan = made(tmp_path, planted, sources=sources, operators=[{"use": "turn_order"}])
+    with pytest.raises(KeyboardInterrupt):
+        curate(plan, tmp_path / "out", build=True, progress=False)
+    curate(plan, tmp_path / "out", build=True, progress=False)
+    assert built == ["a", "killed", "b"]
+    assert sorted(path.name for path in (tmp_path / "out" / "shards").iterdir()) == ["a", "b"]
+
+
+def test_the_report_is_given_a_few_examples_of_each_reason(planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    given: list[Example] = []
+    monkeypatch.setattr(output, "write_report", lambda *arguments: given.extend(arguments[3]))
+    sources = [{"name": name, "path": str(planted / "samples.jsonl")} for name in "ab"]
+    curate(made(tmp_path, planted, sources=sources), tmp_path / "out", progress=False)
+    shown = Counter((one.source, one.operator, one.decision, one.reason) for one in given)
+    assert max(shown.values()) == SHOWN and {source for source, *_ in shown} == {"a", "b"}
+
+
 def test_explain_says_all_of_a_sample(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = pq.read_table(whole / "ledger.parquet").to_pylist()
     row = next(row for row in rows if row["operator"] == "decimals")
@@ -229,6 +313,24 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
     assert yaml.safe_load((tmp_path / "curated" / "blend.yaml").read_text())["blend"] == [
         {"path": "shards/general", "weight": 12.0}
     ]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "docs" / "curation.md").read_text().split("```\n")[1].splitlines()
+    (program,) = (shlex.split(line)[2] for line in lines if line.startswith("python -c "))
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("megatron-eagle ")]
+    assert [words[1] for words in commands] == ["../examples/curation/plan.yaml", "explain", "operators"]
+    (tmp_path / "examples").symlink_to(root / "examples", target_is_directory=True)
+    (tmp_path / "try").mkdir()
+    monkeypatch.chdir(tmp_path / "try")
+    exec(program, {})
+    for words in commands:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0, capsys.readouterr().err
+    assert "general: 60 read" in capsys.readouterr().out
 
 
 def refusal(run: Any) -> str:
