@@ -6,7 +6,6 @@ their bits are noise.
 """
 
 import base64
-import math
 import zlib
 from collections.abc import Iterator
 
@@ -40,23 +39,42 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Iterator[tuple[NDAr
 
     Of distance + 1 parts of two such hashes at least one is equal (pigeonhole); only those are compared.
     """
-    for part in parts(distance):
-        keys = (hashes >> np.uint64(part.start)) & np.uint64((1 << len(part)) - 1)
-        order = np.argsort(keys, kind="stable")
-        edges = np.flatnonzero(np.diff(keys[order], prepend=np.uint64(1 << 63)))
-        for start, end in zip(edges, [*edges[1:], len(order)], strict=True):
-            group = order[start:end]
-            for row in range(0, len(group) - 1):
-                apart = np.bitwise_count(hashes[group[row]] ^ hashes[group[row + 1 :]])
-                near = np.flatnonzero(apart <= distance)
-                if len(near):
-                    yield np.full(len(near), group[row]), group[row + 1 + near]
+    for keys in parts(hashes, distance):
+        for first, second in equal_pairs(keys):
+            near = np.bitwise_count(hashes[first] ^ hashes[second]) <= distance
+            if near.any():
+                yield first[near], second[near]
 
 
-def parts(distance: int) -> list[range]:
-    """distance + 1 stretches of the 64 bits, as even as can be."""
+def parts(hashes: NDArray[np.uint64], distance: int) -> Iterator[NDArray[np.uint64]]:
+    """distance + 1 stretches of the 64 bits of each hash, as even as can be; hashes within it are equal in one."""
     edges = [round(64 * number / (distance + 1)) for number in range(distance + 2)]
-    return [range(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    for low, high in zip(edges, edges[1:], strict=False):
+        yield (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+
+
+def equal_pairs(
+    keys: NDArray[np.uint64], kinds: NDArray[np.int64] | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Indices of all pairs with equal keys, each pair once, many at a time; memory is that of a few such arrays.
+
+    kinds: of runs of equal keys only those are looked at in which not all are of one kind.
+    """
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))) if len(keys) else np.empty(0, int)
+    sizes = np.diff(starts, append=len(keys))
+    wanted = sizes > 1
+    if kinds is not None and len(keys):
+        own = kinds[order]
+        wanted &= np.minimum.reduceat(own, starts) != np.maximum.reduceat(own, starts)
+    ends = np.repeat(starts + sizes, sizes)
+    left = np.flatnonzero(np.repeat(wanted, sizes))
+    for step in range(1, int(sizes.max(initial=0))):
+        left = left[left + step < ends[left]]
+        if not len(left):
+            return
+        yield order[left], order[left + step]
 
 
 def grams(text: str) -> NDArray[np.uint32]:
@@ -95,8 +113,3 @@ def bands(values: NDArray[np.uint32], many: int, rows: int) -> list[int]:
     reduced = values.astype(np.uint64) % PRIME
     least = ((factors[:, None] * reduced + shifts[:, None]) % PRIME).min(axis=1).reshape(many, rows)
     return [zlib.crc32(band.astype("<u8").tobytes()) for band in least]
-
-
-def missed(similarity: float, many: int, rows: int) -> float:
-    """Share of pairs of a similarity that ``bands`` does not bring together."""
-    return math.pow(1 - similarity**rows, many)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from megatron_eagle.curation.engine import curate
-from megatron_eagle.curation.hashing import bands, grams, jaccard, missed, near_pairs, pack, picture_hash, unpack
+from megatron_eagle.curation.hashing import bands, grams, jaccard, near_pairs, pack, picture_hash, unpack
 from megatron_eagle.curation.operator import Row, SetOperator, make_operator
+from megatron_eagle.curation.operators.duplicates import BANDS, ROWS
 from megatron_eagle.curation.plan import Plan
 from megatron_eagle.errors import UserError
 
@@ -71,7 +73,7 @@ def test_grams_and_their_bands() -> None:
     assert jaccard(grams(text), grams("Something else is written here, about boats.")) < 0.1
     assert np.array_equal(unpack(pack(grams(text))), grams(text))
     assert bands(grams(text), 4, 3) == bands(grams(text), 4, 3) != bands(grams("boats"), 4, 3)
-    assert missed(0.8, 20, 3) < 1e-6
+    assert (1 - 0.8**ROWS) ** BANDS < 1e-6 and (1 - 0.6**ROWS) ** BANDS < 0.009
 
 
 def rows(values: list[tuple[list[int], str]]) -> list[Row]:
@@ -121,6 +123,33 @@ def test_clusters_are_those_of_brute_force(settings: dict[str, Any]) -> None:
     expected = {number: f"of s/n{first}" for number, first in enumerate(leader) if first != number}
     assert len(expected) > 30
     assert clusters(values, **settings) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_distance": None}])
+def test_pairs_that_are_compared_and_memory_do_not_grow_with_the_square(settings: dict[str, Any]) -> None:
+    """Four questions about any picture: samples share all bands of their texts with a quarter of the others."""
+    rng = random.Random(3)
+    asked = [f"Is there {what} in it? Answer yes or no." for what in ("a dog", "some text", "a red car", "anything")]
+    prints = [([rng.getrandbits(64)], asked[number % 4]) for number in range(4000)]
+    own = [([], text) for _, text in prints] if settings else prints
+    operator = make_operator("duplicates", settings)
+    given = rows(own)
+    compared = 0
+    alike = type(operator)._alike  # type: ignore[attr-defined]
+
+    def counting(self: Any, *pair: Any) -> bool:
+        nonlocal compared
+        compared += 1
+        return bool(alike(self, *pair))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(operator), "_alike", counting)
+        tracemalloc.start()
+        found = list(operator.decide(iter(given)))  # type: ignore[attr-defined]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert compared < 2 * len(given) and bool(found) is bool(settings)
+    assert peak / len(given) < operator.holds  # type: ignore[attr-defined]
 
 
 def test_across_sources_the_first_stays_and_the_ledger_has_both(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ near-duplicate.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from itertools import combinations, product
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Share
-from megatron_eagle.curation.hashing import bands, grams, jaccard, near_pairs, pack, parts, unpack
+from megatron_eagle.curation.hashing import bands, equal_pairs, grams, jaccard, near_pairs, pack, parts, unpack
 from megatron_eagle.curation.operator import Row, SetOperator, Verdict
 from megatron_eagle.curation.sample import Finding, Sample, plain_text
 
@@ -33,7 +34,7 @@ class Operator(SetOperator):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("image_hashes",)
-    holds: ClassVar[int] = 2000  # 8 for each image, 4 for each character of the text, and the tables
+    holds: ClassVar[int] = 2500  # at texts of 300 characters: 700, and 6 for each (measured, 2026-11-26)
 
     image_distance: Count | None = 6
     text_similarity: Share | None = 0.8
@@ -82,26 +83,46 @@ class Operator(SetOperator):
         if self.text_similarity is None and self.image_distance is not None:
             yield from _near_images(prints, self.image_distance)
             return
-        tables: dict[tuple[int, ...], int] = {}
-        lasts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        firsts: dict[tuple[bytes, ...], int] = {}
+        texts: dict[bytes, int] = {}
+        groups: dict[int, list[int]] = defaultdict(list)  # images -> samples
+        kinds: list[int] = []  # which text
         for number, (hashes, text) in enumerate(prints):
-            for key in self._tables(hashes, text):
-                # A sample that equals an earlier one is compared with that alone.
-                same = tables.setdefault((*key, *_digest(hashes, text)), number)
-                if same != number:
-                    yield same, number
-                    continue
-                yield from ((other, number) for other in lasts[key])
-                lasts[key].append(number)
+            digest = blake2b(text.tobytes(), digest_size=16).digest()
+            kinds.append(texts.setdefault(digest, len(texts)))
+            same = firsts.setdefault((digest, repr(hashes).encode()), number)
+            if same != number:  # a sample that equals an earlier one is compared with that alone
+                yield same, number
+            else:
+                groups[len(hashes)].append(number)
+        del firsts, texts
+        for images, group in groups.items():
+            numbers = np.array(group)
+            own = np.array(kinds)[numbers]
+            hashed = np.array([prints[one][0][0] for one in group], dtype=np.uint64) if images else None
+            for first, second in self._in_bands(_all_bands(prints, group, own), own, hashed):
+                yield from zip(numbers[first].tolist(), numbers[second].tolist(), strict=True)
 
-    def _tables(self, hashes: tuple[int, ...], text: NDArray[np.uint32]) -> Iterator[tuple[int, ...]]:
-        """Numbers, at least one of which near-duplicates have in common."""
-        for number, band in enumerate(bands(text, BANDS, ROWS)):
-            if not hashes or self.image_distance is None:
-                yield 0, number, band
+    def _in_bands(
+        self, table: NDArray[np.uint32], texts: NDArray[np.int64], hashes: NDArray[np.uint64] | None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Pairs that share a band and whose first images, if they have any, are near.
+
+        Samples of one text share all bands: pairs of them come out of the first only.
+        """
+        for place in range(BANDS):
+            band = table[:, place].astype(np.uint64)
+            kinds = texts if place else None
+            if hashes is None or self.image_distance is None:
+                yield from equal_pairs(band, kinds)
                 continue
-            for place, part in enumerate(parts(self.image_distance)):
-                yield len(hashes), number, band, place, (hashes[0] >> part.start) & ((1 << len(part)) - 1)
+            _, ranks = np.unique(band, return_inverse=True)
+            for part in parts(hashes, self.image_distance):
+                _, key = np.unique(part, return_inverse=True)
+                both = ranks.astype(np.uint64) * np.uint64(len(key)) + key.astype(np.uint64)
+                for first, second in equal_pairs(both, kinds):
+                    near = np.bitwise_count(hashes[first] ^ hashes[second]) <= self.image_distance
+                    yield first[near], second[near]
 
     def _alike(self, first: Fingerprint, second: Fingerprint) -> bool:
         most = self.image_distance
@@ -123,8 +144,11 @@ def _apart(first: Fingerprint, second: Fingerprint) -> list[int]:
     return [(one ^ other).bit_count() for one, other in zip(first[0], second[0], strict=False)]
 
 
-def _digest(hashes: tuple[int, ...], text: NDArray[np.uint32]) -> tuple[int, int]:
-    return hash(hashes), hash(text.tobytes())
+def _all_bands(prints: list[Fingerprint], group: list[int], texts: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Bands of the samples of a group, made once of each text."""
+    _, firsts, which = np.unique(texts, return_index=True, return_inverse=True)
+    table = np.array([bands(prints[group[one]][1], BANDS, ROWS) for one in firsts], dtype=np.uint32)
+    return table[which]
 
 
 def _near_images(prints: list[Fingerprint], distance: int) -> Iterator[tuple[int, int]]:
