@@ -26,14 +26,6 @@ UNREADABLE = "a medium cannot be read"
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one process of an operator takes."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-
-@dataclass(frozen=True)
 class Row:
     """A value of one sample, for a decision over all of them. key: its source and its number there.
 
@@ -56,14 +48,13 @@ class Verdict:
 
 
 class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
-    """needs: operators that must come earlier, whose notes are read. resources: of one process.
+    """needs: operators that must come earlier, whose notes are read.
 
     on_benchmarks: whether it is also applied to sources that are benchmarks, which rules are not.
     """
 
     on_benchmarks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
-    resources: ClassVar[Resources] = Resources()
 
     @property
     def name(self) -> str:
@@ -109,7 +100,7 @@ class ExchangeRule(SampleOperator):
 
 
 class SetOperator(BaseOperator):
-    """Needs all samples. holds: bytes a sample in memory while it decides, for those who plan."""
+    """Needs all samples. holds: bytes a sample in memory while it decides; 'curate operators' says it."""
 
     holds: ClassVar[int]
 
@@ -181,7 +172,8 @@ def describe_operators() -> list[str]:
     for name in operator_names():
         kind = operator_class(name)
         what = (importlib.import_module(kind.__module__).__doc__ or "").split("\n")[0]
-        lines.append(f"{name}: {what}")
+        held = f" Holds {kind.holds} bytes a sample." if issubclass(kind, SetOperator) and kind.holds else ""
+        lines.append(f"{name}: {what}{held}")
         lines += [f"    {one.name}: {_default(one)}" for one in fields(kind)]  # type: ignore[arg-type]
     return lines
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.findings import Refused, Where, checked
 from megatron_eagle.config.layout import STRICT
-from megatron_eagle.config.numbers import Count, Flag, Positive, shown
+from megatron_eagle.config.numbers import Flag, Positive, shown
 from megatron_eagle.config.schema import meant
 from megatron_eagle.config.yaml_file import read_yaml
 from megatron_eagle.curation.operator import BaseOperator, SetOperator, Step, make_operator
@@ -52,7 +52,7 @@ class PlannedSource:
 
 @dataclass(frozen=True, config=STRICT)
 class Plan:
-    """name: of the curation. seed: of whatever is drawn by lot. block: samples that are worked on, and lost, together.
+    """name: of the curation. block: samples that are worked on, and lost, together.
 
     operators: each an operator's name under ``use``, its settings beside it; ``sources``: only these, all by default;
     ``reject``: what goes with a faulty answer: its ``exchange`` (it and its question, the default) or the ``sample``.
@@ -61,7 +61,6 @@ class Plan:
     name: Name
     sources: tuple[PlannedSource, ...]
     operators: tuple[dict[str, Any], ...] = ()
-    seed: Count = 0
     block: Positive = 1000
 
     def __post_init__(self) -> None:

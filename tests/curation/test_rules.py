@@ -86,9 +86,24 @@ def reasons(rule: str, question: str, answer: str, **settings: object) -> list[s
         ("yes_no", "Is it 7 or 8?", "7", {}, False),
         ("counting", "How many are there?", "three", {}, True),
         ("counting", "How many are there?", "Three, or 3", {}, False),
+        ("counting", "How many dogs are there?", "None", {}, False),
+        ("counting", "How many dogs are there?", "There are no dogs.", {}, False),
+        ("counting", "How many dogs are there?", "No, three.", {}, True),
+        ("yes_no", "What is the number of dogs? Is that clear?", "3", {}, False),
+        ("yes_no", "Is it red? Is it new?", "3", {}, True),
+        ("choices", "Which? A. red B. blue C. green", "Answer: I think it is blue, so B", {}, False),
+        ("choices", "Which? A. red B. blue C. green", "I", {}, True),
+        ("empty", "What is written on the box?", "None", {}, False),
+        ("empty", "Which of the dogs is black?", "None", {}, False),
+        ("empty", "Describe the image.", "None", {}, True),
         ("empty", "What is it?", "N/A", {}, True),
         ("empty", "What is it? If nothing, say N/A.", "N/A", {}, False),
         ("refusal", "What is it?", "I’m sorry, but I can’t help with that.", {}, True),
+        ("refusal", "What is it?", "Sorry, can't help with that.", {}, True),
+        ("refusal", "What is it?", "I'm sorry, but I'm unable to determine the species.", {}, True),
+        ("refusal", "Tell.", "Unfortunately, he could not attend the event because of rain.", {}, False),
+        ("refusal", "Write to Bob.", "I'm afraid we cannot meet on Monday.", {}, False),
+        ("refusal", "Tell.", "Unfortunately, they do not have access to the beach.", {}, False),
         ("leak", "What colour is the red car?", "Red.", {}, True),
         ("leak", "Is the car red or blue?", "Red.", {}, False),
         ("leak", "What is it? Answer: yes or no.", "yes", {}, False),
@@ -112,6 +127,7 @@ def test_every_operator_says_what_it_is() -> None:
 
     lines = describe_operators()
     assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == list(operator_names())
+    assert [line.partition(":")[0] for line in lines if "bytes a sample" in line] == ["contamination", "duplicates"]
 
 
 def test_samples_of_a_source_that_cannot_be_read_are_named(tmp_path: Path) -> None:

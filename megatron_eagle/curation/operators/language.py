@@ -37,7 +37,7 @@ class Operator(SampleOperator):
     def prepare(self, folder: Path) -> None:
         """UserError if py3langid is missing or does not know a language."""
         if importlib.util.find_spec("py3langid") is None:
-            raise UserError("operator 'language' needs the package py3langid: pip install 'megatron-eagle[curate]'")
+            raise UserError("operator 'language' needs the package py3langid: pip install '.[curate]' beside setup.py")
         known = sorted(set(_identifier().labels))
         for one in self.languages:
             if one not in known:
