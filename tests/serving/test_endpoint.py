@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from serving_cases import Echo, expected, png, served
 
 from megatron_eagle.cli import main
@@ -466,3 +467,13 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
         main([verb, "nowhere", "--port", str(taken.getsockname()[1])])
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_the_command_limits_connections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    monkeypatch.setattr("megatron_eagle.cli.serve.open_answerer", lambda *_, **__: (Echo(), None))
+    with pytest.raises(SystemExit):
+        main(["serve", "nowhere", "--port", "0"])
+    assert [config.limit_concurrency for config in configs] == [320]
+    assert capsys.readouterr().out.startswith("echo: http://127.0.0.1:")
