@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
         "ask",
         "ask a model about pictures and videos",
         "MODEL is an exported folder, or a checkpoint, a stage or a run, whose newest checkpoint is exported first.\n"
-        'answer is printed as it comes. --questions answers a JSONL file of {"question", "image", "video", "id",\n'
+        'The answer is printed as it comes. --questions answers a JSONL file of {"question", "image", "video", "id",\n'
         '"system"}; given again, it goes on where it was.',
         "  megatron-eagle ask runs/demo/export --image chart.png 'Which bar is the tallest?'\n",
     )
@@ -45,9 +45,10 @@ def add(verbs: Verbs) -> None:
 def _ask(options: argparse.Namespace) -> None:
     _check(options)
     from megatron_eagle.serving.conversation import Options
+    from megatron_eagle.serving.limits import UNLIMITED
 
     drawn = Options(max_new_tokens=options.max_new_tokens, temperature=float(options.temperature))
-    answerer, folder = open_answerer(options, options.model)
+    answerer, folder = open_answerer(options, options.model, limits=UNLIMITED)
     if options.questions:
         _answer_file(options, answerer, drawn, folder)
     else:
@@ -93,13 +94,14 @@ def _answer_one(options: argparse.Namespace, answerer: "Answerer", drawn: "Optio
 
 def _answer_file(options: argparse.Namespace, answerer: "Answerer", drawn: "Options", folder: Path) -> None:
     from megatron_eagle.serving.bulk import answer_file
+    from megatron_eagle.serving.model_folder import model_digest
 
     counts = answer_file(
         answerer,
         options.questions,
         options.answers,
         drawn,
-        model=str(folder.resolve()),
+        model=model_digest(folder),
         batch=options.batch,
         system=options.system,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import Verbs, add_model_arguments, not_negative, open_answerer, positive_int, verb
-from megatron_eagle.cli.serve import add_address_arguments, address_of, is_local, open_port
+from megatron_eagle.cli.serve import CONNECTIONS, add_address_arguments, address_of, open_port
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,12 +50,15 @@ def _run(options: argparse.Namespace, drawn: "Options") -> None:
         from megatron_eagle.serving.page import build_page
     except ImportError as error:
         raise UserError(f"page needs the packages of the extra 'serve': {error}") from None
+    from megatron_eagle.serving.borders import is_local
     from megatron_eagle.serving.limits import Limits
     from megatron_eagle.serving.worker import Worker
 
     models = [Path(model) for model in (options.model, options.second) if model]
-    workers = [Worker(open_answerer(options, model)[0], Limits()) for model in models]
-    app = build_page(workers, drawn, local=is_local(options.host))
-    listener = open_port(options.host, options.port)
-    print(address_of(listener), flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+    limits = Limits()
+    with open_port(options.host, options.port) as listener:  # taken, it is said before a model is loaded
+        workers = [Worker(open_answerer(options, model)[0], limits) for model in models]
+        app = build_page(workers, drawn, local=is_local(options.host))
+        print(address_of(listener), flush=True)
+        connections = limits.waiting + CONNECTIONS
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=connections)).run([listener])

@@ -7,6 +7,7 @@ from megatron_eagle.cli.common import Number, Verbs, add_model_arguments, open_a
 from megatron_eagle.errors import UserError
 
 port = Number(0, 65535, whole=True)
+CONNECTIONS = 64  # at once, beside those whose questions wait in the queue
 
 
 def add(verbs: Verbs) -> None:
@@ -50,18 +51,16 @@ def _serve(options: argparse.Namespace) -> None:
         from megatron_eagle.serving.endpoint import build_app
     except ImportError as error:
         raise UserError(f"serve needs the packages of the extra 'serve': {error}") from None
+    from megatron_eagle.serving.borders import is_local
     from megatron_eagle.serving.worker import Worker
 
-    answerer, _ = open_answerer(options, options.model, name=options.name, limits=limits)
-    app = build_app(Worker(answerer, limits), Fetcher(prefixes, limits.body_bytes), local=is_local(options.host))
-    listener = open_port(options.host, options.port)
-    print(f"{answerer.name}: {address_of(listener)}/v1", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on ``host``."""
-    return host in ("127.0.0.1", "localhost", "::1")
+    with open_port(options.host, options.port) as listener:  # taken, it is said before the model is loaded
+        answerer, _ = open_answerer(options, options.model, name=options.name, limits=limits)
+        app = build_app(Worker(answerer, limits), Fetcher(prefixes, limits.body_bytes), local=is_local(options.host))
+        print(f"{answerer.name}: {address_of(listener)}/v1", flush=True)
+        connections = limits.waiting + CONNECTIONS
+        config = uvicorn.Config(app, log_level="warning", limit_concurrency=connections)
+        uvicorn.Server(config).run([listener])
 
 
 def open_port(host: str, port: int) -> socket.socket:

@@ -5,7 +5,6 @@ copied into the folder, or NVIDIA's, to whose repository ``auto_map`` points. vL
 where transformers' code for format B reads ``*_dynamic_tiles``, so both are written.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,13 +16,13 @@ import torch
 from megatron_eagle.config.encoders import encoder_spec
 from megatron_eagle.config.model import EagleConfig, encoder_configs
 from megatron_eagle.config.reading import ReadingSettings
+from megatron_eagle.conversion.carried_code import carried_code
 from megatron_eagle.conversion.processor_files import RELEASED, write_json, write_processor
 from megatron_eagle.conversion.released import OURS, Dialect, mixture_entries, mixture_form, prefix_alone
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.encoders import encoder_hf_names
 
 Code = Literal["own", "nvidia"]
-REMOTE_CODE = Path(__file__).parents[1] / "remote_code"
 REPOSITORY = {"A": "nvidia/Eagle2-9B", "B": "nvidia/Eagle2.5-8B"}
 _ARCHITECTURE = {"A": "Eagle2ChatModel", "B": "Eagle2_5_VLForConditionalGeneration"}
 _CONFIG_CLASS = {"A": "Eagle2ChatConfig", "B": "Eagle2_5_VLConfig"}
@@ -84,19 +83,9 @@ def write_configs(
         folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": ids.get("<|endoftext|>", stop)}
     )
     if code == "own":
-        _write_code(folder, config)
+        for name, content in carried_code(set(_kinds(config)) - _own_kinds()).items():
+            (folder / name).write_bytes(content)
     write_processor(folder, config, kind, code, tokens_per_tile=tokens_per_tile, reading=reading)
-
-
-def _write_code(folder: Path, config: EagleConfig) -> None:
-    """Our code, and that of encoders of other packages, which a line each adds to ours."""
-    for file in sorted(REMOTE_CODE.glob("*_eagle.py")):
-        shutil.copyfile(file, folder / file.name)
-    for kind in sorted(set(_kinds(config)) - _own_kinds()):
-        shutil.copyfile(str(encoder_spec(kind).part("exported").__file__), folder / f"{kind}_eagle.py")
-        with (folder / "encoders_eagle.py").open("a", encoding="utf-8") as encoders:
-            encoders.write(f"\n\nfrom .{kind}_eagle import build, channels, features  # noqa: E402, F811\n\n")
-            encoders.write(f'KINDS["{kind}"] = Kind(build, features, channels)\n')
 
 
 def _own_kinds() -> set[str]:

@@ -45,7 +45,7 @@ class Vocabulary:
 
 def own_tokenizer(checkpoint: Path) -> Path:
     """The folder or SentencePiece model that ``checkpoint`` was trained with: the one it carries or, of checkpoints
-    that carry none (as until 2026-11-26), the one its recipe names; UserError if neither is there."""
+    that carry none (as before 2026-11-26), the one its recipe names; UserError if neither is there."""
     folder = checkpoint / TOKENIZER
     if folder.is_dir():
         return folder / SENTENCEPIECE if (folder / SENTENCEPIECE).is_file() else folder

@@ -2,12 +2,14 @@
 
 A question is ``{"question": "..."}`` with, as needed, ``id`` (by default the number of its line), ``image`` and
 ``video`` (one file or a list, seen from the file's folder) and ``system``. An answer is ``{"id", "asked", "answer",
-"complete"}``, or has ``error`` instead of the last two; ``asked`` is a digest of question, model and options.
+"complete"}``, or has ``error`` instead of the last two; ``asked`` is a digest of question, model and options, in which
+pictures and videos stand by their names.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from megatron_eagle.serving.answerer import Answerer, Prompt
 from megatron_eagle.serving.conversation import Medium, Options, question
 
 KEYS = ("id", "question", "image", "video", "system")
+BEGIN = b'{"id": '  # of every line of answers
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,24 @@ class _Question:
 def answer_file(
     answerer: Answerer, questions: Path, answers: Path, options: Options, *, model: str, batch: int, system: str | None
 ) -> Counts:
-    """Answer what is in ``questions`` and not yet in ``answers``, ``batch`` questions at a time.
+    """Answer what is in ``questions`` and not yet in ``answers``, ``batch`` questions at a time; failed ones again.
 
     model: what the model is recognised by. system: of questions that bring none; None leaves the model its own.
-    Raises UserError if ``answers`` belongs to other questions, another model or other options.
+    Raises UserError, and leaves ``answers`` as it is, if that holds anything but answers to these questions by this
+    model with these options.
     """
+    if answers.exists() and questions.exists() and answers.samefile(questions):
+        raise UserError(f"{answers} holds the questions; give another file for the answers")
     said = {"model": model, **asdict(options), "system": system}
     lines = list(_read(questions, said))
     known = _known(answers, {one.identity: one.asked for one in lines})
     left = [one for one in lines if one.identity not in known]
     answers.parent.mkdir(parents=True, exist_ok=True)
-    failed = sum("error" in entry for entry in known.values())
+    failed = 0
     with answers.open("a", encoding="utf-8") as out, tqdm(total=len(lines), initial=len(known), unit="question") as bar:
         for start in range(0, len(left), batch):
             for entry in _answer(answerer, left[start : start + batch], questions.parent, options, system):
-                out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                out.write(_line(entry))
                 out.flush()
                 if "error" in entry:
                     failed += 1
@@ -90,28 +96,66 @@ def _read(file: Path, said: dict[str, Any]) -> Iterator[_Question]:
 
 
 def _known(answers: Path, asked: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Entries of an earlier run by id; a last line torn by a kill is cut off the file."""
+    """Answers of an earlier run by id. Everything is looked at before anything is changed: then a last line torn by a
+    kill goes, and so do the lines of questions that failed, which are to be tried again."""
     if not answers.exists():
         return {}
-    whole = answers.read_bytes()
-    if not whole.endswith(b"\n"):
-        whole = whole[: whole.rfind(b"\n") + 1]
-        with answers.open("r+b") as file:
-            file.truncate(len(whole))
+    try:
+        whole, _, tail = answers.read_bytes().rpartition(b"\n")
+    except OSError as error:
+        raise UserError(f"{answers} cannot be read: {error.strerror}") from None
+    lines = [*whole.splitlines(), *([tail] if tail and not _is_torn(tail) else [])]
     known: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            identity, of = entry["id"], entry["asked"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{answers}: line {number} is no answer; give another file") from None
-        if asked.get(identity) != of:
+    for number, line in enumerate(lines, 1):
+        entry = _entry(line)
+        if entry is None:
+            raise UserError(f"{answers}: line {number} is no answer; give another file")
+        identity = entry["id"]
+        if asked.get(identity) != entry["asked"] and ("error" not in entry or identity not in asked):
             raise UserError(
                 f"{answers} holds an answer to question {identity!r} as it was asked of another model, with other "
                 "options or in other words; give another file"
             )
-        known[identity] = entry
+        if "error" not in entry:
+            known[identity] = entry
+    if tail or len(known) < len(lines):
+        _write_whole(answers, known.values())
     return known
+
+
+def _is_torn(tail: bytes) -> bool:
+    """Whether bytes without a line's end are the beginning of an answer."""
+    try:
+        json.loads(tail)
+    except (ValueError, RecursionError):
+        return tail.startswith(BEGIN) or BEGIN.startswith(tail)
+    return False
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The answer or failure in a line; None if it is neither."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not {"answer", "error"} & set(entry):
+        return None
+    return entry if isinstance(entry.get("id"), str) and isinstance(entry.get("asked"), str) else None
+
+
+def _write_whole(answers: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Put ``entries`` in place of the file; a kill leaves the one or the other."""
+    target = answers.resolve()
+    partial = target.with_name(f"{target.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(_line(entry) for entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _answer(

@@ -55,6 +55,8 @@ class Options:
                 f"an answer needs at least 1 token, a temperature from 0 to 100 and a top_p above 0 and up to 1; these "
                 f"are {self.max_new_tokens}, {self.temperature} and {self.top_p}"
             )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"a seed has 64 bits, with its sign; this one needs {self.seed.bit_length() + 1}")
 
 
 @dataclass(frozen=True)

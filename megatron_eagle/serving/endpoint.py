@@ -17,12 +17,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_eagle.serving.borders import OwnSite
 from megatron_eagle.serving.conversation import Event, Finished
 from megatron_eagle.serving.fetching import Fetcher
 from megatron_eagle.serving.limits import Refused
@@ -30,12 +30,12 @@ from megatron_eagle.serving.openai_form import ChatRequest, Reply, event, failur
 from megatron_eagle.serving.uploads import Uploads
 from megatron_eagle.serving.worker import Job, Worker
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 log = logging.getLogger(__name__)
 
 
 def build_app(worker: Worker, fetcher: Fetcher, *, local: bool = True) -> ASGIApp:
-    """The application. local: answer only to this machine's own names, so that no web page can reach it by another."""
+    """The application. local: answer only to this machine's own names, so that no web page can reach it by another;
+    pages of other sites are refused in any case."""
     endpoint = _Endpoint(worker, fetcher, Uploads(worker.limits))
     routes = [
         Route("/v1/models", endpoint.models),
@@ -44,16 +44,16 @@ def build_app(worker: Worker, fetcher: Fetcher, *, local: bool = True) -> ASGIAp
         Route("/v1/files/{file_id}", endpoint.file, methods=["GET", "DELETE"]),
         Route("/health", endpoint.health),
     ]
-    hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_NAMES))] if local else []
-    app = Starlette(routes=routes, middleware=[*hosts, Middleware(_LimitedBody, most=worker.limits.body_bytes)])
-    return app
+    limited = Middleware(_LimitedBody, most=worker.limits.body_bytes, together=worker.limits.bodies_bytes)
+    return Starlette(routes=routes, middleware=[Middleware(OwnSite, local=local), limited])
 
 
 class _LimitedBody:
-    """Refuses a body of too many bytes: by its announced length, or as soon as more have come."""
+    """Refuses a body of too many bytes: by its announced length, or as soon as more have come; and any that is too much
+    together with those of the requests that are being read or answered."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, most: int, together: int) -> None:
+        self._app, self._most, self._together, self._held = app, most, together, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
@@ -61,16 +61,25 @@ class _LimitedBody:
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
             if received > self._most:
                 raise self._refusal(f"more than {self._most}")
+            if self._held > self._together:
+                raise Refused(
+                    f"all requests have {self._held} bytes now, the limit is {self._together}", "busy", status=429
+                )
             return message
 
         announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self._most:
-            await _refuse(self._refusal(announced.decode()))(scope, receive, send)
-        else:
-            await self._app(scope, counted, send)
+        try:
+            if announced.isdigit() and int(announced) > self._most:
+                await _refuse(self._refusal(announced.decode()))(scope, receive, send)
+            else:
+                await self._app(scope, counted, send)
+        finally:
+            self._held -= received
 
     def _refusal(self, size: str) -> Refused:
         return Refused(f"the request has {size} bytes, the limit is {self._most}", "body_too_large", status=413)
@@ -113,7 +122,12 @@ class _Endpoint:
     @_with_refusals
     async def chat(self, request: Request) -> Response:
         """An answer, whole or in pieces; its headers wait for the first piece, so that a refusal has its own status."""
-        read = partial(read_request, load_url=self.fetcher.fetch, load_file=self.files.content)
+        read = partial(
+            read_request,
+            load_url=self.fetcher.for_request(),
+            load_file=self.files.content,
+            limits=self.worker.limits,
+        )
         asked = await run_in_threadpool(read, await _json(request))
         if asked.model != self.worker.model.name:
             raise Refused(
@@ -126,6 +140,7 @@ class _Endpoint:
         loop = asyncio.get_running_loop()
         job = self.worker.submit(asked.messages, asked.options, lambda e: _hand_over(loop, events, e))
         pieces = _Pieces(events, job)
+        leaving = asyncio.create_task(_notice_leaving(request, pieces))
         try:
             first = await pieces.next()
             if asked.stream:
@@ -134,6 +149,8 @@ class _Endpoint:
         except BaseException:
             job.stop.set()
             raise
+        finally:
+            leaving.cancel()  # a stream notices by itself
 
     @_with_refusals
     async def upload(self, request: Request) -> Response:
@@ -155,6 +172,14 @@ class _Endpoint:
             self.files.drop(name)
             return JSONResponse({"id": name, "object": "file", "deleted": True})
         return JSONResponse(self.files.describe(name))
+
+
+async def _notice_leaving(request: Request, pieces: "_Pieces") -> None:
+    """End an answer that nobody waits for any more. The body has been read, so what comes next is the client's end."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    pieces.job.stop.set()
+    pieces.events.put_nowait(Refused("the client has left", "client_left", status=499))
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", event: Event) -> None:

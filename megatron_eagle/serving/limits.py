@@ -1,5 +1,6 @@
 """What one request may ask for, and how it is told that it asks for too much: a reason with both numbers."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """body_bytes: of a request or an upload. images, videos: media of each kind in one. pixels: of a picture or a
-    frame. tiles: of all pictures and frames. new_tokens: of an answer. waiting: requests in the queue; waiting_bytes:
+    """body_bytes: of a request or an upload, and of all that one request has fetched. bodies_bytes: of all requests
+    that are being read or answered. images, videos: media of each kind in one. pixels: of a picture or a frame.
+    tiles: of all pictures and frames. new_tokens: of an answer. waiting: requests in the queue; waiting_bytes:
     of their pictures and videos. stored_bytes: of all uploads that are kept."""
 
     body_bytes: int = 64 << 20
+    bodies_bytes: int = 2 << 30
     images: int = 64
     videos: int = 4
     pixels: int = MAX_PIXELS
@@ -35,9 +38,7 @@ class Limits:
     def check_request(self, messages: Sequence[Message], options: Options) -> None:
         """Refuses by what is known before anything is decoded."""
         for kind, most in (("image", self.images), ("video", self.videos)):
-            number = sum(medium.kind == kind for message in messages for medium in message.media)
-            if number > most:
-                raise Refused(f"{number} {kind}s in one request, the limit is {most}", f"too_many_{kind}s")
+            check_count(kind, sum(medium.kind == kind for message in messages for medium in message.media), most)
         if options.max_new_tokens > self.new_tokens:
             raise Refused(
                 f"an answer of {options.max_new_tokens} tokens was asked for, the limit is {self.new_tokens}",
@@ -49,6 +50,16 @@ class Limits:
         """Refuses more tiles than one request may have."""
         if tiles > self.tiles:
             raise Refused(f"the pictures make {tiles} tiles, the limit is {self.tiles}", "too_many_tiles")
+
+
+# For one's own questions; a picture or frame has no more pixels than in training, and the context is the model's.
+UNLIMITED = Limits(images=sys.maxsize, videos=sys.maxsize, tiles=sys.maxsize, new_tokens=sys.maxsize)
+
+
+def check_count(kind: str, number: int, most: int) -> None:
+    """Refuses more pictures (image) or videos (video) than one request may have."""
+    if number > most:
+        raise Refused(f"{number} {kind}s in one request, the limit is {most}", f"too_many_{kind}s")
 
 
 def check_context(prompt: int, answer: int, context: int) -> None:

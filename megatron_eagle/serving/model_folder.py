@@ -6,6 +6,7 @@ holds a digest of its files and of the code that goes with them; asked again, it
 
 import fcntl
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +24,35 @@ def exported_folder(model: Path, say: Callable[[str], None], *, tokenizer: Path 
         return model
     checkpoint = newest_checkpoint(model)
     out = _export_name(checkpoint)
-    out.parent.mkdir(exist_ok=True)
-    with (out.parent / f"{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two who ask at once export once
-        if not out.exists():
-            say(f"exporting {checkpoint} to {out}")
-            _export(checkpoint, out, tokenizer)
+    if not out.exists():
+        try:
+            out.parent.mkdir(exist_ok=True)
+            lock = (out.parent / f"{out.name}.lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"{checkpoint} cannot be exported to {out.parent}: {error.strerror}; export it to another place with "
+                f"'megatron-eagle convert megatron-to-hf {checkpoint} FOLDER' and name FOLDER"
+            ) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two who ask at once export once
+            if not out.exists():
+                say(f"exporting {checkpoint} to {out}")
+                _export(checkpoint, out, tokenizer)
     say(f"{checkpoint}, exported in {out}")
     return out
+
+
+def model_digest(folder: Path) -> str:
+    """What an exported model is recognised by, wherever it lies: the digests of its files that its proof.json holds;
+    of a folder without them, one of all its files, which reads the weights."""
+    try:
+        digests = json.loads((folder / "proof.json").read_bytes())["target_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        digests = {}
+        for file in sorted(file for file in folder.iterdir() if file.is_file()):
+            with file.open("rb") as opened:
+                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def newest_checkpoint(model: Path) -> Path:

@@ -1,6 +1,7 @@
 """OpenAI's chat completions: requests read into messages and options, answers and refusals written.
 
-A request is refused by name for whatever it asks that is not done here: nothing it says is passed over.
+A request is refused by name for whatever it asks that is not done here: nothing it says is passed over but who asks,
+and how finely to look (``detail``), for which the model has one way.
 """
 
 import base64
@@ -9,13 +10,13 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.serving.conversation import ROLES, Finished, Medium, Message, Options
-from megatron_eagle.serving.limits import Refused
+from megatron_eagle.serving.limits import Limits, Refused, check_count
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+/-]*)(?:;[\w.+=-]+)*;base64,", re.ASCII)
 # What clients send though it changes nothing; any other value is refused.
@@ -39,6 +40,13 @@ UNDERSTOOD = (
     *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
     "seed",
 )
+# Keys of a part beside its type, and of what stands there.
+PARTS: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "image_url": ("url", "detail"),
+    "video_url": ("url",),
+    "file": ("file_id", "file_data", "filename"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,9 @@ class ChatRequest:
 Load = Callable[[str], bytes]
 
 
-def read_request(body: Any, load_url: Load, load_file: Load) -> ChatRequest:
+def read_request(body: Any, load_url: Load, load_file: Load, limits: Limits) -> ChatRequest:
     """The request in ``body``, decoded JSON. load_url, load_file: content of a URL, of an uploaded file's id; both may
-    raise Refused, as this does."""
+    raise Refused, as this does, and are not called before the URLs were counted."""
     if not isinstance(body, dict):
         raise Refused("the request should be a JSON object", "invalid_json")
     for key, value in body.items():
@@ -67,17 +75,31 @@ def read_request(body: Any, load_url: Load, load_file: Load) -> ChatRequest:
             raise Refused(f"{str(key)[:100]!r} is not supported", "unsupported_parameter", param=str(key)[:100])
     stream = _get(body, "stream", bool, False)
     extra = _get(body, "stream_options", dict, {})
+    _check_keys(extra, ("include_usage",), "stream_options")
     messages = _get(body, "messages", list, [])
     if not messages:
         raise Refused("messages should hold at least one message", "invalid_value", param="messages")
+    _count_urls(messages, limits)
     reader = _Reader(load_url, load_file)
     return ChatRequest(
         model=_get(body, "model", str, ""),
         messages=[reader.message(message, f"messages[{number}]") for number, message in enumerate(messages)],
         options=_options(body),
         stream=stream,
-        usage=bool(extra.get("include_usage")),
+        usage=_get(extra, "include_usage", bool, False),
     )
+
+
+def _count_urls(messages: list[Any], limits: Limits) -> None:
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    for kind, most in (("image", limits.images), ("video", limits.videos)):
+        check_count(kind, sum(part.get("type") == f"{kind}_url" for part in parts), most)
+
+
+def _check_keys(said: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if strange := sorted(set(said) - set(known)):
+        raise Refused(f"{where} has {', '.join(strange)[:200]}, which is not supported", "unsupported", param=where)
 
 
 def _options(body: Mapping[str, Any]) -> Options:
@@ -86,7 +108,7 @@ def _options(body: Mapping[str, Any]) -> Options:
     seed = _get(body, "seed", int, None)
     try:
         return Options(most, float(temperature), float(top_p), seed)
-    except UserError as error:
+    except (UserError, OverflowError) as error:
         raise Refused(str(error), "invalid_value") from None
 
 
@@ -110,8 +132,7 @@ class _Reader:
     def message(self, message: Any, where: str) -> Message:
         if not isinstance(message, dict):
             raise Refused(f"{where} should be an object", "invalid_type", param=where)
-        if strange := sorted(set(message) - {"role", "content", "name"}):
-            raise Refused(f"{where} has {', '.join(strange)[:200]}, which is not supported", "unsupported", param=where)
+        _check_keys(message, ("role", "content", "name"), where)
         role = "system" if message.get("role") == "developer" else message.get("role")
         if role not in ROLES:
             raise Refused(
@@ -128,6 +149,10 @@ class _Reader:
 
     def part(self, part: Any, where: str) -> str | Medium:
         kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in PARTS:
+            _check_keys(part, ("type", kind), where)
+            if isinstance(part.get(kind), dict):
+                _check_keys(part[kind], PARTS[kind], f"{where}.{kind}")
         try:
             match kind:
                 case "text":

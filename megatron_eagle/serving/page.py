@@ -14,13 +14,12 @@ from typing import Any
 
 import gradio
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.serving import conversation as talk
-from megatron_eagle.serving.endpoint import LOCAL_NAMES
+from megatron_eagle.serving.borders import OwnSite
 from megatron_eagle.serving.openai_form import looks_like_video
 from megatron_eagle.serving.tile_picture import draw_tiles
 from megatron_eagle.serving.worker import Worker
@@ -59,9 +58,8 @@ def build_page(workers: Sequence[Worker], options: talk.Options, *, local: bool 
     blocks.queue(default_concurrency_limit=None, max_size=workers[0].limits.waiting)
     blocks.has_launched = True  # until then Gradio checks no path that it is given, and a mounted page never launches
     app = FastAPI(openapi_url=None)
-    if local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_NAMES))
     app.add_middleware(_Closed, most=workers[0].limits.body_bytes)
+    app.add_middleware(OwnSite, local=local)
     font = [gradio.themes.Font(name) for name in FONTS]
     return gradio.mount_gradio_app(
         app,

@@ -51,6 +51,7 @@ class Worker:
         self.limits.check_request(messages, options)
         job = Job(messages, options, say)
         with self._lock:
+            self._forget_stopped()
             waiting, limits = self._jobs.qsize(), self.limits
             if waiting >= limits.waiting:
                 raise Refused(f"{waiting} questions wait already, the limit is {limits.waiting}", "busy", status=429)
@@ -84,6 +85,18 @@ class Worker:
         """Answer what is queued, then end the thread."""
         self._jobs.put(None)
         self._thread.join()
+
+    def _forget_stopped(self) -> None:
+        """Take those out of the queue whose answer nobody waits for; the lock is held."""
+        waiting: list[Job | None] = []
+        with suppress(queue.Empty):
+            while True:
+                waiting.append(self._jobs.get_nowait())
+        for job in waiting:
+            if job is not None and job.stop.is_set():
+                self._bytes -= job.bytes
+            else:
+                self._jobs.put(job)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -102,6 +102,14 @@ def test_other_names_of_this_machine_and_other_sites_are_refused(page: str) -> N
     assert send(page, "GET", "/", headers={"host": "rebound.example.org"})[0] == 400
 
 
+def test_a_page_of_another_site_uploads_nothing(page: str) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    status, text = send(page, "POST", "/gradio_api/upload", body, {**kind, "origin": "https://evil.org"})
+    assert status == 403 and "a page of 'https://evil.org' may not ask" in text
+    assert send(page, "POST", "/gradio_api/upload", body, {**kind, "origin": page})[0] == 200
+
+
 def test_every_answer_forbids_the_browser_to_ask_others(page: str) -> None:
     connection = http.client.HTTPConnection(urlsplit(page).netloc, timeout=60)
     connection.request("GET", "/")

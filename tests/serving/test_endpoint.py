@@ -4,18 +4,27 @@ import base64
 import http.client
 import json
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from serving_cases import Echo, expected, png, served
 
+from megatron_eagle.cli import main
 from megatron_eagle.errors import UserError
+from megatron_eagle.serving.borders import is_local
+from megatron_eagle.serving.conversation import Options, question
 from megatron_eagle.serving.endpoint import build_app
 from megatron_eagle.serving.fetching import Fetcher, check_prefix, is_public
 from megatron_eagle.serving.limits import Limits, Refused
+from megatron_eagle.serving.openai_form import read_request
 from megatron_eagle.serving.worker import Worker
 
 LIMITS = Limits(body_bytes=300_000, images=3, new_tokens=1000, stored_bytes=250_000)
@@ -73,7 +82,9 @@ def test_models_lists_the_one_there_is(address: str) -> None:
 
 def test_a_whole_answer_has_its_text_and_its_tokens(address: str) -> None:
     data = png((1, 2, 3))
-    status, answer = send(address, "POST", "/v1/chat/completions", ask("What?", picture(data), n=1, user="me"))
+    shown = picture(data)
+    shown["image_url"]["detail"] = "high"
+    status, answer = send(address, "POST", "/v1/chat/completions", ask("What?", shown, n=1, user="me"))
     assert status == 200 and answer["object"] == "chat.completion"
     choice = answer["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": expected("What?", data)}
@@ -167,6 +178,23 @@ REFUSED = {
         "not base64",
     ),
     "an unknown part": (ask("?", {"type": "input_audio"}), "invalid_part", "input_audio"),
+    "an unknown key of a part": (
+        ask("?", {"type": "image_url", "image_url": {"url": "data:;base64,AA=="}, "uuid": "7"}),
+        "unsupported",
+        "messages[0].content[0] has uuid, which is not supported",
+    ),
+    "an unknown key of a picture": (
+        ask("?", {"type": "image_url", "image_url": {"url": "data:;base64,AA==", "crop": 1}}),
+        "unsupported",
+        "messages[0].content[0].image_url has crop",
+    ),
+    "an unknown key of the stream": (
+        ask("?", stream=True, stream_options={"include_obfuscation": True}),
+        "unsupported",
+        "stream_options has include_obfuscation",
+    ),
+    "a seed too large": (ask("?", seed=2**70), "invalid_value", "this one needs 72"),
+    "a temperature too large": (ask("?", temperature=10**400), "invalid_value", "too large"),
     "no messages": ({"model": "echo", "messages": []}, "invalid_value", "at least one message"),
     "a wrong type": (ask("?", temperature="hot"), "invalid_type", "temperature"),
     "a list": ([], "invalid_json", "JSON object"),
@@ -267,7 +295,7 @@ class TestFetching:
     )
     def test_this_machine_is_refused_even_if_it_was_allowed(self, name: str) -> None:
         with pytest.raises(Refused, match="not an address of the internet|has no address"):
-            Fetcher((name,), 1000).fetch(name)
+            Fetcher((name,), 1000).for_request()(name)
 
     @pytest.mark.parametrize(
         "url",
@@ -284,11 +312,11 @@ class TestFetching:
     )
     def test_a_prefix_allows_nothing_beside_it(self, url: str) -> None:
         with pytest.raises(Refused, match="no --allow-url covers it|cannot be read as one"):
-            Fetcher(("https://images.org/public/",), 1000).fetch(url)
+            Fetcher(("https://images.org/public/",), 1000).for_request()(url)
 
     def test_what_is_allowed_is_fetched_up_to_a_size(self, address: str) -> None:
         def fetch(path: str, most: int) -> bytes:
-            return Fetcher((f"{address}/v1",), most, public=lambda ip: True).fetch(address + path)
+            return Fetcher((f"{address}/v1",), most, public=lambda ip: True).for_request()(address + path)
 
         assert json.loads(fetch("/v1/models", 1000))["object"] == "list"
         with pytest.raises(Refused, match="more than 10 bytes"):
@@ -296,7 +324,156 @@ class TestFetching:
         with pytest.raises(Refused, match="the server answered 307, and redirects are not followed"):
             fetch("/v1/models/", 1000)
 
-    @pytest.mark.parametrize("prefix", ["images.org", "ftp://images.org/", "https://", "https://a@images.org/"])
+    @pytest.mark.parametrize(
+        "prefix", ["images.org", "ftp://images.org/", "https://", "https://a@images.org/", "http://images.org:99999/"]
+    )
     def test_a_prefix_is_a_url(self, prefix: str) -> None:
         with pytest.raises(UserError, match="--allow-url"):
             check_prefix(prefix)
+
+    def test_a_path_that_is_no_ascii_is_quoted_and_a_bad_name_refused(self, address: str) -> None:
+        fetch = Fetcher((address, "http://a..b/"), 1000, public=lambda ip: True).for_request()
+        with pytest.raises(Refused, match="the server answered 404"):
+            fetch(f"{address}/bü r.png?größe=1")
+        with pytest.raises(Refused, match="has no address"):
+            fetch("http://a..b/x.png")
+
+    def test_urls_of_a_request_are_limited_together(self, address: str) -> None:
+        size = len(Fetcher((address,), 1000, public=lambda ip: True).for_request()(f"{address}/v1/models"))
+        fetch = Fetcher((address,), 2 * size, public=lambda ip: True).for_request()
+        assert len(fetch(f"{address}/v1/models") + fetch(f"{address}/v1/models")) == 2 * size
+        with pytest.raises(Refused, match=f"the URLs of this request have more than {2 * size} bytes"):
+            fetch(f"{address}/v1/models")
+
+    @pytest.mark.parametrize(
+        "head", [b"", b"Connection: close\r\nContent-Length: 1000\r\n\r\n", b"Content-Length: 9\r\n\r\n"]
+    )
+    def test_a_server_that_sends_slowly_is_cut_off(self, head: bytes) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def drip() -> None:
+                client, _ = listener.accept()
+                with client, suppress(OSError):
+                    client.sendall(b"HTTP/1.1 200 OK\r\n" + head)
+                    for _ in range(100):
+                        client.sendall(b"x")
+                        time.sleep(0.1)
+
+            threading.Thread(target=drip, daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+            begun = time.monotonic()
+            with pytest.raises(Refused, match="take more than 0.5 seconds"):
+                Fetcher((url,), 1000, public=lambda ip: True, seconds=0.5).for_request()(url)
+            assert time.monotonic() - begun < 3
+
+    def test_a_picture_that_ends_early_is_refused(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def tear() -> None:
+                client, _ = listener.accept()
+                with client:
+                    client.recv(4096)
+                    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + bytes(10))
+
+            threading.Thread(target=tear, daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+            with pytest.raises(Refused, match="ended after 10 bytes"):
+                Fetcher((url,), 1000, public=lambda ip: True).for_request()(url)
+
+
+def test_urls_are_counted_before_any_is_fetched() -> None:
+    fetched: list[str] = []
+
+    def load(url: str) -> bytes:
+        fetched.append(url)
+        return b""
+
+    part = {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}
+    with pytest.raises(Refused, match="5000 images in one request, the limit is 3"):
+        read_request(ask("?", *[part] * 5000), load, load, LIMITS)
+    assert not fetched
+
+
+def test_a_client_that_leaves_before_the_answer_frees_the_model() -> None:
+    worker = Worker(Echo(pause=0.05), Limits())
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        with socket.create_connection(("127.0.0.1", urlsplit(address).port)) as client:
+            body = json.dumps(ask("x" * 2000)).encode()  # 20 seconds
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            time.sleep(0.5)
+        begun = time.monotonic()
+        status, _ = send(address, "POST", "/v1/chat/completions", ask("next"))
+        assert status == 200 and time.monotonic() - begun < 10
+    worker.close()
+
+
+def test_questions_nobody_waits_for_make_room_in_the_queue() -> None:
+    worker = Worker(Echo(pause=0.1), Limits(waiting=1))
+    jobs = [worker.submit(question("a long question"), Options(), lambda event: None)]
+    time.sleep(0.05)  # it is being answered
+    jobs.append(worker.submit(question("one that waits"), Options(), lambda event: None))
+    with pytest.raises(Refused, match="1 questions wait already"):
+        worker.submit(question("?"), Options(), lambda event: None)
+    jobs[1].stop.set()
+    worker.submit(question("?"), Options(), lambda event: None)
+    worker.close()
+
+
+def test_bodies_are_limited_together() -> None:
+    worker = Worker(Echo(), Limits(body_bytes=100_000, bodies_bytes=150_000))
+    with served(build_app(worker, Fetcher((), 1000))) as address:
+        half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", urlsplit(address).port)) as client:
+            client.sendall(half + b"Content-Length: 100000\r\n\r\n" + bytes(90_000))
+            time.sleep(0.5)
+            status, answer = send(address, "POST", "/v1/chat/completions", {"pad": "x" * 80_000})
+            assert status == 429 and "the limit is 150000" in answer["error"]["message"]
+        time.sleep(0.5)
+        assert send(address, "POST", "/v1/chat/completions", {"pad": "x" * 80_000})[0] == 400
+    worker.close()
+
+
+def test_a_page_of_another_site_uploads_nothing(address: str) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nx\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    for origin in ("https://evil.org", "null", "http://localhost:1"):
+        status, answer = send(address, "POST", "/v1/files", form, {**kind, "origin": origin})
+        assert status == 403 and answer["error"]["code"] == "foreign_site"
+    status, file = send(address, "POST", "/v1/files", form, {**kind, "origin": address})
+    assert status == 200
+    send(address, "DELETE", f"/v1/files/{file['id']}")
+
+
+def test_which_names_are_this_machine_alone() -> None:
+    assert all(map(is_local, ("127.0.0.1", "127.0.0.2", "::1", "localhost")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "10.0.0.1", "localhost.evil.org", "")))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("127.0.0.2:8000", 200), ("[::1]:8000", 200), ("evil.org", 400), ("[", 400)]
+)
+def test_the_host_header_names_this_machine(address: str, host: str, status: int) -> None:
+    assert send(address, "GET", "/v1/models", headers={"host": host})[0] == status
+
+
+@pytest.mark.parametrize("verb", ["serve", "page"])
+def test_a_taken_port_is_said_before_the_model_is_loaded(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model does not even exist."""
+    if verb == "page":
+        monkeypatch.setitem(sys.modules, "megatron_eagle.serving.page", SimpleNamespace(build_page=None))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
+        main([verb, "nowhere", "--port", str(taken.getsockname()[1])])
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_the_command_limits_connections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    monkeypatch.setattr("megatron_eagle.cli.serve.open_answerer", lambda *_, **__: (Echo(), None))
+    with pytest.raises(SystemExit):
+        main(["serve", "nowhere", "--port", "0"])
+    assert [config.limit_concurrency for config in configs] == [320]
+    assert capsys.readouterr().out.startswith("echo: http://127.0.0.1:")

@@ -5,6 +5,8 @@ installed beside vLLM in an environment of its own, so it imports vLLM, what vLL
 carry: nothing of the trainer.
 """
 
+from collections.abc import Collection, Sequence
+
 ARCHITECTURE = "MegatronEagleForConditionalGeneration"
 
 
@@ -18,3 +20,12 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "megatron_eagle.serving.vllm.model:ServedEagle")
     if not isinstance(get_config_parser("hf"), ExportParser):
         register_config_parser("hf")(ExportParser)
+
+
+def check_encoders(kinds: Sequence[str], known: Collection[str]) -> None:
+    """ValueError if a folder's model has encoders that this plug-in's code does not make: those of other packages."""
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise ValueError(
+            f"the model has the encoders {', '.join(strange)}, which the vLLM plug-in does not have; it has "
+            f"{', '.join(known)}. 'megatron-eagle serve' serves it by the code that its folder carries"
+        )

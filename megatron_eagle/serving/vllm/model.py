@@ -16,6 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from megatron_eagle.remote_code.modeling_eagle import KINDS, Mixture, OnlySiglip
+from megatron_eagle.serving.vllm import check_encoders
 from megatron_eagle.serving.vllm.processing import (
     MARKS,
     MEAN,
@@ -45,6 +46,7 @@ class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):
         vision, hidden = config.vision_config, config.text_config.hidden_size
         with self._mark_tower_model(vllm_config, set(MARKS)):  # type: ignore[operator]
             if vision.model_type == "MOB":
+                check_encoders([entry["kind"] for entry in vision.encoders], KINDS)
                 self.vision_model: nn.Module = Mixture(vision)
                 width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
             else:
