@@ -189,11 +189,17 @@ class StageRun:
         return found
 
     def _is_newest(self) -> bool:
-        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers."""
+        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers.
+
+        A network disk's hiccup ends no healthy run: a folder that cannot be listed shows no newer start. Before a
+        checkpoint is published it is looked at again, and there the failure counts.
+        """
         try:
             self._require_newest()
         except Superseded as superseded:
             self.superseded_by = str(superseded)
+        except OSError as error:
+            self._say(f"{self.stage.name}: cannot look for a newer start: {error}; training goes on")
         return not self.superseded_by
 
     def _say_changes(self, saved: Description, what: str) -> None:
