@@ -46,7 +46,7 @@ def verify(folder: Path) -> None:
     found = [line for part in gather(damage(folder, rank, size)) for line in part]
     if found:
         what = f"{folder} is damaged: {'; '.join(sorted(set(found)))}"
-        advice = "'megatron-eagle train --fallback' continues from the newest checkpoint that is not"
+        advice = "'train' or 'submit' of its recipe, given --fallback, continues from the newest checkpoint that is not"
         raise Damaged(f"{what}. {advice}", what, str(folder))
 
 

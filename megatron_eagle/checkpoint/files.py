@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.transformer.module import MegatronModule
@@ -91,20 +90,22 @@ def find_latest(stage_folder: Path) -> Path | None:
 
 
 def find_good(stage_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are what was written, and what is wrong with each newer one.
+    """The newest checkpoint whose files are what was written and say what it is; what is wrong with each newer one.
 
-    Reads whole checkpoints; one process does it for all, because all must continue from the same.
+    Reads whole checkpoints; for one process, which tells the others, because all must continue from the same.
     """
-    answer: list[Any] = [None, []]
-    if dist.get_rank() == 0:
-        for candidate in sorted(stage_folder.glob("step_*[0-9]"), reverse=True):
-            found = checksums.damage(candidate)
-            if not found:
-                answer[0] = candidate
-                break
-            answer[1].append(f"{candidate} is damaged: {'; '.join(found)}")
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0], answer[1]
+    damaged = []
+    for candidate in sorted(stage_folder.glob("step_*[0-9]"), reverse=True):
+        if found := checksums.damage(candidate):
+            damaged.append(f"{candidate} is damaged: {'; '.join(found)}")
+            continue
+        try:
+            read_description(candidate)  # which checksums cannot vouch for where there are none
+        except Damaged as error:
+            damaged.append(str(error))
+            continue
+        return candidate, damaged
+    return None, damaged
 
 
 def read_description(checkpoint: Path) -> Description:

@@ -1,7 +1,7 @@
 """The chain of a run as a table: where each stage is, how fast, how often it was started again and why."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.accounting import Usage, usage
-from megatron_eagle.cluster.events import FULL_DISK_BYTES, attempts, newest_step, read_events
+from megatron_eagle.cluster.events import FULL_DISK_BYTES, Attempt, attempts, newest_step, read_events
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.json_lines import warn
 from megatron_eagle.training.log import (
@@ -98,47 +98,71 @@ def _row(
     queue: Queue | None,
     records: Sequence[StepRecord],
 ) -> StageStatus:
-    stage, steps = submitted["stage"], submitted["steps"]
-    queued = (queue or {}).get(submitted["job"])
+    stage, job, steps = submitted["stage"], submitted["job"], submitted["steps"]
+    queued = (queue or {}).get(job)
     made = attempts(events, stage)
-    step = records[-1].step if records else 0
+    causes = {event["event"]: event["cause"] for event in events if event.get("job") == job and "cause" in event}
+    cancelled = any(job in event["jobs"] for event in events if event["event"] == "cancelled")
+    state = _state(queued, made, gave_up="gave_up" in causes, cancelled=cancelled, asked=queue is not None)
+    last = records[-1] if records else None
+    left = steps - last.step if last else 0
     recent = [record.seconds for record in records[-ETA_WINDOW:]]
-    ended = [attempt for attempt in made if attempt.outcome is not None]
-    gave_up = [e["cause"] for e in events if e["event"] == "gave_up" and e["job"] == submitted["job"]]
-    if queued:
-        state, why = queued[0].lower(), queued[1] if queued[0] == "PENDING" and not ended else ""
-    else:
-        absent = UNKNOWN if queue is None else GONE
-        state, why = (COMPLETE if ended and ended[-1].outcome == "complete" else absent), ""
-    if state == GONE and any(submitted["job"] in e["jobs"] for e in events if e["event"] == "cancelled"):
-        state = CANCELLED
-    if gave_up and not queued:
-        state = GAVE_UP
-    failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
-    why = (gave_up[-1] if gave_up else "") or (failures[-1] if failures else "") or why
-    if state == UNKNOWN and not why:
-        why = "Slurm cannot be asked"
-    if state == GONE and made and made[-1].outcome is None:
-        free = shutil.disk_usage(run_folder).free
-        why = "ended without a word" + (
-            f": only {free / 1e6:.1f} MB are free in {run_folder}" * (free < FULL_DISK_BYTES)
-        )
-        superseded = [e["cause"] for e in events if e["event"] == "superseded" and e["job"] == submitted["job"]]
-        why = superseded[-1] if superseded else why
     return StageStatus(
         stage=stage,
-        job=submitted["job"],
+        job=job,
         state=state,
-        step=step,
+        step=last.step if last else 0,
         steps=steps,
         saved=newest_step(run_folder, stage),
-        loss=records[-1].loss if records else None,
-        tokens_per_second=records[-1].useful_tokens_per_second if records else None,
-        seconds_left=remaining_seconds(recent, steps - step) if queued and records and steps > step else None,
+        loss=last.loss if last else None,
+        tokens_per_second=last.useful_tokens_per_second if last else None,
+        seconds_left=remaining_seconds(recent, left) if queued and left > 0 else None,
         restarts=max(0, len(made) - 1),
         gpu_hours=usage(events, stage, datetime.now(UTC) if queued and queued[0] == "RUNNING" else None),
-        why=why,
+        why=_why(run_folder, state, queued, made, causes),
     )
+
+
+def _state(
+    queued: tuple[str, str] | None, made: Sequence[Attempt], *, gave_up: bool, cancelled: bool, asked: bool
+) -> str:
+    """Slurm's word for a job in its queue, otherwise what the run's files say. asked: whether Slurm could be."""
+    if queued:
+        return queued[0].lower()
+    if gave_up:
+        return GAVE_UP
+    outcomes = [attempt.outcome for attempt in made if attempt.outcome is not None]
+    if outcomes and outcomes[-1] == "complete":
+        return COMPLETE
+    if not asked:
+        return UNKNOWN
+    return CANCELLED if cancelled else GONE
+
+
+def _why(
+    run_folder: Path,
+    state: str,
+    queued: tuple[str, str] | None,
+    made: Sequence[Attempt],
+    causes: Mapping[str, str],
+) -> str:
+    """What ended the last start that did not reach its end, or what the job waits for.
+
+    causes: of the job's newest event of each kind.
+    """
+    if state == GONE and made and made[-1].outcome is None:
+        return causes.get("superseded") or _without_a_word(run_folder)
+    ended = [attempt for attempt in made if attempt.outcome is not None]
+    failures = [attempt.cause for attempt in ended if attempt.outcome != "complete"]
+    known = causes.get("gave_up") or (failures[-1] if failures else "")
+    if known or state == UNKNOWN:
+        return known or "Slurm cannot be asked"
+    return queued[1] if queued and queued[0] == "PENDING" and not ended else ""
+
+
+def _without_a_word(run_folder: Path) -> str:
+    free = shutil.disk_usage(run_folder).free
+    return "ended without a word" + f": only {free / 1e6:.1f} MB are free in {run_folder}" * (free < FULL_DISK_BYTES)
 
 
 def table(rows: Sequence[StageStatus]) -> str:

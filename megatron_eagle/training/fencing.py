@@ -37,7 +37,10 @@ class Start:
     number: int
 
     def require_newest(self) -> None:
-        """Raise Superseded, which names the newer start, unless this is the newest: one listing of a small folder."""
+        """Raise Superseded, which names the newer start, unless this is the newest; OSError if that cannot be known.
+
+        Costs one listing of a small folder.
+        """
         newest = max(_numbers(self.run_folder), default=0)
         if newest > self.number:
             who = _words(_read(self.run_folder, newest))

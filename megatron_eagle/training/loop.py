@@ -112,11 +112,12 @@ class StageRun:
 
         Raises UserError, on every process, if a trainer is known to be at work in the run's folder.
         """
-        self.number = self._on_rank_zero(self._join)
         try:
+            self.number = self._on_rank_zero(self._join)
             self._train_or_continue()
-        except Damaged as damaged:  # on every process
-            way_on = self.run_folder.way_on(Path(damaged.folder), self.recipe, self.stage)
+        except Damaged as damaged:  # on every process: by ``_on_rank_zero`` or ``checksums.verify``, nowhere else
+            folder = Path(damaged.folder)
+            way_on = self._on_rank_zero(lambda: self.run_folder.way_on(folder, self.recipe, self.stage))
             raise UserError(f"{damaged.what}. {way_on}") from None
         finally:
             if self.start is not None:
@@ -124,8 +125,7 @@ class StageRun:
 
     def _train_or_continue(self) -> None:
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
-        resume_from = self._newest_good(stage_folder) if self.fallback else find_latest(stage_folder)
-        description = read_description(resume_from) if resume_from else None
+        resume_from, description = self._on_rank_zero(lambda: self._newest(stage_folder))
         if resume_from and description:
             require_same_model(resume_from, description, self.recipe.model.eagle())
             if description.step == self.stage.steps:
@@ -136,7 +136,7 @@ class StageRun:
             self.step, self.rejected_total = description.step, description.rejected_total
             self.peak_rss_bytes = description.peak_rss_bytes
         self._on_rank_zero(self._read_tokenizer)  # before anything is built
-        first_weights = None if resume_from else self.run_folder.weights_before(self.recipe, self.stage)
+        first_weights = None if resume_from else self._on_rank_zero(self._weights_before)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         position = None
         if resume_from and description:
@@ -175,12 +175,12 @@ class StageRun:
             self.start.require_newest()
 
     def _on_rank_zero(self, action: Callable[[], Found]) -> Found:
-        """What ``action`` returns on rank 0, which the others wait for; its refusal is everybody's."""
+        """What ``action`` returns on rank 0, which the others wait for; its failure is everybody's."""
         answer: list[Any] = [None, None]
         if self.groups.rank == 0:
             try:
                 answer[0] = action()
-            except (UserError, Superseded) as error:
+            except (UserError, Superseded, OSError) as error:
                 answer[1] = error
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
@@ -189,11 +189,17 @@ class StageRun:
         return found
 
     def _is_newest(self) -> bool:
-        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers."""
+        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers.
+
+        A network disk's hiccup ends no healthy run: a folder that cannot be listed shows no newer start. Before a
+        checkpoint is published it is looked at again, and there the failure counts.
+        """
         try:
             self._require_newest()
         except Superseded as superseded:
             self.superseded_by = str(superseded)
+        except OSError as error:
+            self._say(f"{self.stage.name}: cannot look for a newer start: {error}; training goes on")
         return not self.superseded_by
 
     def _say_changes(self, saved: Description, what: str) -> None:
@@ -202,11 +208,15 @@ class StageRun:
         elif found := changes(saved, self.recipe, self.stage):
             self._say(f"{self.stage.name} {what}: {', '.join(found)}")
 
-    def _newest_good(self, stage_folder: Path) -> Path | None:
-        found, damaged = find_good(stage_folder)
+    def _newest(self, stage_folder: Path) -> tuple[Path | None, Description | None]:
+        """The checkpoint to continue from, and what it is."""
+        found, damaged = find_good(stage_folder) if self.fallback else (find_latest(stage_folder), [])
         for line in damaged:
             self._say(f"passed over: {line}")
-        return found
+        return found, read_description(found) if found else None
+
+    def _weights_before(self) -> Path | None:
+        return self.run_folder.weights_before(self.recipe, self.stage)
 
     def _open_stream(
         self, position: bytes | None, resume_from: Path | None, description: Description | None

@@ -47,7 +47,7 @@ class RunFolder:
     def way_on(self, damaged: Path, recipe: Recipe, stage: Stage) -> str:
         """What ``--fallback`` would do about a damaged checkpoint of ``stage`` or of the one before, and what it costs.
 
-        All processes call this together.
+        Reads whole checkpoints, like ``find_good``.
         """
         before = recipe.stage_before(stage)
         of_before = before is not None and damaged.parent == self.stage_checkpoints(before.name)
@@ -59,6 +59,6 @@ class RunFolder:
         origin = f"goes on from {good}" if good else "starts anew, because none of its other checkpoints is whole"
         again = f"'{of.name}' {origin}, and {lost} of its {of.steps} steps are trained again"
         if of is stage:
-            return f"'megatron-eagle train --fallback': {again}"
-        both = f"megatron-eagle submit --stages {of.name},{stage.name} --fallback"
-        return f"Train '{of.name}' with --fallback first ('{both}'): {again}, then '{stage.name}' starts"
+            return f"The same command with --fallback: {again}"
+        both = f"with '--fallback' and '--stage {of.name}' (of submit: '--stages {of.name},{stage.name}')"
+        return f"The same command {both}: {again}, then '{stage.name}' starts"

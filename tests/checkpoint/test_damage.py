@@ -1,5 +1,6 @@
 """Training checkpoints: damage is found and named, a killed save leaves the checkpoint before it, both whole."""
 
+import errno
 import json
 import os
 import random
@@ -46,7 +47,7 @@ def test_every_flipped_bit_truncation_and_loss_is_named(folder, name):
         assert checksums.damage(folder) == [f"{name} has other bytes than were written"]
     file.write_bytes(content[:-1])
     with pytest.raises(
-        UserError, match=f"{name} has {len(content) - 1} bytes, {len(content)} were written.*--fallback"
+        UserError, match=f"{name} has {len(content) - 1} bytes, {len(content)} were written.*'submit' of its recipe"
     ):
         checksums.verify(folder)
     file.unlink()
@@ -93,7 +94,7 @@ def test_a_damaged_newest_checkpoint_stops_training_unless_fallback_is_asked_for
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
     (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), False)
-    words = rf"step_00000004 is damaged: {shard.name} has other bytes.*--fallback': 'first' "
+    words = rf"step_00000004 is damaged: {shard.name} has other bytes.*\. The same command with --fallback: 'first' "
     cost = r"(goes on from .*step_00000002, and 2|starts anew, because .*, and 4) of its 6 steps are trained again"
     assert re.search(words + cost, error)
     older = folder / "step_00000002"
@@ -113,13 +114,51 @@ def test_damage_in_the_stage_before_names_the_way_on_and_what_it_costs(small_run
     content = bytearray((last / "checkpoint.json").read_bytes())
     content[1] ^= 4
     (last / "checkpoint.json").write_bytes(content)
+    (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), False)  # read while joining
+    assert f"{last} is not a checkpoint of megatron-eagle" in error and "step_00000004, and 1 of its 5 steps" in error
     for fallback in (False, True):  # of the second stage, which cannot help itself
         (error,) = worlds(1).run(damage_and_train, recipe, str(tmp_path), fallback, "second")
         assert f"{last} is not a checkpoint of megatron-eagle: its checkpoint.json" in error
-        assert "megatron-eagle submit --stages first,second --fallback" in error
+        assert "same command with '--fallback' and '--stage first' (of submit: '--stages first,second')" in error
         assert "'first' goes on from" in error and "step_00000004, and 1 of its 5 steps are trained again" in error
     assert worlds(1).run(damage_and_train, recipe, str(tmp_path), True) == [None]
     assert worlds(1).run(damage_and_train, recipe, str(tmp_path), False, "second") == [None]
+
+
+def unreadable_and_train(recipe_path, runs, rank, fallback=False):
+    """``damage_and_train``, but the newest ``checkpoint.json`` cannot be read by one of the processes."""
+    import torch.distributed as dist
+
+    from megatron_eagle.training.loop import StageRun
+
+    read_text, train = Path.read_text, StageRun.train
+
+    def read(file, *args, **settings):
+        if file.name == "checkpoint.json" and file.parent.name == "step_00000004":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_text(file, *args, **settings)
+
+    def begin(run):
+        if dist.get_rank() == rank:
+            patch.setattr(Path, "read_text", read)
+        train(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageRun, "train", begin)
+        return damage_and_train(recipe_path, runs, fallback)
+
+
+def test_a_disk_that_fails_one_process_is_everybodys_failure_or_nobodys(small_run, worlds, tmp_path):
+    """One process alone must not go looking for another checkpoint while the others wait for something else."""
+    stage = {**small_run.settings()["stages"][0], "checkpoint_every": 2}
+    recipes = [
+        str(small_run.write_recipe(tmp_path / f"{steps}.yaml", stages=[{**stage, "steps": steps}])) for steps in (4, 5)
+    ]
+    assert worlds(2).run(damage_and_train, recipes[0], str(tmp_path), False) == [None, None]
+    errors = worlds(2).run(unreadable_and_train, recipes[1], str(tmp_path), 0)
+    assert errors[0] == errors[1] and "Stale file handle" in errors[0], errors
+    assert "goes on from" in errors[0] and "starts anew" not in errors[0]
+    assert worlds(2).run(unreadable_and_train, recipes[1], str(tmp_path), 1) == [None, None], "rank 0 reads for all"
 
 
 def save_for_ever(stage_folder, recipe_path):

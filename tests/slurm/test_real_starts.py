@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_of_the_stage_before_has_a_way_on(
     assert refused.wait(600) == {"stage1.5": "FAILED"}
     (given_up,) = refused.events("gave_up")
     assert f"{shard.name} has other bytes than were written" in given_up["cause"]
-    assert "submit --stages stage1,stage1.5 --fallback" in given_up["cause"]
+    assert "with '--fallback' and '--stage stage1' (of submit: '--stages stage1,stage1.5')" in given_up["cause"]
     assert f"step_{STEPS - 2:08d}, and 2 of its {STEPS} steps are trained again" in given_up["cause"]
     again = submit(slurm, recipe, cluster, tmp_path, "--stages", "stage1,stage1.5", "--fallback")
     assert again.wait(900) == {"stage1": "COMPLETED", "stage1.5": "COMPLETED"}, again.logs()

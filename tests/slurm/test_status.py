@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.cli import main
+from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.accounting import Usage, usage
 from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import read_status, table
@@ -108,3 +109,42 @@ def test_an_end_without_a_word_is_said(tmp_path: Path) -> None:
     append_event(tmp_path, "started", stage="a", job="7", nodes="n1", step=0, log_offset=0)
     (row,) = read_status(tmp_path)
     assert (row.state, row.why) == ("not in the queue", "ended without a word")
+
+
+@pytest.mark.parametrize(
+    ("queue", "happened", "state", "why"),
+    [
+        ({"7": ("PENDING", "Dependency")}, [], "pending", "Dependency"),
+        ({"7": ("PENDING", "BeginTime")}, ["started", "failed"], "pending", "rank 3: Killed"),
+        ({"7": ("RUNNING", "None")}, ["started"], "running", ""),
+        ({"7": ("RUNNING", "None")}, ["started", "failed", "gave_up"], "running", "3 starts"),
+        ({}, ["started", "failed", "started", "superseded"], "not in the queue", "by start 2"),
+        ({}, ["started", "failed", "cancelled"], "cancelled", "rank 3: Killed"),
+        ({}, ["started", "complete", "cancelled"], "complete", ""),
+        (None, ["started"], "unknown", "Slurm cannot be asked"),
+        (None, ["started", "failed"], "unknown", "rank 3: Killed"),
+        (None, ["started", "complete"], "complete", ""),
+        (None, ["started", "failed", "gave_up"], "gave up", "3 starts"),
+    ],
+)
+def test_state_and_reason(monkeypatch, tmp_path: Path, queue, happened: list[str], state: str, why: str) -> None:
+    def states(jobs: list[str], *, patience: float) -> dict[str, tuple[str, str]]:
+        if queue is None:
+            raise slurm.CannotAsk("away")
+        return queue
+
+    monkeypatch.setattr(slurm, "states", states)
+    ended = {"stage": "a", "job": "7", "step": 0, "bad_nodes": []}
+    values = {
+        "started": {"stage": "a", "job": "7", "nodes": "n1", "step": 0, "log_offset": 0},
+        "failed": {**ended, "outcome": "failed", "cause": "rank 3: Killed"},
+        "complete": {**ended, "outcome": "complete", "cause": "last step reached"},
+        "gave_up": {"stage": "a", "job": "7", "cause": "3 starts"},
+        "superseded": {"stage": "a", "job": "7", "cause": "by start 2"},
+        "cancelled": {"jobs": ["7"]},
+    }
+    append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)
+    for event in happened:
+        append_event(tmp_path, "ended" if "outcome" in values[event] else event, **values[event])
+    (row,) = read_status(tmp_path)
+    assert (row.state, row.why) == (state, why)

@@ -1,5 +1,6 @@
 """Only the newest start of a run writes, and a slip of hand is refused; in real processes."""
 
+import errno
 import json
 import os
 import re
@@ -127,6 +128,45 @@ def test_a_start_leaves_when_a_newer_one_is_there_and_the_losses_are_those_of_on
     assert done.returncode == 0, done.stderr
     assert alone.wait(120) == 0 and 3 <= logged < 40
     assert losses(tmp_path / "runs") == losses(tmp_path / "alone") and len(losses(tmp_path / "alone")) == 40
+
+
+def train_on_a_bad_disk(recipe_path: str, runs: str, failing: range) -> str | None:
+    """Runs in a world of one; the error of training while those listings of the starts, from the first step, fail."""
+    from megatron_eagle.training import fencing
+    from megatron_eagle.training.loop import StageRun
+
+    listings, listdir, one_step = [0], os.listdir, StageRun._one_step
+
+    def listed(folder):
+        if Path(folder).name == STARTS and listings[0]:
+            listings[0] += 1
+            if listings[0] - 1 in failing:
+                raise OSError(errno.ESTALE, "Stale file handle")
+        return listdir(folder)
+
+    def step(*arguments):
+        listings[0] = listings[0] or 1
+        return one_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fencing.os, "listdir", listed)
+        patch.setattr(StageRun, "_one_step", step)
+        try:
+            train(recipe_path, "first", runs)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def test_a_disk_that_fails_for_a_while_ends_no_run_but_nothing_is_published_unseen(small_run, worlds, tmp_path) -> None:
+    """One listing a step, then one as the checkpoint is begun and one before it is published."""
+    stage = {**small_run.settings()["stages"][0], "steps": 4, "checkpoint_every": 4}
+    recipe = str(small_run.write_recipe(tmp_path / "r.yaml", stages=[stage]))
+    for name, failing in (("log", range(1, 5)), ("begin", range(5, 6)), ("publish", range(6, 7))):
+        (error,) = worlds(1).run(train_on_a_bad_disk, recipe, str(tmp_path / name), failing)
+        assert len(losses(tmp_path / name)) == 4, "every step is logged"
+        assert (tmp_path / name / "small/checkpoints/first/latest").exists() == (name == "log")
+        assert error is None if name == "log" else "step_00000004" in error and "Stale file handle" in error
 
 
 def test_a_trainer_is_killed_and_the_next_one_follows_another_recipe(small_run, tmp_path: Path) -> None:
