@@ -62,6 +62,18 @@ class OnlySiglip(SiglipTower):
         return siglip_features(self, pixels)
 
 
+def encoders_and_connector(config: Any) -> tuple[nn.Module, nn.Sequential]:
+    """What makes embeddings of tiles: the encoders, and the MLP from their joined channels to the language model."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    if vision.model_type == "MOB":
+        encoders: nn.Module = Mixture(vision)
+        width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
+    else:
+        encoders, width = OnlySiglip(vision), 4 * vision.hidden_size
+    norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
+    return encoders, nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+
 class _Eagle(PreTrainedModel, GenerationMixin):
     """What both releases compute."""
 
@@ -78,15 +90,7 @@ class _Eagle(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        vision, hidden = config.vision_config, config.text_config.hidden_size
-        if vision.model_type == "MOB":
-            self.vision_model: nn.Module = Mixture(vision)
-            width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
-        else:
-            self.vision_model = OnlySiglip(vision)
-            width = 4 * vision.hidden_size
-        norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
-        self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.vision_model, self.mlp1 = encoders_and_connector(config)
         self.language_model = Qwen2ForCausalLM(config.text_config)
         self.post_init()
 

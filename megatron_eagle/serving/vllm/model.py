@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from megatron_eagle.remote_code.modeling_eagle import KINDS, Mixture, OnlySiglip
+from megatron_eagle.remote_code.modeling_eagle import KINDS, encoders_and_connector
 from megatron_eagle.serving.vllm import check_encoders
 from megatron_eagle.serving.vllm.processing import (
     MARKS,
@@ -43,17 +43,10 @@ class ServedEagle(nn.Module, SupportsMultiModal, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        vision, hidden = config.vision_config, config.text_config.hidden_size
         with self._mark_tower_model(vllm_config, set(MARKS)):  # type: ignore[operator]
-            if vision.model_type == "MOB":
-                check_encoders([entry["kind"] for entry in vision.encoders], KINDS)
-                self.vision_model: nn.Module = Mixture(vision)
-                width = sum(KINDS[entry["kind"]].channels(entry) for entry in vision.encoders)
-            else:
-                self.vision_model = OnlySiglip(vision)
-                width = 4 * vision.hidden_size
-            norm = nn.LayerNorm(width, eps=config.connector_layer_norm_eps)
-            self.mlp1 = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            if config.vision_config.model_type == "MOB":
+                check_encoders([entry["kind"] for entry in config.vision_config.encoders], KINDS)
+            self.vision_model, self.mlp1 = encoders_and_connector(config)
         with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
