@@ -5,6 +5,7 @@ makes the loss or the logits of the layers' output; ``forward`` calls both with 
 ``forward`` makes its own angles of its own cut of a pack, and its loss always goes through the logits of all positions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 
-class HookedGPTModel(GPTModel):
+class HookedGPTModel(GPTModel, ABC):
     """Built with ``position_embedding_type="none"``; a subclass says what the hooks do."""
 
+    @abstractmethod
     def before_layers(self, position_ids: Tensor) -> Tensor:
         """Rotary angles [l, 1, 1, head_dim] of the positions ``position_ids`` [1, l]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_layers(
         self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]
     ) -> Tensor:
@@ -27,7 +29,6 @@ class HookedGPTModel(GPTModel):
         predict: Megatron's own way on: cross entropies [1, l] with labels, logits without, hidden states on all stages
         but the last.
         """
-        raise NotImplementedError
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, _, *others = super()._preprocess(*args, position_ids=position_ids, **kwargs)

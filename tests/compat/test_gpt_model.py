@@ -1,5 +1,6 @@
 """compat/gpt_model.py."""
 
+import pytest
 import torch
 from contracts import contract, megatron_groups, the, without_gpu
 
@@ -48,3 +49,8 @@ def test_contract_hooks_before_and_behind_the_layers():
         assert given and given[0] is model.angles
         assert (losses.shape, hidden.shape) == ((1, 4), (4, 1, 8))
         assert labels is tokens and loss_mask is mask
+
+
+def test_a_model_without_its_hooks_is_not_built():
+    with pytest.raises(TypeError, match="after_layers.*before_layers"):
+        HookedGPTModel()

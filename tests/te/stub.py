@@ -31,7 +31,7 @@ class _Kind(type):
         return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{COMPILED}.{cls.__name__} was called: the stub computes nothing")
+        raise RuntimeError(f"{COMPILED}.{cls.__name__} was called: the stub computes nothing")
 
 
 class _Compiled(ModuleType):

@@ -216,3 +216,8 @@ def test_a_converted_checkpoint_loads_into_both(stubbed, case, recipe, tmp_path)
     assert extra_states(tmp_path / "converted") == set()
     answers = stubbed(CASES[case][0]).run(load_converted, recipe, str(tmp_path / "converted"))
     assert all(apart and not differing for apart, differing in answers), answers
+
+
+def test_whatever_is_called_of_the_stub_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"transformer_engine_torch\.rmsnorm_fwd was called"):
+        stub._Compiled(stub.COMPILED).rmsnorm_fwd(1)
