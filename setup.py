@@ -48,7 +48,14 @@ GPU = [
 DOCUMENTS = ["pypdfium2>=5.15"]
 # Only the operator "language" of curation needs it.
 CURATE = ["py3langid>=0.4"]
-TESTS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "setuptools"]
+TESTS = [
+    "jsonschema",  # recipes against the schema for editors
+    "hypothesis",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "setuptools",
+]
 # The endpoint's; with the page's, whose Gradio takes no Pillow of 13 (docs/install.md), the extra "serve".
 ENDPOINT = ["python-multipart>=0.0.34", "starlette>=1.10", "uvicorn>=0.54"]
 PAGE = ["fastapi>=0.165", "gradio>=6.31,<7"]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from megatron_eagle.config.numbers import Range
+from megatron_eagle.config.numbers import Range, shown
+from megatron_eagle.config.schema import meant
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
@@ -35,9 +36,16 @@ class Parser(argparse.ArgumentParser):
         return verbs
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, with ``default_verb`` put before arguments that begin with none."""
+        """As argparse's, with ``default_verb`` put before arguments that begin with none.
+
+        A verb that does not exist ends with what was meant, or with those there are.
+        """
+        args = sys.argv[1:] if args is None else list(args)
         if self.default_verb is not None and args and args[0] not in (*self.below, "-h", "--help"):
             args = [self.default_verb, *args]
+        if self.below and args and not args[0].startswith("-") and args[0] not in self.below:
+            hint = meant(args[0], self.below) or f"; there are {', '.join(self.below)}"
+            self.error(f"there is no verb {shown(args[0])}{hint}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -105,11 +113,12 @@ def verb(verbs: Verbs, name: str, summary: str, text: str, example: str) -> argp
     )
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """RECIPE, KEY=VALUE overrides and the folder of the runs."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """RECIPE, KEY=VALUE overrides and the folder of the runs. needed: whether RECIPE is."""
     parser.add_argument(
         "recipe",
         type=Path,
+        nargs=None if needed else "?",
         metavar="RECIPE",
         help="YAML file, or the name of one that comes along: eagle2-9b, tiny, ...",
     )

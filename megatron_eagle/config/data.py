@@ -19,6 +19,7 @@ from megatron_eagle.config.reading import ReadingSettings, Tiling
 class BlendSource:
     """One data set made by ``megatron-eagle data build``.
 
+    path: its folder.
     weight: share of the samples drawn from it, relative to the other sources' weights.
     repeat: instead of a weight, how often an epoch holds each of its samples (Eagle's ``repeat_time``); with 0.5 two
         epochs hold each once. ``order=planned`` only.

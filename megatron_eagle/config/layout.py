@@ -17,16 +17,18 @@ STRICT = ConfigDict(extra="forbid")
 class Layout:
     """Processes along each axis of a run; ``dp`` follows from the world size.
 
-    tp, pp, cp: tensor, pipeline and context parallel sizes.
+    tp: tensor parallel size: processes that share each layer.
+    pp: pipeline parallel size: processes that hold layers one behind another.
+    cp: context parallel size: processes that share the tokens of a pack.
     ulysses: how many of the cp processes trade positions for attention heads among themselves; the remaining factor,
         ``ring``, cuts the pack in zigzag (docs/context_parallelism.md).
-    vpp: virtual pipeline stages per process (interleaved schedule), or None.
+    vpp: virtual pipeline stages per process (interleaved schedule).
     sequence_parallel: keep the activations between tensor-parallel blocks split along the sequence.
     encoder: ``tensor`` hosts the vision encoders on pipeline stage 0, sharded over its tensor-parallel ranks;
         ``spread`` copies them to every process and shares out the tiles of each step (docs/encoder_placement.md).
     encoder_chunk: for ``spread``, how many tiles a process encodes at a time. Of each chunk only the features are kept,
         and the backward pass encodes it again; None encodes all at once and keeps the activations.
-    layers_per_stage: decoder layers of each pipeline stage, or None for an even split. The first stage also
+    layers_per_stage: decoder layers of each pipeline stage, by default an even split. The first stage also
         hosts the encoders, so a real layout gives it fewer layers.
     """
 

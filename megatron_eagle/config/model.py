@@ -22,6 +22,16 @@ VOCABULARY_MULTIPLE = 128
 class QwenConfig:
     """A Qwen2.5 language model (names of transformers' Qwen2Config).
 
+    hidden_size: channels of a token.
+    intermediate_size: channels inside the gated feed-forward block.
+    num_hidden_layers: decoder layers.
+    num_attention_heads: heads of the queries.
+    num_key_value_heads: heads of keys and values, each shared by several queries.
+    tie_word_embeddings: whether the output layer is the input embedding.
+    max_position_embeddings: longest segment it was made for, in tokens.
+    rms_norm_eps: added to the mean square in norms.
+    rope_theta: base of the rotary positions' wave lengths.
+    initializer_range: standard deviation of weights drawn from the seed.
     vocab_size: rows of the embedding in the checkpoint, i.e. the length of the tokenizer after Eagle's special
         tokens were added.
     """

@@ -58,11 +58,13 @@ class VideoSettings:
 
     sampling: ``fps``: ``fps`` frames a second from the first on, at most ``max_frames``. ``uniform``: ``max_frames``
         frames, or all if there are fewer. Frames that must be fewer are spread evenly from the first to the last.
-    fps: 2 is N_max of Automatic Degrade Sampling (Eagle 2.5, section 3.2.1); the released script trains with 4.
+    fps: frames a second; 2 is N_max of Automatic Degrade Sampling (Eagle 2.5, section 3.2.1); the released script
+        trains with 4.
+    max_frames: most frames of a video.
     least_frames: a video that cannot keep so many (or all it would like to show, if that is less) is dropped (N_min).
     frame_tiles: most tiles of a frame's grid; Eagle shows frames as one tile.
-    header, frame: words before a video and before each of its frames. They may hold {ordinal}, {seconds}, {fps} of the
-        video; and {number}, {time} of a frame, in seconds. Formats are Python's, such as {time:.2f}.
+    header: words before a video; they may hold its {ordinal}, {seconds}, {fps}. Formats are Python's: {seconds:.2f}.
+    frame: words before each frame; they may also hold its {number} and its {time} in seconds.
     between: text between two frames. Nothing in the released training code; a line break here before 2026-11-26.
     """
 
@@ -87,7 +89,10 @@ class VideoSettings:
 class ReadingSettings:
     """How samples become packs, for all stages.
 
-    tiling_rule, min_tiles, max_tiles: see ``Tiling``.
+    tiling_rule: ``area`` is Image Area Preservation, the rule of all released code; ``ratio`` is InternVL 1.5's, which
+        the Eagle 2 paper names.
+    min_tiles: least columns x rows of an image's grid; the thumbnail is not counted.
+    max_tiles: most columns x rows; the thumbnail is not counted.
     max_tiles_per_pack: optional second bound of a pack, for the encoders' memory.
     system: system turn of conversations that bring none; empty for no such turn.
     order: ``planned``: all lengths are known beforehand and the order of packs is a function of seed and step alone

@@ -36,8 +36,11 @@ Part = Literal["vision", "connector", "language"]
 class ModelSettings:
     """Which Eagle, and by which modules it is run.
 
-    preset: a name of ``config.presets``; ``tile_size``, ``encoders`` and ``language`` replace parts of it
-        (``language`` may hold single values of QwenConfig, ``encoders`` is the whole list).
+    preset: a published model, or the small one of the tests; ``tile_size``, ``encoders`` and ``language`` replace parts
+        of it.
+    tile_size: side of a tile in pixels, instead of the preset's.
+    encoders: the whole list of vision encoders, instead of the preset's; order is channel order.
+    language: single values of the language model that replace the preset's.
     transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
     recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
         (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
@@ -120,7 +123,11 @@ class ModelSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class TokenizerSettings:
-    """A tokenizer folder (``huggingface``) or model file (``sentencepiece``)."""
+    """What turns text into tokens.
+
+    kind: ``huggingface`` for a folder, ``sentencepiece`` for a model file.
+    path: of the folder or the file.
+    """
 
     kind: Literal["huggingface", "sentencepiece"]
     path: str
@@ -128,7 +135,16 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerSettings:
-    """AdamW. Defaults are those of the released Eagle 2.5 scripts (NVlabs/Eagle, Eagle2_5/shell)."""
+    """AdamW. Defaults are those of the released Eagle 2.5 scripts (NVlabs/Eagle, Eagle2_5/shell).
+
+    beta1: decay of the running mean of the gradients.
+    beta2: decay of the running mean of their squares.
+    eps: added to the square root of the second mean before dividing by it.
+    weight_decay: decoupled; biases and the weights of norms have none.
+    clip_grad: largest norm of the gradient over all trained weights; 0 does not clip.
+    distributed: share the optimizer's state out over the data-parallel ranks (ZeRO 1).
+    overlap: reduce the gradients of the language model while its backward pass still runs.
+    """
 
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.999
@@ -143,14 +159,23 @@ class OptimizerSettings:
 class Stage:
     """One training stage.
 
+    name: what its folder is called in the run, and it in overrides: letters, digits, and after the first . _ -
     trainable: parts that learn; every other tensor stays bit for bit what it was.
-    steps, batch: optimizer steps, and packs in each of them over all data-parallel ranks.
-    learning_rate: peak; ``part_learning_rates`` gives single parts another peak. All decay to
-        ``final_fraction`` of their peak after a warm-up of ``warmup_fraction`` of the steps.
+    steps: optimizer steps.
+    pack_length: tokens of a pack, padding included.
+    batch: packs in each step, over all data-parallel ranks.
+    learning_rate: peak, reached after the warm-up.
     blend: data sets with the weight at which they are drawn.
+    part_learning_rates: another peak for single parts that train.
+    warmup_fraction: share of the steps in which the rate grows from 0 to its peak.
+    decay: how the rate goes down from its peak after the warm-up.
+    final_fraction: what is left of the peak at the last step; without effect where the rate stays ``constant``.
     loss_normaliser: ``global`` divides by the whole batch, so that no layout changes the objective; ``pack`` divides
         within each pack as the released Eagle code does (docs/loss.md).
+    checkpoint_every: steps between two checkpoints; the last step always has one.
+    keep_checkpoints: newest checkpoints that are kept; older ones are deleted.
     async_save: checkpoints are written while the next steps run; needs as much host memory as this process saves.
+    layout: a layout of its own, which replaces the recipe's as a whole.
     gpus: processes the stage was published or planned for; information for planners and job templates.
     """
 
@@ -186,7 +211,11 @@ class Stage:
 
 @dataclass(frozen=True, config=STRICT)
 class LogSettings:
-    """tensorboard: write event files beside metrics.jsonl; wandb_project: also send them to Weights & Biases."""
+    """Where the numbers of each step go beside metrics.jsonl.
+
+    tensorboard: write event files.
+    wandb_project: also send them to this project of Weights & Biases.
+    """
 
     tensorboard: Flag = True
     wandb_project: str | None = None
@@ -194,7 +223,20 @@ class LogSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """A whole run. Relative paths are relative to the folder a command is started in."""
+    """A whole run. Relative paths are relative to the folder a command is started in.
+
+    name: what the run's folder is called: letters, digits, and after the first . _ -
+    model: which Eagle, and by which modules it is run.
+    tokenizer: what turns text into tokens.
+    stages: what is trained one after the other, each from the weights of the one before.
+    layout: processes along each axis, for stages that have none of their own.
+    reading: how samples become packs, for all stages.
+    optimizer: AdamW's numbers, for all stages.
+    log: where the numbers of each step go.
+    precision: what the model computes in; the optimizer keeps its weights in fp32.
+    seed: of initial weights and the order of the data.
+    collective_timeout_minutes: how long a process waits for the others before the run ends with an error.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: ModelSettings

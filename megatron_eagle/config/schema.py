@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+MOST_LISTED = 12  # keys of a place, in a message of one line
+
 
 @dataclass(frozen=True)
 class KeysOf:
@@ -80,7 +82,10 @@ def meant(given: object, names: Iterable[str]) -> str:
 
 
 def advice(settings: type, where: tuple[str | int, ...]) -> str:
-    """What an unknown key at ``where`` was meant to be: a key of the same place, or one that stands elsewhere."""
+    """What an unknown key at ``where`` was meant to be: a key of the same place, or one that stands elsewhere.
+
+    Where no name is near, as with ``layout.tq``, the keys of the place, if they are few.
+    """
     key = str(where[-1])
     everywhere = places(settings)
     if key not in everywhere:
@@ -88,7 +93,10 @@ def advice(settings: type, where: tuple[str | int, ...]) -> str:
             return near
         key = next(iter(get_close_matches(key[:60], everywhere, n=1, cutoff=0.8)), key)
     found = everywhere.get(key, ())[:2]
-    return f"; there is {' or '.join(found)}" if found else ""
+    if found:
+        return f"; there is {' or '.join(found)}"
+    here = list(keys_of(at(settings, where[:-1])))
+    return f"; there are {', '.join(here)}" if 0 < len(here) <= MOST_LISTED else ""
 
 
 def _paths(hint: Any, prefix: str = "") -> Iterator[str]:

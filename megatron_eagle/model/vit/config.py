@@ -16,7 +16,16 @@ SHUFFLE = 2  # side of the square of tokens that PixelShuffle joins (``ps_versio
 class VitConfig:
     """Names of transformers' configs; an encoder gives the defaults.
 
-    kind: the encoder's, for messages. class_tokens: in front of the patches, dropped behind the last layer.
+    hidden_size: channels of a patch.
+    intermediate_size: channels inside the feed-forward block.
+    num_hidden_layers: layers.
+    num_attention_heads: heads of a layer.
+    image_size: side of a tile in pixels, which is the recipe's tile_size.
+    patch_size: side of a patch in pixels.
+    layer_norm_eps: added to the variance in norms.
+
+    ``kind`` is the encoder's, for messages; ``class_tokens`` stand in front of the patches and are dropped behind the
+    last layer.
     """
 
     kind: ClassVar[str]

@@ -20,7 +20,14 @@ FourSizes = Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)]
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """Names of transformers' ConvNextConfig; eps as in timm's CLIP models (transformers uses 1e-6)."""
+    """Names of transformers' ConvNextConfig.
+
+    depths: blocks of each of the four stages.
+    hidden_sizes: channels of each stage.
+    image_size: pixels a side that tiles are resized to.
+    layer_norm_eps: added to the variance in norms; as in timm's CLIP models (transformers uses 1e-6).
+    layer_scale_init_value: what the scales of a fresh model are.
+    """
 
     kernel_role: ClassVar[KernelRole | None] = "appended"
 
