@@ -1,6 +1,7 @@
 """``megatron-eagle submit``: the stages of a recipe as a chain of Slurm jobs."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,10 +63,12 @@ def _submit(options: argparse.Namespace) -> None:
         if missing := missing_account(profile):
             print(f"### not to be submitted as it is: {missing}")
         elif slurm.is_installed():
+            slurm.check_environment(os.environ)
             check_chain(chain, profile)
         else:
             print("### Slurm is not installed here: not checked against its partitions")
         return
+    slurm.check_environment(os.environ)
     chain = plan_chain(recipe, stages, profile, *folders, fallback=options.fallback)
     check_chain(chain, profile)
     try:

@@ -1,5 +1,8 @@
 """Puts a chain into Slurm's queue, all of it or nothing, and takes a run out of it again."""
 
+import errno
+import fcntl
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +14,9 @@ from megatron_eagle.cluster.script import JOBS
 from megatron_eagle.cluster.submit import Chain
 from megatron_eagle.config.recipe import recipe_as_yaml
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.json_lines import warn
+
+LOCK = "submit.lock"  # in the folder of the scripts; empty
 
 
 def submit_chain(chain: Chain) -> list[str]:
@@ -19,6 +25,11 @@ def submit_chain(chain: Chain) -> list[str]:
     Nothing starts before everything is queued and on record: the first job is held until then. So even ``kill -9``
     leaves no half of a chain that runs, only jobs that ``cancel_run`` finds.
     """
+    with _alone(chain.jobs):
+        return _submit_chain(chain)
+
+
+def _submit_chain(chain: Chain) -> list[str]:
     active = slurm.queued_from(chain.jobs)
     ahead = _job_to_follow(chain, active)
     _write(chain)
@@ -75,6 +86,30 @@ def _job_to_follow(chain: Chain, active: dict[str, slurm.Queued]) -> str | None:
         listed = ", ".join(map(str, active.values()))
         raise UserError(f"job {listed} of {chain.folder} trains another recipe than this one; wait for its end")
     return next((job.job for job in active.values() if earlier and job.name == earlier[-1]), None)
+
+
+@contextmanager
+def _alone(jobs: Path) -> Iterator[None]:
+    """UserError if another submission of the run is at work: each would find the queue empty, and write its scripts.
+
+    A lock on a file in ``jobs``, which the kernel or the file server drops when its holder is dead. Where the file
+    system has no locks (Lustre without ``flock``), that is said, and the operator has to keep them apart.
+    """
+    try:
+        jobs.mkdir(parents=True, exist_ok=True)
+        handle = os.open(jobs / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {jobs}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # between nodes, too, where flock may be of one alone
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"another submission of {jobs.parent} is at work; nothing was submitted") from None
+            warn(f"cannot lock {jobs / LOCK} ({error.strerror}): see to it that nobody else submits this run now")
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

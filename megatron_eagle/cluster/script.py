@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_eagle.cluster.profile import TEMPLATES, Profile
 from megatron_eagle.errors import UserError
 
+COMMON = "common.bash"  # what the templates share, beside them
 JOBS = "jobs"  # folder of the scripts and logs in the run's folder; in the queue it tells whose a job is
 
 
@@ -77,7 +78,13 @@ def _container(profile: Profile) -> tuple[str, str]:
 
 
 def _body(template: Path) -> str:
-    """The template without its own #SBATCH lines and what stands above them, which is for use by hand."""
+    """The template without its own #SBATCH lines and what stands above them, which is for use by hand.
+
+    What it sources is put in its place: Slurm starts a copy of the script elsewhere, hours later and again after that,
+    and what is installed may have changed by then.
+    """
     lines = template.read_text(encoding="utf-8").splitlines()
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    return "\n".join(lines[last + 1 :]) + "\n"
+    at = next(number for number, line in enumerate(lines) if line.startswith("source "))
+    common = template.with_name(COMMON).read_text(encoding="utf-8").splitlines()
+    return "\n".join([*lines[last + 1 : at - 1], *common, *lines[at + 1 :]]) + "\n"  # at - 1: shellcheck's word on it

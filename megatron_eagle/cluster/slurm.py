@@ -1,11 +1,12 @@
 """Slurm's own commands, each called in one place and its answer turned into a value or one clear line."""
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,15 @@ class Queued:
 def is_installed() -> bool:
     """Whether Slurm's commands are here, as on a login node."""
     return shutil.which("sbatch") is not None
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse variables that sbatch takes for options: they win over those in a script, which were checked."""
+    if found := ", ".join(sorted(name for name in environment if name.startswith("SBATCH_"))):
+        raise UserError(
+            f"this shell sets {found}, with which sbatch would overrule the cluster profile: unset them here, and say "
+            "it in the profile if it is meant"
+        )
 
 
 def partition(name: str | None) -> Partition:
@@ -180,9 +190,11 @@ def _run(*command: str, patience: float = PATIENCE) -> str:
 
 
 def _once(*command: str) -> str:
+    # What a shell sets for its own look at the queue would hide jobs from us.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SINFO_"))}
     try:
         result = subprocess.run(  # a session of its own: Ctrl-C is ours to answer
-            command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+            command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True, env=variables
         )
     except FileNotFoundError:
         raise UserError(f"'{command[0]}' is not installed here: give this command where Slurm's are") from None

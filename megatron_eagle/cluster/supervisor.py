@@ -10,6 +10,7 @@ The batch script does what only Slurm's commands can (requeue, exclude a node); 
 """
 
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from megatron_eagle.cluster.events import (
 )
 from megatron_eagle.errors import Superseded
 from megatron_eagle.training.fencing import Start, claim
+
+_LOOK_AGAIN = (2.0, 5.0, 10.0, 20.0, 20.0)  # seconds before each further look for a newer start
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,13 @@ def end(
     """
     if start is not None:
         try:
-            Start(run_folder, start).require_newest()
+            _require_newest(Start(run_folder, start))
         except Superseded as superseded:
             with suppress(OSError):
                 append_event(run_folder, "superseded", stage=stage, job=job, cause=str(superseded))
             return Verdict("superseded", str(superseded))
+        except OSError as error:  # to start again might be to train beside a newer one
+            return Verdict("stop", f"cannot look for a newer start in {run_folder}: {error.strerror}")
     last = attempts(read_events(run_folder), stage)
     offset = last[-1].log_offset if last else 0
     finding = find_cause(code, asked, _tail(log, offset), _stacks(stacks))
@@ -143,6 +148,16 @@ def why_not_again(made: Sequence[Attempt], budget: Budget) -> str | None:
             f"{budget.without_progress} are allowed; last: {last.cause}"
         )
     return None
+
+
+def _require_newest(start: Start) -> None:
+    """``start.require_newest``, again for a minute where the disk does not say: network file systems come back."""
+    for pause in _LOOK_AGAIN:
+        try:
+            return start.require_newest()
+        except OSError:
+            time.sleep(pause)
+    start.require_newest()
 
 
 def _missing(run_folder: Path, stage: str) -> str | None:

@@ -5,6 +5,7 @@ whole or its writer hears of it, each begins on a line of its own, and readers s
 library only, because it is read beside every start of a job.
 """
 
+import errno
 import json
 import os
 import sys
@@ -38,8 +39,18 @@ def append_text(path: Path, text: str, *, durable: bool) -> None:
 
     text: ends with a newline. durable: return only when the disk has it; a network file system reports a quota then.
     One write each, so that processes of one node never mix their lines; between nodes the network file system would
-    have to lock, and two writers in the same moment are what the run's tokens keep apart.
+    have to lock, and two writers in the same moment are what the run's tokens keep apart. ESTALE is tried once more: a
+    file server that was restarted, or a folder that another node put in this one's place, is found again by its name.
     """
+    try:
+        _append_once(path, text, durable)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        _append_once(path, text, durable)
+
+
+def _append_once(path: Path, text: str, durable: bool) -> None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(handle).st_size

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from throwaway import ThrowawaySlurm
 
 from megatron_eagle.cli import main
 from megatron_eagle.cluster.events import read_events
+from megatron_eagle.cluster.queueing import LOCK
 from megatron_eagle.cluster.status import read_status
 
 
@@ -93,6 +95,64 @@ def test_a_submission_that_cannot_be_noted_is_taken_back(
     with nothing_starts(slurm, tmp_path):
         assert refused(["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)], slurm.environment) == 2
     assert "No space left on device; nothing was submitted" in capsys.readouterr().err
+
+
+HOLDS = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_beside_a_submission_that_is_at_work_nothing_is_written(
+    slurm: ThrowawaySlurm, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would find the queue empty."""
+    recipe, cluster = map(str, trained)
+    jobs = tmp_path / "small" / "jobs"
+    jobs.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(jobs / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with nothing_starts(slurm, tmp_path), holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert refused(["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)], slurm.environment) == 2
+        assert f"another submission of {jobs.parent} is at work" in capsys.readouterr().err
+        assert [file.name for file in jobs.iterdir()] == [LOCK]
+        holder.kill()
+        assert refused(["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)], slurm.environment) == 0
+        assert refused(["cancel", str(jobs.parent)], slurm.environment) == 0
+
+
+def test_jobs_are_found_whatever_the_shell_sets_for_its_own_look(
+    slurm: ThrowawaySlurm, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, cluster = map(str, trained)
+    arguments = ["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)]
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+    try:
+        assert refused(arguments, slurm.environment) == 0
+        assert refused(arguments, slurm.environment | {"SQUEUE_STATES": "COMPLETED", "SQUEUE_PARTITION": "ours"}) == 2
+        assert "already has jobs in the queue" in capsys.readouterr().err
+        assert refused(["cancel", str(tmp_path / "small")], slurm.environment) == 0
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
+
+
+@pytest.mark.long
+def test_of_two_submissions_at_once_one_is_queued(
+    slurm: ThrowawaySlurm, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe, cluster = map(str, trained)
+    line = [sys.executable, "-m", "megatron_eagle", "submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)]
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+    environment = slurm.environment | {"PYTHONPATH": str(ROOT)}
+    try:
+        many = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        said = [each.communicate()[1] for each in many]
+        assert sorted(each.returncode for each in many) == [0, 2, 2], said
+        assert len(slurm.run("squeue", "--noheader").splitlines()) == len(STAGES)
+        assert all("is at work" in words or "already has jobs in the queue" in words for words in said if words)
+        assert refused(["cancel", str(tmp_path / "small")], slurm.environment) == 0
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
 
 
 @pytest.mark.slow

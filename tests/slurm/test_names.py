@@ -63,6 +63,24 @@ def test_a_stage_that_is_given_up_is_told(slurm: ThrowawaySlurm, small_run, tmp_
     assert told[:2] == ["failed", "stage1.5"] and '"event": "gave_up"' in told[4] and len(told) == 5
 
 
+@pytest.mark.long
+def test_a_stage_by_hand(slurm: ThrowawaySlurm, small_run, tmp_path: Path) -> None:
+    """As the template's head says, from elsewhere: with COMMON, and without."""
+    recipe = small_recipe(small_run, tmp_path / "recipe.yaml", steps=4)
+    values = {"RECIPE": recipe, "RUN_FOLDER": tmp_path / "small", "STAGE": "stage1", "PREFLIGHT": 0}
+    values |= {"PYTHON": stand_in_python(tmp_path), "PYTHONPATH": ROOT}
+    ends = {}
+    for name, more in (("with", {"COMMON": TEMPLATES / "common.bash"}), ("without", {})):
+        export = ",".join(["--export=ALL", *(f"{key}={value}" for key, value in (values | more).items())])
+        options = ["--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/{name}.log", f"--chdir={tmp_path}"]
+        job = slurm.run("sbatch", "--parsable", *options, export, str(TEMPLATES / "train.sbatch")).strip()
+        slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "its end", 60)  # noqa: B023
+        ends[name] = slurm.state(job)
+    assert ends == {"with": "COMPLETED", "without": "FAILED"}, (tmp_path / "with.log").read_text()
+    assert losses(tmp_path) == expected_losses(yaml.safe_load(recipe.read_text())["stages"][:1])
+    assert "slurm/common.bash: No such file or directory" in (tmp_path / "without.log").read_text()
+
+
 @pytest.mark.parametrize("character", ["\\", "\n", "\t", "\x7f"])
 def test_a_run_folder_that_sbatch_cannot_take(tmp_path: Path, character: str) -> None:
     with pytest.raises(UserError, match="has a backslash or a control character"):
@@ -133,9 +151,10 @@ def test_a_container_is_given_its_words(tmp_path: Path) -> None:
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     """In the templates, and in what is made of them."""
     chain = planned(tmp_path, tmp_path / "a b#", export=tmp_path / "out")
-    scripts = [TEMPLATES / "train.sbatch", TEMPLATES / "export.sbatch"]
+    scripts = [TEMPLATES / "train.sbatch", TEMPLATES / "export.sbatch"]  # and what they source
     for link in chain.links:
         scripts.append(tmp_path / f"{link.name}.sbatch")
         scripts[-1].write_text(link.text)
-    done = subprocess.run(["shellcheck", *scripts], text=True, capture_output=True, check=False, env=dict(os.environ))
+    line = ["shellcheck", "--external-sources", "--check-sourced", f"--source-path={TEMPLATES.parent}", *scripts]
+    done = subprocess.run(line, text=True, capture_output=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stdout

@@ -153,6 +153,18 @@ def test_what_cannot_work_here_never_reaches_the_queue(
     assert "sbatch" in words or not (tmp_path / "runs").exists()
 
 
+def test_variables_of_the_shell_that_overrule_the_script_are_refused(
+    slurm: ThrowawaySlurm, capsys: pytest.CaptureFixture[str], cluster: Path, tmp_path: Path
+) -> None:
+    """sbatch takes them for options, and prefers them to those of the script."""
+    arguments = (EAGLE2_9B, "--cluster", cluster, "--runs", tmp_path / "runs")
+    with mock.patch.dict(os.environ, {"SBATCH_TIMELIMIT": "1", "SBATCH_QOS": "low"}):
+        said = refusal(slurm, capsys, *arguments)
+        assert said.startswith("megatron-eagle: this shell sets SBATCH_QOS, SBATCH_TIMELIMIT, with which sbatch would")
+        assert refusal(slurm, capsys, *arguments, "--dry-run") == said
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("written", "seconds"),
     [

@@ -1,13 +1,16 @@
 """Causes and budgets, from logs as srun writes them; no Slurm is needed."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from megatron_eagle.cluster import supervisor
 from megatron_eagle.cluster.causes import find_cause
 from megatron_eagle.cluster.events import append_event, attempts, read_events
 from megatron_eagle.cluster.supervisor import Budget, begin, end
-from megatron_eagle.training.fencing import claim
+from megatron_eagle.training.fencing import STARTS, claim
 from megatron_eagle.training.watchdog import ASKED, SUSPENDED
 
 BUDGET = Budget(failures=2, without_progress=3)
@@ -226,6 +229,30 @@ def test_a_start_that_is_no_longer_the_newest_notes_no_end(tmp_path: Path) -> No
     assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "started", "superseded"]
     run.checkpoint(9)
     assert end(tmp_path, "s", job="2", code=0, asked=False, budget=BUDGET, start=2, **files).action == "complete"
+
+
+@pytest.mark.parametrize("blind", [2, 99])
+def test_an_end_looks_again_where_the_disk_does_not_say_who_is_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blind: int
+) -> None:
+    run = Run(tmp_path)
+    assert run.begin() is None
+    run.checkpoint(9)
+    looks: list[str] = []
+    listdir = os.listdir
+
+    def listed(folder: Path) -> list[str]:
+        if Path(folder).name == STARTS and len(looks) < blind:
+            looks.append("")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", listed)
+    monkeypatch.setattr(supervisor.time, "sleep", lambda seconds: None)
+    files = {"log": tmp_path / "log", "stacks": tmp_path / "stacks"}
+    verdict = end(tmp_path, "s", job="1", code=0, asked=False, budget=BUDGET, start=run.start, **files)
+    assert verdict.action == ("complete" if blind == 2 else "stop"), verdict
+    assert blind == 2 or verdict.reason == f"cannot look for a newer start in {tmp_path}: Input/output error"
 
 
 def test_an_exit_of_0_before_the_last_step_is_no_end(tmp_path: Path) -> None:

@@ -42,6 +42,26 @@ def recovers(folder: Path, make_room: Path) -> None:
     assert lines.entries[-1][1]["event"] == "e" and len(lines.torn) == torn
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stale_handle_is_opened_anew_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """As after a restart of the file server."""
+    log = open_log(tmp_path)
+    stale, write = iter([True] * times), os.write
+
+    def stale_at_first(handle: int, data: bytes) -> int:
+        if next(stale, False):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", stale_at_first)
+    if times == 1:
+        log.step(record(1))
+    else:
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: Stale file handle"):
+            log.step(record(1))
+    assert [entry["step"] for _, entry in read_lines(tmp_path / "metrics.jsonl").entries] == [1] * (times == 1)
+
+
 @pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
