@@ -94,6 +94,30 @@ def test_what_did_not_run_stays_on_file_and_what_never_ran_is_said(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "kept"),
+    [
+        (["passed", "passed"], ["passed", "skipped"], [2, 0, 0]),  # a target of its own brings what the second needs
+        (["passed", "passed"], ["skipped", "skipped"], [2, 0, 0]),
+        (["passed", "passed"], ["failed", "skipped"], [0, 1, 1]),
+        (["passed", "passed"], ["passed"], [1, 0, 0]),  # a test that is no more
+        (["passed", "skipped"], ["passed", "passed"], [2, 0, 0]),
+        (["failed", "passed"], ["skipped", "passed"], [1, 1, 0]),
+        (["skipped", "skipped"], ["skipped", "skipped"], [0, 2, 0]),
+    ],
+)
+def test_what_is_skipped_takes_nothing_from_what_has_passed(folder, then, now, kept):
+    def of(outcomes):
+        return [report(f"tests/a.py::test_{number}", outcome) for number, outcome in enumerate(outcomes)]
+
+    file = folder / "3.12-0.19.2-cpu.json"
+    before = record(folder, *of(then))["tests/a.py"] | {"date": "2026-01-01"}
+    file.write_text(json.dumps({"tests/a.py": before}))
+    after = record(folder, *of(now))["tests/a.py"]
+    assert [after[name] for name in TOOL.ENDINGS] == kept
+    assert (after["date"] == "2026-01-01") == (kept == [2, 0, 0] and then == ["passed", "passed"])
+
+
 def test_a_gpu_has_its_tests_and_its_day(folder):
     record(folder, report("tests/a.py::test_x", "passed"), device="cuda")
     for name, ending in ("2026-12-01-nvidia-h100", "done"), ("2026-12-02-cpu-toy", "failed"):
