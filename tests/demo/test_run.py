@@ -2,32 +2,18 @@
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
+from short_demo import FEW, short_recipe
 
 from megatron_eagle.cli import main
 from megatron_eagle.demo import run as demo
 
-RECIPE = Path(__file__).parents[2] / "examples" / "tiny" / "recipe.yaml"
-
-
-def short_recipe(folder: Path) -> Path:
-    """The demo's own recipe with two steps a stage and its data below ``folder``."""
-    recipe = yaml.safe_load(RECIPE.read_text().replace("runs/demo", str(folder / "runs" / "demo")))
-    for stage in recipe["stages"]:
-        stage["steps"] = 2
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
 
 @pytest.mark.slow
-def test_the_demo_writes_its_summary_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setattr(demo, "SETS", tuple(replace(part, samples=min(part.samples // 40, 60)) for part in demo.SETS))
-    arguments = (short_recipe(tmp_path), (), tmp_path / "runs", 2, 12.0)
+def test_the_demo_writes_its_summary_and_report(tmp_path: Path, capfd) -> None:
+    arguments = (short_recipe(tmp_path), (), tmp_path / "runs", 2, 12.0, FEW)
     demo.run_demo(*arguments)
     folder = tmp_path / "runs" / "demo"
     summary = json.loads((folder / "summary.json").read_text())

@@ -5,11 +5,8 @@ computes cannot be seen here. Needs the package ``transformer_engine``, the part
 test-te`` puts it and what it imports into a folder).
 """
 
-import functools
-import importlib.util
 import json
 import zlib
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -36,7 +33,6 @@ from megatron_eagle.conversion.convert import Options, hf_to_megatron
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.parallel.groups import Groups, initialise
-from megatron_eagle.parallel.process_pool import World
 from megatron_eagle.training.engine import Engine, build_engine
 
 LOCAL, TE = "local", "transformer_engine"
@@ -57,18 +53,6 @@ each_way = pytest.mark.parametrize(("source", "target"), [(LOCAL, TE), (TE, LOCA
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def stubbed(request: pytest.FixtureRequest) -> Iterator[Callable[[int], World]]:
-    """``stubbed(n)``: n processes with Transformer Engine over the stub, which no other test's processes see."""
-    folder = request.config.getoption("--transformer-engine")
-    if folder is None and importlib.util.find_spec(TE) is None:
-        pytest.skip("no package transformer_engine: make test-te gets it without its compiled part")
-    worlds = functools.cache(lambda size: World(size, functools.partial(stub.install, folder)))
-    yield worlds
-    for size in {size for size, _, _ in CASES.values()}:
-        worlds(size).stop()
-
-
 @pytest.fixture
 def recipe(case: str, tmp_path: Path) -> str:
     _, model, layout = CASES[case]
@@ -79,12 +63,12 @@ def start(recipe: str) -> Groups:
     return initialise(load_recipe(Path(recipe)).layout, install(), timeout=timedelta(minutes=1))
 
 
-def build(recipe: str, implementation: str, seed: int, groups: Groups) -> Engine:
-    """What trains stage ``second`` on this process; every weight and moment is drawn from ``seed`` and its name."""
+def build(recipe: str, implementation: str, seed: int, groups: Groups, stage: str = "second") -> Engine:
+    """What trains ``stage`` on this process; every weight and moment is drawn from ``seed`` and its name."""
     settings = load_recipe(Path(recipe), (f"model.transformer_impl={implementation}", f"seed={seed}"))
     platform = install()
     with stub.building():
-        engine = build_engine(settings, settings.stage("second"), platform, groups)
+        engine = build_engine(settings, settings.stage(stage), platform, groups)
     for module, group in engine.weight_owners():
         for weight in weight_slices(module, group):
             generator = torch.Generator().manual_seed(seed * zlib.crc32(weight.name.encode()))
