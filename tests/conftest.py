@@ -13,7 +13,6 @@ __all__ = ["small_run", "worlds"]
 STARTING_PROCESSES = {"worlds", "slurm", "small_run", "verifier"}  # fixtures, or what is only wanted by such tests
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("untimed")
-SHARED = ("slurm", "worlds", "small_run")  # fixtures of a whole session, which cost seconds and gigabytes to make
 NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
 
 
@@ -33,13 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md).
-
-    With several workers (``-n 2 --dist loadgroup``) each file stays with one of them, and so do all tests that share
-    one of ``SHARED``: it is made once, as without workers.
-    """
+    """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md)."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(next((name for name in SHARED if name in fixtures), item.location[0])))
         if not fixtures & STARTING_PROCESSES and not any(item.get_closest_marker(name) for name in NOT_UNIT):
             item.add_marker("unit")

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import train_cases
 import yaml
 from throwaway import ThrowawaySlurm
+from worlds import World
 
 from megatron_eagle.cli import main
 from megatron_eagle.cluster.events import newest_step
@@ -151,11 +154,10 @@ def submit(slurm: ThrowawaySlurm, recipe: Path, cluster: Path, runs: Path, *more
     return SubmittedChain(slurm, runs, {stage: rest.split(",")[0] for stage, rest in jobs})
 
 
-def without_slurm(recipe: Path, runs: Path) -> Losses:
+def without_slurm(recipe: Path, runs: Path, worlds: Callable[[int], World]) -> Losses:
     """The same stages in four processes that no scheduler started: what every chain has to arrive at."""
     for stage in STAGES:
-        done = command("train", str(recipe), "--stage", stage, "--runs", str(runs), "--processes", "4", seconds=900)
-        assert done.returncode == 0, done.stderr
+        worlds(4).run(train_cases.train, str(recipe), stage, str(runs), timeout=900.0)
     return losses(runs)
 
 

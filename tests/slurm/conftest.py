@@ -24,9 +24,9 @@ def recipe(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  #
 
 
 @pytest.fixture(scope="session")
-def expected(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
+def expected(recipe: Path, worlds: Any, tmp_path_factory: pytest.TempPathFactory) -> Losses:
     """Losses of the recipe without Slurm."""
-    return without_slurm(recipe, tmp_path_factory.mktemp("plain"))
+    return without_slurm(recipe, tmp_path_factory.mktemp("plain"), worlds)
 
 
 @pytest.fixture

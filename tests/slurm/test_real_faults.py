@@ -52,9 +52,9 @@ def long_recipe(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def undisturbed_runs(long_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_runs(long_recipe: Path, worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("undisturbed")
-    without_slurm(long_recipe, runs)
+    without_slurm(long_recipe, runs, worlds)
     return runs
 
 
@@ -137,7 +137,7 @@ def test_a_fault_in_each_stage_changes_no_loss(
 
 
 def test_a_time_limit_too_short_for_a_stage(
-    slurm: ThrowawaySlurm, small_run: SmallRun, undisturbed_runs: Path, tmp_path: Path
+    slurm: ThrowawaySlurm, small_run: SmallRun, undisturbed_runs: Path, worlds, tmp_path: Path
 ) -> None:
     """Slurm's own clock: two minutes a start, asked to stop a minute before; the second stage takes longer.
 
@@ -147,7 +147,7 @@ def test_a_time_limit_too_short_for_a_stage(
     seconds = statistics.median(entry["seconds"] for entry in map(json.loads, lines) if entry["stage"] != "stage1")
     steps = (2, max(100, round(TOO_LONG / seconds)), 2)
     recipe = small_recipe(small_run, tmp_path / "recipe.yaml", steps=steps, checkpoint_every=1000)
-    expected = without_slurm(recipe, tmp_path / "plain")
+    expected = without_slurm(recipe, tmp_path / "plain", worlds)
     restarts = {"failures": 0, "without_progress": 6}  # a busy machine may not even get to its first step in a minute
     short = profile(tmp_path / "short.yaml", time_limit="2", stop_seconds=60, restarts=restarts)
     chain = submit(slurm, recipe, short, tmp_path / "runs")
