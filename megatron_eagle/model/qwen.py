@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
@@ -23,6 +24,7 @@ from megatron_eagle.compat.gpt_model import HookedGPTModel
 from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model.build_context import BuildContext, transformer_config
+from megatron_eagle.model.key_value_cache import CachedMask
 from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
 
@@ -101,17 +103,34 @@ class QwenModel(HookedGPTModel):
         return rotary_table(angles)
 
     def after_layers(
-        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        pack: PackedSeqParams | None,
+        predict: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Megatron's own ``predict``, but with labels the last stage returns cross entropies summed with ``loss_mask``.
 
         labels: int64 [1, l]. loss_mask: float32 [1, l], the weights of the positions. The sum is a float32 scalar.
+        While generating it predicts at the wanted rows only.
         """
+        if isinstance(pack, CachedMask) and self.post_process:
+            return predict(self._select(hidden_states, pack.rows.wanted))
         if labels is None or loss_mask is None or not self.post_process:
-            return predict()
+            return predict(hidden_states)
         if self.loss_in_kernel:
             return self._loss_in_kernel(hidden_states, labels[0], loss_mask[0])
-        return (predict() * loss_mask).sum()
+        return (predict(hidden_states) * loss_mask).sum()
+
+    def _select(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """``rows`` of a pass, split over the tensor-parallel processes as all of them were."""
+        if not self.config.sequence_parallel:
+            return hidden_states[rows]
+        group = self.pg_collection.tp
+        return scatter_to_sequence_parallel_region(
+            gather_from_sequence_parallel_region(hidden_states, group=group)[rows], group=group
+        )
 
     def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """The same from hidden states [l(/tp with sequence parallelism), 1, hidden_size], logits never held whole."""

@@ -104,7 +104,7 @@ class SpellingTokenizer:
 
 
 def in_megatron(checkpoint, config, prompts, stop):
-    """In a process of a world: (logits, answers) as training computes them; generation keeps no cache."""
+    """In a process of a world: (logits, answers) as training computes them."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_eagle.checkpoint.files import load_weights
@@ -173,7 +173,7 @@ def test_logits_are_those_of_megatron(found, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_answers_are_those_of_training(found, model):
-    """A batch padded on the left, with a cache, against packs without one."""
+    """A batch padded on the left against questions in the slots of a cache."""
     assert found[1]["models"][model]["answers"] == found[0][model][2]
 
 
