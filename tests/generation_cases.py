@@ -53,10 +53,16 @@ def draw_prompts(count: int, vocabulary: int, image_token: int, side: int = 32) 
     return prompts
 
 
-def by_transformers(folder: Path, prompts: Sequence[Prompt], new_tokens: int) -> Said:
-    """Greedy answers of an exported folder, in batches of 20, nothing stopping them."""
-    model, said = load(folder, dtype=torch.float32), {}
+def load_exported(folder: Path) -> Any:
+    """The model of an exported folder, whose answers nothing stops."""
+    model = load(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = -1
+    return model
+
+
+def by_transformers(model: Any, prompts: Sequence[Prompt], new_tokens: int) -> Said:
+    """Greedy answers in batches of 20."""
+    said: Said = {}
     with torch.no_grad():
         for start in range(0, len(prompts), 20):
             some = prompts[start : start + 20]

@@ -15,12 +15,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.evaluation.answer_log import Answer
 from megatron_eagle.evaluation.decoder import Decoder, Encode, Question
-from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
+from megatron_eagle.evaluation.prompt import Prompt
 from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups
-
-__all__ = ["Prompt", "generate", "pack_prompts"]
 
 PACKS_IN_FLIGHT = 8
 STEP = 64  # capacities are multiples of it, so that the cache is rarely copied

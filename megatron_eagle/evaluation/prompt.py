@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_eagle.data.order.packing import pack_samples
-from megatron_eagle.errors import UserError
+from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.shards import StoredSample
+from megatron_eagle.data.stream.encode import add_tiles, tokenise
+from megatron_eagle.errors import BrokenSample, UserError
 
 PACKING = "best_fit"  # fewest packs; which questions share one changes no answer
 
@@ -35,3 +38,19 @@ def pack_prompts(prompts: Sequence[Prompt], pack_length: int, answer_tokens: int
             f"a pack of {pack_length}"
         )
     return [[prompts[i] for i in pack] for pack in plan.packs]
+
+
+def prompts_of(questions: Sequence[StoredSample], planner: VisualPlanner) -> tuple[list[Prompt], dict[str, str]]:
+    """(what can be asked, reasons why the others cannot by their ids), cut as in training."""
+    prompts: list[Prompt] = []
+    rejected: dict[str, str] = {}
+    for question in questions:
+        try:
+            segment, plan = tokenise(question, planner, prompt=True)
+            segment = add_tiles(segment, question, plan, planner.settings)
+        except BrokenSample as reason:
+            rejected[question.conversation.id] = str(reason)
+            continue
+        tokens, slots = segment.tokens.tolist(), segment.tile_slots.tolist()
+        prompts.append(Prompt(segment.sample_id, tokens, segment.tiles, slots))
+    return prompts, rejected

@@ -23,11 +23,11 @@ from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
-from megatron_eagle.data.storage.shards import StoredSample, dataset_identity, iterate_samples
-from megatron_eagle.data.stream.encode import add_tiles, tokenise
-from megatron_eagle.errors import BrokenSample, UserError
+from megatron_eagle.data.storage.shards import dataset_identity, iterate_samples
+from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
-from megatron_eagle.evaluation.generate import Prompt, generate, pack_prompts
+from megatron_eagle.evaluation.generate import generate
+from megatron_eagle.evaluation.prompt import Prompt, pack_prompts, prompts_of
 from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
@@ -91,7 +91,7 @@ def evaluate(
         questions, rejected = questions_of(iterate_samples(data))
         settings = recipe.data_settings(stage)
         shorter = replace(settings, pack_length=stage.pack_length - answer_tokens)
-        prompts, broken = _prompts(questions, VisualPlanner(shorter, tokenizer))
+        prompts, broken = prompts_of(questions, VisualPlanner(shorter, tokenizer))
         rejected |= broken
         if not prompts:
             first = next(iter(rejected.items()), ("", "the data set is empty"))
@@ -217,22 +217,6 @@ def _say_what_is_not_asked(rejected: Mapping[str, str], asked: int) -> None:
         print(f"not asked: {identity}: {reason}")
     if rejected:
         print(f"{asked} questions are asked, {len(rejected)} cannot be", flush=True)
-
-
-def _prompts(questions: Sequence[StoredSample], planner: VisualPlanner) -> tuple[list[Prompt], dict[str, str]]:
-    """(what can be asked, reasons why the others cannot by their ids), cut as in training."""
-    prompts: list[Prompt] = []
-    rejected: dict[str, str] = {}
-    for question in questions:
-        try:
-            segment, plan = tokenise(question, planner, prompt=True)
-            segment = add_tiles(segment, question, plan, planner.settings)
-        except BrokenSample as reason:
-            rejected[question.conversation.id] = str(reason)
-            continue
-        tokens, slots = segment.tokens.tolist(), segment.tile_slots.tolist()
-        prompts.append(Prompt(segment.sample_id, tokens, segment.tiles, slots))
-    return prompts, rejected
 
 
 def _blanked(prompt: Prompt) -> Prompt:

@@ -26,7 +26,7 @@ from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
-from megatron_eagle.evaluation.generate import Prompt, pack_prompts
+from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
 
 NO_LOGITS = Options(logits=False)
 TILE, TOKENS_PER_TILE, NEW_TOKENS, PACK = 32, 4, 10, 256

@@ -8,7 +8,7 @@ from pathlib import Path
 import checkpoint_cases as cases
 import pytest
 import torch
-from generation_cases import Said, by_transformers, draw_prompts, until, with_cache, without_cache
+from generation_cases import Said, by_transformers, draw_prompts, load_exported, until, with_cache, without_cache
 from safetensors.torch import save_file
 from tokenizer_folder import QWEN_TOKENS, write_qwen_like
 
@@ -63,7 +63,7 @@ def make_case(folder: Path, worlds, shape: str, kind: str, count: int) -> Case:
     megatron_to_hf(folder / "in", folder / "out", Options(logits=False), kind=kind, tokenizer=tokenizer)
     image_token = json.loads((folder / "out" / "config.json").read_text())["image_token_index"]
     prompts = draw_prompts(count, config.language.vocab_size, image_token)
-    whole = by_transformers(folder / "out", prompts, NEW_TOKENS)
+    whole = by_transformers(load_exported(folder / "out"), prompts, NEW_TOKENS)
     stop = best_stop(whole)
     (uncached,) = worlds(1).run(without_cache, str(folder / "in"), config, prompts, NEW_TOKENS)
     return Case(str(folder / "in"), config, prompts, stop, until(whole, stop), until(uncached, stop))
