@@ -34,6 +34,9 @@ def add(verbs: Verbs) -> None:
         "--out", type=Path, default=None, help="folder for the results (default: <runs>/<name>/evaluation)"
     )
     parser.add_argument("--answer-tokens", type=positive_int, default=16, help="longest answer in tokens (default: 16)")
+    parser.add_argument(
+        "--losses", action="store_true", help="instead of asking, write each sample's loss and length to losses.jsonl"
+    )
     add_launch_arguments(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -45,18 +48,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
+    from megatron_eagle.evaluation.losses import measure_losses
     from megatron_eagle.evaluation.score import evaluate
     from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
-    evaluate(
-        recipe,
-        stage,
-        run_folder,
-        options.data,
-        options.out or run_folder.path / "evaluation",
-        platform,
-        options.answer_tokens,
-    )
+    out = options.out or run_folder.path / "evaluation"
+    if options.losses:
+        measure_losses(recipe, stage, run_folder, options.data, out, platform)
+    else:
+        evaluate(recipe, stage, run_folder, options.data, out, platform, options.answer_tokens)
     if options.trace_platform:
         print_once(platform.report())

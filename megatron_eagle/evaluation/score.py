@@ -16,9 +16,7 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from tqdm import tqdm
 
-from megatron_eagle.checkpoint.files import find_latest, load_weights, read_description, require_same_model
 from megatron_eagle.compat.platform import Platform
-from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
@@ -27,11 +25,11 @@ from megatron_eagle.data.storage.shards import dataset_identity, iterate_samples
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
 from megatron_eagle.evaluation.generate import generate
+from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
 from megatron_eagle.evaluation.prompt import Prompt, pack_prompts, prompts_of
 from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
-from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
 
 PREDICTIONS = "predictions.jsonl"
@@ -74,17 +72,13 @@ def evaluate(
 
     Raises UserError if ``answer_tokens`` is below 1 or leaves no room for a question, or if nothing can be asked.
     """
-    layout = recipe.stage_layout(stage)
-    if layout.vpp:
-        raise UserError(f"evaluation runs without virtual pipeline stages; add stages.{stage.name}.layout.vpp=null")
+    layout = evaluation_layout(recipe, stage)
     if not 1 <= answer_tokens < stage.pack_length:
         raise UserError(
             f"answers of {answer_tokens} tokens: at least 1, and less than the pack_length={stage.pack_length} of "
             f"stage '{stage.name}'"
         )
-    # Questions are encoded pack by pack where they are embedded; checkpoints of spread encoders load there as well.
-    layout = replace(layout, encoder="tensor", encoder_chunk=None)
-    checkpoint = _newest_checkpoint(recipe, stage, run_folder)
+    checkpoint = newest_checkpoint(recipe, stage, run_folder)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
         tokenizer = recipe_tokenizer(recipe)
@@ -98,7 +92,7 @@ def evaluate(
             raise UserError(f"{data}: none of {len(rejected)} questions can be asked; {first[0]}: {first[1]}")
         if groups.rank == 0:
             _say_what_is_not_asked(rejected, len(prompts))
-        model = _load_model(recipe, checkpoint, layout, platform)
+        model = load_model(recipe, checkpoint, layout, platform)
         run = {
             "checkpoint": str(checkpoint.resolve()),
             "data": dataset_identity(data),
@@ -116,22 +110,6 @@ def evaluate(
             asking.log.remove()
     finally:
         destroy()
-
-
-def _newest_checkpoint(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> Path:
-    folder = run_folder.stage_checkpoints(stage.name)
-    checkpoint = find_latest(folder)
-    if checkpoint is None:
-        raise UserError(f"stage '{stage.name}' has no checkpoint in {folder}")
-    require_same_model(checkpoint, read_description(checkpoint), recipe.model.eagle())
-    return checkpoint
-
-
-def _load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform) -> EagleModel | Float16Module:
-    models = build_chunks(recipe, layout, platform)
-    load_weights(checkpoint, models)
-    model = models[0].eval()
-    return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model
 
 
 Answers = dict[tuple[str, bool], Answer]

@@ -94,11 +94,13 @@ class EagleModel(MegatronModule):
         *,
         features: Tensor | None = None,
         compute_loss: bool = True,
+        per_token: bool = False,
         cached: CachedRows | None = None,
     ) -> Tensor:
         """One pack through this stage.
 
         features: what ``encode`` gave for ``batch.tiles``, [n, tokens_per_tile, hidden_size], if it is already known.
+        per_token: the cross entropies of all positions, float32 [L], 0 without a label, instead of their weighted sum.
         cached: a pass of generation: the pack, of any length, goes whole through this process, whatever ``cp`` is.
 
         Returns, on the last stage, the loss of the positions that this process holds: their cross entropies summed with
@@ -119,11 +121,13 @@ class EagleModel(MegatronModule):
             attention_mask=None,
             decoder_input=embedded,
             labels=batch.labels[None, held] if compute_loss else None,
-            loss_mask=batch.loss_weights[None, held] if compute_loss else None,
+            loss_mask=batch.loss_weights[None, held] if compute_loss and not per_token else None,
             packed_seq_params=cached.mask(batch) if cached else PackMask.of(batch.cu_seqlens, batch.borders, context),
         )
-        if compute_loss or not self.post_process:
+        if not self.post_process or (compute_loss and not per_token):
             return output
+        if compute_loss:
+            return context.gather_pack(output[0])
         return context.gather_pack(self.language.mask_padded_vocabulary(output)[0])
 
     def sharded_state_dict(

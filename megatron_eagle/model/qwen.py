@@ -9,7 +9,7 @@ it without the logits of all positions.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from megatron_eagle.model.build_context import BuildContext, transformer_config
 from megatron_eagle.model.key_value_cache import CachedMask
 from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
+
+if TYPE_CHECKING:
+    from eagle_kernels.linear_cross_entropy import Losses
 
 
 class QwenModel(HookedGPTModel):
@@ -113,15 +116,18 @@ class QwenModel(HookedGPTModel):
         """Megatron's own ``predict``, but with labels the last stage returns cross entropies summed with ``loss_mask``.
 
         labels: int64 [1, l]. loss_mask: float32 [1, l], the weights of the positions. The sum is a float32 scalar.
-        While generating it predicts at the wanted rows only.
+        Without ``loss_mask`` they are not summed, [1, l]. While generating it predicts at the wanted rows only.
         """
         if isinstance(pack, CachedMask) and self.post_process:
             return predict(self._select(hidden_states, pack.rows.wanted))
-        if labels is None or loss_mask is None or not self.post_process:
+        if labels is None or not self.post_process:
             return predict(hidden_states)
         if self.loss_in_kernel:
-            return self._loss_in_kernel(hidden_states, labels[0], loss_mask[0])
-        return (predict(hidden_states) * loss_mask).sum()
+            weights = torch.zeros_like(labels[0], dtype=torch.float32) if loss_mask is None else loss_mask[0]
+            losses = self._loss_in_kernel(hidden_states, labels[0], weights)
+            return losses.tokens[None] if loss_mask is None else losses.loss
+        losses = predict(hidden_states)
+        return losses if loss_mask is None else (losses * loss_mask).sum()
 
     def _select(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """``rows`` of a pass, split over the tensor-parallel processes as all of them were."""
@@ -132,7 +138,7 @@ class QwenModel(HookedGPTModel):
             gather_from_sequence_parallel_region(hidden_states, group=group)[rows], group=group
         )
 
-    def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> "Losses":
         """The same from hidden states [l(/tp with sequence parallelism), 1, hidden_size], logits never held whole."""
         from eagle_kernels.linear_cross_entropy import linear_cross_entropy  # needs Triton, which a CPU may lack
 
@@ -151,7 +157,7 @@ class QwenModel(HookedGPTModel):
             process_group=group,
             reduce_hidden_gradient=not self.config.sequence_parallel,
             ignore_label=IGNORE_LABEL,
-        ).loss
+        )
 
     def mask_padded_vocabulary(self, logits: Tensor) -> Tensor:
         """Make the padding's columns of ``logits`` [..., padded_vocab/tp] impossible, in place."""

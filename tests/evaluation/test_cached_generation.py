@@ -65,7 +65,7 @@ def make_case(folder: Path, worlds, shape: str, kind: str, count: int) -> Case:
     prompts = draw_prompts(count, config.language.vocab_size, image_token)
     whole = by_transformers(load_exported(folder / "out"), prompts, NEW_TOKENS)
     stop = best_stop(whole)
-    (uncached,) = worlds(1).run(without_cache, str(folder / "in"), config, prompts, NEW_TOKENS)
+    (uncached,) = worlds(1).run(without_cache, str(folder / "in"), config, prompts, NEW_TOKENS, timeout=1200)
     return Case(str(folder / "in"), config, prompts, stop, until(whole, stop), until(uncached, stop))
 
 
