@@ -86,6 +86,7 @@ setup(
         "megatron_eagle": ["py.typed"],
         "megatron_eagle.curation": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
+        "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
         "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],

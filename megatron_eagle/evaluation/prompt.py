@@ -46,11 +46,18 @@ def prompts_of(questions: Sequence[StoredSample], planner: VisualPlanner) -> tup
     rejected: dict[str, str] = {}
     for question in questions:
         try:
-            segment, plan = tokenise(question, planner, prompt=True)
-            segment = add_tiles(segment, question, plan, planner.settings)
+            prompts.append(prompt_of(question, planner))
         except BrokenSample as reason:
             rejected[question.conversation.id] = str(reason)
-            continue
-        tokens, slots = segment.tokens.tolist(), segment.tile_slots.tolist()
-        prompts.append(Prompt(segment.sample_id, tokens, segment.tiles, slots))
     return prompts, rejected
+
+
+def prompt_of(question: StoredSample, planner: VisualPlanner, *, tiles: bool = True) -> Prompt:
+    """The question as the model reads it, cut as in training; raises BrokenSample if it cannot be asked.
+
+    tiles: with its pixels; without them nothing is decoded.
+    """
+    segment, plan = tokenise(question, planner, prompt=True)
+    if tiles:
+        segment = add_tiles(segment, question, plan, planner.settings)
+    return Prompt(segment.sample_id, segment.tokens.tolist(), segment.tiles, segment.tile_slots.tolist())

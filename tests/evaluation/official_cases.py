@@ -14,11 +14,70 @@ from typing import Any
 COUNT = 5000
 Case = list[Any]
 
-WORDS = (
-    "the a an The red car cat London USA yes no Yes NO maybe three two ten none zero dog's it's dont isnt shes Id've "
-    "somebody'd oclock couldnt've 1,000 2.5 3.14 -7 0 12 100 50% 4% 1e3 10.50 café Straße ÉTÉ answer is final so "
-    'therefore result could be x=5 e.g. U.S.A. well-known and/or (maybe) [box] "quoted" Mr. 3rd $5 end'
-).split()
+WORDS = [
+    "the",
+    "a",
+    "an",
+    "The",
+    "red",
+    "car",
+    "cat",
+    "London",
+    "USA",
+    "yes",
+    "no",
+    "Yes",
+    "NO",
+    "maybe",
+    "three",
+    "two",
+    "ten",
+    "none",
+    "zero",
+    "dog's",
+    "it's",
+    "dont",
+    "isnt",
+    "shes",
+    "Id've",
+    "somebody'd",
+    "oclock",
+    "couldnt've",
+    "1,000",
+    "2.5",
+    "3.14",
+    "-7",
+    "0",
+    "12",
+    "100",
+    "50%",
+    "4%",
+    "1e3",
+    "10.50",
+    "café",
+    "Straße",
+    "ÉTÉ",
+    "answer",
+    "is",
+    "final",
+    "so",
+    "therefore",
+    "result",
+    "could",
+    "be",
+    "x=5",
+    "e.g.",
+    "U.S.A.",
+    "well-known",
+    "and/or",
+    "(maybe)",
+    "[box]",
+    '"quoted"',
+    "Mr.",
+    "3rd",
+    "$5",
+    "end",
+]
 SIGNS = ("", "", "", ".", ",", "!", "?", ";", ":", "'", '"', "\n", "\t", " . ", "...", "()", "-")
 LETTERS = "ABCDEF"
 OPTION_TEXTS = ("a cat", "the dog", "London", "5", "12", "A", "red", "None", "dog", "Both", "x", "", "2.5 km", "cat")
@@ -133,7 +192,8 @@ def mmmu_open(draw: Random) -> Case:
     ]
     said = draw.choice((references[0], number(draw), near(draw, references[0])))
     form = draw.choice((
-        "{0}", "The answer is {0}.", "{1} so the result is {0}", "{1}\n{1} = {0}", "{0}\n{1}", "{1} {0} {1}", "so {0}.\n",
+        "{0}", "The answer is {0}.", "{1} so the result is {0}", "{1}\n{1} = {0}", "{0}\n{1}", "{1} {0} {1}",
+        "so {0}.\n",
         "final answer {0}, therefore {1}",
     ))  # fmt: skip
     return [form.format(said, text(draw)), references]

@@ -2,8 +2,8 @@
 
     python tests/evaluation/remake_official_answers.py --vlmevalkit CHECKOUT --mmmu CHECKOUT
 
-It runs where those checkouts and lmms-eval can be imported; their code is not part of this repository. Answers are kept as
-digests, one for every fifty cases, with the mean of each rule's for the eye.
+It runs where those checkouts and lmms-eval can be imported; their code is not part of this repository. Answers are kept
+as digests, one for every fifty cases, with the mean of each rule's for the eye.
 """
 
 import argparse

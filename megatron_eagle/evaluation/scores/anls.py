@@ -1,8 +1,8 @@
 """Average normalised Levenshtein similarity, for DocVQA and InfographicVQA.
 
-Rule: arXiv 1907.00490, with case and white space as in VLMEvalKit's ``vlmeval/dataset/utils/vqa_eval.py`` and lmms-eval's
-``api/metrics.py``: distances are between texts with single spaces, lengths those of the texts as they came. Both keep a
-similarity of exactly 0.5, which Megatron-LM's ``evaluate_vqav2.py`` does not.
+Rule: arXiv 1907.00490, with case and white space as in VLMEvalKit's ``vlmeval/dataset/utils/vqa_eval.py`` and
+lmms-eval's ``api/metrics.py``: distances are between texts with single spaces, lengths those of the texts as they came.
+Both keep a similarity of exactly 0.5, which Megatron-LM's ``evaluate_vqav2.py`` does not.
 """
 
 from collections.abc import Sequence

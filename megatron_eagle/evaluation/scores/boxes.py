@@ -1,7 +1,7 @@
 """Intersection over union of boxes, for RefCOCO and the like.
 
-Rule: lmms-eval's ``tasks/refcoco/utils_rec.py``: the first four numbers in brackets are the box, and none is (0, 0, 0, 0).
-Two boxes without area, by which the official code divides, have nothing in common: 0.
+Rule: lmms-eval's ``tasks/refcoco/utils_rec.py``: the first four numbers in brackets are the box, and none is (0, 0, 0,
+0). Two boxes without area, by which the official code divides, have nothing in common: 0.
 """
 
 import re

@@ -1,7 +1,7 @@
 """OCRBench: a reference somewhere in the answer.
 
-Rule: VLMEvalKit's ``vlmeval/dataset/utils/ocrbench.py``. Case does not count, except in formulas, where white space does
-not. (lmms-eval also takes full-width letters for plain ones since 0.7; published numbers are without that.)
+Rule: VLMEvalKit's ``vlmeval/dataset/utils/ocrbench.py``. Case does not count, except in formulas, where white space
+does not. (lmms-eval also takes full-width letters for plain ones since 0.7; published numbers are without that.)
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """MathVista without a judge: options, whole numbers and decimals that stand alone in the answer.
 
-Rule: VLMEvalKit's ``vlmeval/dataset/utils/mathvista.py`` (``post_check``). It asks a judge to extract the number from any
-answer that is not right as it stands; here a lone number is what would be extracted from it, and the rest is None. A
-list, which the official code never counts as right, is right in the reference's very words.
+Rule: VLMEvalKit's ``vlmeval/dataset/utils/mathvista.py`` (``post_check``). It asks a judge to extract the number from
+any answer that is not right as it stands; here a lone number is what would be extracted from it, and the rest is None.
+A list, which the official code never counts as right, is right in the reference's very words.
 """
 
 from collections.abc import Mapping

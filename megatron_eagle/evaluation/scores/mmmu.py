@@ -1,7 +1,7 @@
 """MMMU: the option or the open answer that a response ends with.
 
-Rule: MMMU-Benchmark/MMMU, ``mmmu/utils/eval_utils.py``. Where that draws an option at random, because the response names
-none, the answer is wrong here. (lmms-eval's copy differs since 0.7: there "USA" names option A.)
+Rule: MMMU-Benchmark/MMMU, ``mmmu/utils/eval_utils.py``. Where that draws an option at random, because the response
+names none, the answer is wrong here. (lmms-eval's copy differs since 0.7: there "USA" names option A.)
 """
 
 import re
