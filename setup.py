@@ -103,6 +103,7 @@ setup(
         "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],
         # vLLM has an environment of its own, where this package is installed without what it requires (docs/vllm.md).
         "vllm.general_plugins": ["megatron_eagle=megatron_eagle.serving.vllm:register"],
+        "lmms_eval.models": ["megatron_eagle=megatron_eagle.serving.lmms:manifest"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
