@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_files import in_base64, made_parquet, made_task, made_tsv, write_tsv
+from benchmark_files import (
+    in_base64,
+    made_parquet,
+    made_questions,
+    made_shards,
+    made_task,
+    made_tsv,
+    write_tsv,
+)
 from samples import image_bytes
 
-from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
@@ -198,31 +205,12 @@ def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) 
 
 
 def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, worlds, tmp_path: Path) -> None:
-    from megatron_eagle.data.build.dataset import build_dataset
-
     recipe, runs = str(small_run.write_recipe(tmp_path / "r.yaml")), str(tmp_path / "runs")
     worlds(2).run(train, recipe, runs)
-    samples = [
-        one for one in iterate_samples(small_run.folder / "heldout")
-        if len(one.conversation.turns) == 2 and one.conversation.turns[0].text.startswith("<image>\n" * len(one.images))
-    ]  # fmt: skip
-    worlds(2).run(ask_shards, recipe, runs, str(small_run.folder / "heldout"), str(tmp_path / "first"))
-    lines = map(json.loads, (tmp_path / "first" / "predictions.jsonl").read_text().splitlines())
-    said = {line["id"]: line["prediction"] for line in lines}
-    made, records = [], []
-    for number, sample in enumerate(samples):
-        conversation, images = sample.conversation, list(sample.images)
-        names = [f"{number}-{place}.png" for place in range(len(images))]
-        for name, image in zip(names, images, strict=True):
-            (tmp_path / name).write_bytes(image)
-        # Every third answer is what the model says, so that some are right.
-        answer = said[conversation.id].strip() or "-" if number % 3 == 0 else conversation.turns[1].text
-        question = conversation.turns[0].text.replace("<image>\n", "")
-        made.append((conversation.id, question, answer, images))
-        turns = [{"from": "human", "value": conversation.turns[0].text}, {"from": "gpt", "value": answer}]
-        records.append({"id": conversation.id, "image": names, "conversations": turns})
-    (tmp_path / "made.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    build_dataset(tmp_path / "made.jsonl", tmp_path / "shards")
+    heldout = small_run.folder / "heldout"
+    worlds(2).run(ask_shards, recipe, runs, str(heldout), str(tmp_path / "first"))
+    made = made_questions(heldout, tmp_path / "first" / "predictions.jsonl")
+    made_shards(tmp_path / "shards", made)
     worlds(2).run(ask_shards, recipe, runs, str(tmp_path / "shards"), str(tmp_path / "on_shards"))
     accuracy = json.loads((tmp_path / "on_shards" / "accuracy.json").read_text())
     assert 0 < accuracy["overall"] < 1, "an accuracy that tells nothing"

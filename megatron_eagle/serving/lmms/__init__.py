@@ -1,6 +1,6 @@
 """lmms-eval plug-in: ``lmms_eval --model megatron_eagle --model_args model=runs/demo/export`` runs any of its tasks.
 
-lmms-eval (0.7.3 was read) finds the entry point ``lmms_eval.models`` of this package where both are installed. The model
+lmms-eval finds the entry point ``lmms_eval.models`` of this package where both are installed. The model
 is loaded as ``megatron-eagle ask`` loads one, and asked through the code that its export carries.
 """
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.storage.shards import iterate_samples
 
 Made = tuple[str, str, str, list[bytes]]  # id, question, answer, pictures
 
@@ -86,3 +90,33 @@ def made_task(path: Path, parquet: Path) -> Path:
     }
     path.write_text(yaml.safe_dump(settings, sort_keys=False).replace("FUNCTION", "!function"))
     return path
+
+
+def made_questions(heldout: Path, predictions: Path) -> list[Made]:
+    """Questions of embedded data with one answer; every third is what the model said, so that some are right."""
+    lines = map(json.loads, predictions.read_text(encoding="utf-8").splitlines())
+    said = {line["id"]: line["prediction"] for line in lines}
+    made: list[Made] = []
+    for sample in iterate_samples(heldout):
+        turns, images = sample.conversation.turns, list(sample.images)
+        marks = "<image>\n" * len(images)
+        if len(turns) == 2 and turns[0].text.startswith(marks):
+            answer = said[sample.conversation.id].strip() if len(made) % 3 == 0 else turns[1].text
+            made.append((sample.conversation.id, turns[0].text.removeprefix(marks), answer or "-", images))
+    return made
+
+
+def made_shards(folder: Path, questions: Sequence[Made]) -> Path:
+    """The same questions as a data set in ``folder``."""
+    raw, records = folder.with_name(f"{folder.name}-raw"), []
+    raw.mkdir()
+    for number, (identity, question, answer, images) in enumerate(questions):
+        names = [f"{number}-{place}.png" for place in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            (raw / name).write_bytes(image)
+        asked = "<image>\n" * len(images) + question
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        records.append({"id": identity, "image": names, "conversations": turns})
+    (raw / "made.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_dataset(raw / "made.jsonl", folder)
+    return folder
