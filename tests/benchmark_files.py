@@ -93,16 +93,18 @@ def made_task(path: Path, parquet: Path) -> Path:
 
 
 def made_questions(heldout: Path, predictions: Path) -> list[Made]:
-    """Questions of embedded data with one answer; every third is what the model said, so that some are right."""
+    """The first question of every conversation; every third answer is what the model said, so that some are right."""
     lines = map(json.loads, predictions.read_text(encoding="utf-8").splitlines())
     said = {line["id"]: line["prediction"] for line in lines}
     made: list[Made] = []
     for sample in iterate_samples(heldout):
         turns, images = sample.conversation.turns, list(sample.images)
         marks = "<image>\n" * len(images)
-        if len(turns) == 2 and turns[0].text.startswith(marks):
-            answer = said[sample.conversation.id].strip() if len(made) % 3 == 0 else turns[1].text
-            made.append((sample.conversation.id, turns[0].text.removeprefix(marks), answer or "-", images))
+        identity = sample.conversation.id
+        prediction = said.get(f"{identity}#1", said.get(identity, ""))
+        if images and turns[0].text.startswith(marks):
+            answer = prediction.strip() if len(made) % 3 == 0 else turns[1].text
+            made.append((identity, turns[0].text.removeprefix(marks), answer or "-", images))
     return made
 
 
