@@ -86,6 +86,7 @@ setup(
         "megatron_eagle": ["py.typed"],
         "megatron_eagle.curation": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
+        "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
         "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "*.bash", "profiles/*.yaml"],
@@ -102,6 +103,7 @@ setup(
         "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],
         # vLLM has an environment of its own, where this package is installed without what it requires (docs/vllm.md).
         "vllm.general_plugins": ["megatron_eagle=megatron_eagle.serving.vllm:register"],
+        "lmms_eval.models": ["megatron_eagle=megatron_eagle.serving.lmms:manifest"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

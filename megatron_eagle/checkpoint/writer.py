@@ -16,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_eagle.checkpoint import checksums
+from megatron_eagle.checkpoint.best import read_best
 from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, TOKENIZER, Description
 from megatron_eagle.checkpoint.safe_index import BACKEND, COMMON, METADATA
 from megatron_eagle.compat.checkpoint_saving import FileSystemWriterAsync, write_bucket
@@ -120,8 +121,10 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
     pointer.rename(final.parent / LATEST)
     _flush(final.parent)
     older = sorted(folder for folder in final.parent.glob("step_*[0-9]") if folder.name < final.name)
+    best = read_best(final.parent)
     for old in older[: max(0, len(older) + 1 - keep)]:
-        _put_away(old)
+        if best is None or old.name != best.name:
+            _put_away(old)
 
 
 def _write_tokenizer(folder: Path, files: dict[str, bytes]) -> list[Path]:

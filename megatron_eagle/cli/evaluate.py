@@ -1,7 +1,8 @@
-"""``megatron-eagle evaluate``: answer the questions of a data set and score them."""
+"""``megatron-eagle evaluate``: answer the questions of a data set, or of benchmarks, and score them."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.common import (
     Verbs,
@@ -13,6 +14,12 @@ from megatron_eagle.cli.common import (
     print_once,
     verb,
 )
+from megatron_eagle.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_eagle.evaluation.benchmarks.locate import Request
+
+ANSWER_TOKENS = 16
 
 
 def add(verbs: Verbs) -> None:
@@ -20,20 +27,43 @@ def add(verbs: Verbs) -> None:
     parser = verb(
         verbs,
         "evaluate",
-        "answer the questions of a data set and score them",
+        "answer the questions of a data set or of benchmarks and score them",
         "Answers every question greedily, once with its images and once with them blanked, and counts exact matches\n"
-        "per task. Writes predictions.jsonl and accuracy.json.",
-        "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n",
+        "per task. Writes predictions.jsonl and accuracy.json.\n\n"
+        "With --benchmarks, reads their TSV, Parquet or lmms-eval files from the folder --data, scores each by its\n"
+        "own rule, and writes scores.json and benchmarks.html beside the predictions.",
+        "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n"
+        "  megatron-eagle evaluate eagle2-9b --benchmarks docvqa,mmmu=MMMU_DEV_VAL.tsv --data LMUData\n",
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--data", type=Path, required=True, help="data set folder made by 'data build'")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="data set folder made by 'data build', or that of benchmark files"
+    )
+    parser.add_argument(
+        "--benchmarks",
+        metavar="NAME[=FILE],...",
+        default=None,
+        help="benchmarks to ask; a file or pattern within --data where its name does not say which it is",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, default=None, help="the first so many questions of each benchmark"
+    )
+    parser.add_argument("--blank", action="store_true", help="with --benchmarks: ask once more with the images blanked")
     parser.add_argument(
         "--stage", default=None, help="stage whose newest checkpoint is used (default: the recipe's last)"
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for the results (default: <runs>/<name>/evaluation)"
     )
-    parser.add_argument("--answer-tokens", type=positive_int, default=16, help="longest answer in tokens (default: 16)")
+    parser.add_argument(
+        "--answer-tokens",
+        type=positive_int,
+        default=None,
+        help="longest answer in tokens (default: 16, or the benchmark's)",
+    )
+    parser.add_argument(
+        "--losses", action="store_true", help="instead of asking, write each sample's loss and length to losses.jsonl"
+    )
     add_launch_arguments(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -43,20 +73,38 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
+    for name in ("limit", "blank"):
+        if options.benchmarks is None and getattr(options, name):
+            raise UserError(f"--{name} is for --benchmarks; a data set is asked whole, with and without its images")
+    if options.losses and options.benchmarks is not None:
+        raise UserError("--losses is of a data set's samples; benchmarks have none")
+    requests = _requests(options)
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
-    from megatron_eagle.evaluation.score import evaluate
     from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
-    evaluate(
-        recipe,
-        stage,
-        run_folder,
-        options.data,
-        options.out or run_folder.path / "evaluation",
-        platform,
-        options.answer_tokens,
-    )
+    out = options.out or run_folder.path / "evaluation"
+    if options.losses:
+        from megatron_eagle.evaluation.losses import measure_losses
+
+        measure_losses(recipe, stage, run_folder, options.data, out, platform)
+    elif requests is None:
+        from megatron_eagle.evaluation.score import evaluate
+
+        evaluate(recipe, stage, run_folder, options.data, out, platform, options.answer_tokens or ANSWER_TOKENS)
+    else:
+        from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
+
+        wishes = Wishes(options.limit, options.answer_tokens, options.blank)
+        evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes)
     if options.trace_platform:
         print_once(platform.report())
+
+
+def _requests(options: argparse.Namespace) -> "list[Request] | None":
+    if options.benchmarks is None:
+        return None
+    from megatron_eagle.evaluation.benchmarks.locate import parse_requests
+
+    return parse_requests(options.benchmarks, options.data)

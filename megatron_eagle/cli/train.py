@@ -85,6 +85,10 @@ def _train(options: argparse.Namespace) -> None:
 
     run_folder = RunFolder(options.runs / recipe.name)
     settings = {"fallback": options.fallback, "start": options.start}
+    if recipe.stage(options.stage).evaluation:
+        from megatron_eagle.evaluation.while_training import make_evaluator
+
+        settings["make_evaluator"] = make_evaluator
     try:
         train_stage(recipe, options.stage, run_folder, platform, watch, **settings)
     except Superseded as superseded:

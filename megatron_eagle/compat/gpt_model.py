@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
@@ -22,12 +23,17 @@ class HookedGPTModel(GPTModel, ABC):
 
     @abstractmethod
     def after_layers(
-        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        pack: PackedSeqParams | None,
+        predict: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """What ``forward`` returns for the layers' output ``hidden_states``.
 
-        predict: Megatron's own way on: cross entropies [1, l] with labels, logits without, hidden states on all stages
-        but the last.
+        pack: the ``packed_seq_params`` that ``forward`` was given. predict: Megatron's own way on from hidden states:
+        cross entropies [1, l] with labels, logits without, the hidden states on all stages but the last.
         """
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
@@ -35,9 +41,17 @@ class HookedGPTModel(GPTModel, ABC):
         return decoder_input, self.before_layers(position_ids), *others
 
     def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        **others: Any,
     ) -> Tensor:
-        def predict() -> Tensor:
-            return super(HookedGPTModel, self)._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+        others |= {"labels": labels, "loss_mask": loss_mask, "packed_seq_params": packed_seq_params}
 
-        return self.after_layers(hidden_states, labels, loss_mask, predict)
+        def predict(hidden: Tensor) -> Tensor:
+            return super(HookedGPTModel, self)._postprocess(hidden, **others)
+
+        return self.after_layers(hidden_states, labels, loss_mask, packed_seq_params, predict)

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.findings import Refused, Where, checked, findings_of, refusing, words_of
 from megatron_eagle.config.layout import STRICT, Layout
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
@@ -177,6 +178,7 @@ class Stage:
     async_save: checkpoints are written while the next steps run; needs as much host memory as this process saves.
     layout: a layout of its own, which replaces the recipe's as a whole.
     gpus: processes the stage was published or planned for; information for planners and job templates.
+    evaluation: questions that are asked while it trains; null for none.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -196,6 +198,7 @@ class Stage:
     async_save: Flag = True
     layout: Layout | None = None
     gpus: Positive | None = None
+    evaluation: EvaluationSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -263,6 +266,8 @@ class Recipe:
                 check_layout(config, layout)
                 self.model.check_attention(layout, self.precision)
                 layout.check_pack_length(stage.pack_length)
+                if stage.evaluation:
+                    stage.evaluation.check(layout, stage.pack_length, stage.checkpoint_every)
                 self.data_settings(stage)
             except ValueError as error:
                 raise ValueError(f"stage '{stage.name}': {words_of(error, DataSettings)}") from None

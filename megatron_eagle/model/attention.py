@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.build_context import AttentionCore, Kernels
+from megatron_eagle.model.key_value_cache import CachedMask
 from megatron_eagle.parallel.context import PackMask, Piece
 
 # (queries [l, heads, d] of a place, keys and values [L, groups, d] of the pack, mask, scale) -> [l, heads, d]
@@ -66,7 +67,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"attention over packs is causal, asked for {attn_mask_type}")
-        self.softmax_scale = softmax_scale
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.attend = attend
 
     def forward(
@@ -81,7 +82,12 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None, "the language model runs on packs"
         context = packed_seq_params.context
-        query, key, value = context.to_heads(*(x.squeeze(1) for x in (query, key, value)))
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if isinstance(packed_seq_params, CachedMask):
+            seen = packed_seq_params.attend(self.layer_number, query, key, value, self.softmax_scale)
+            if seen is not None:
+                return seen.flatten(1).unsqueeze(1)
+        query, key, value = context.to_heads(query, key, value)
         key, value = context.gather_places(key, value)
         output = self.attend(query, key, value, packed_seq_params, self.softmax_scale)
         return context.to_positions(output).flatten(1).unsqueeze(1)
@@ -94,6 +100,7 @@ class TeAttention(MegatronModule):
         super().__init__(config=named["config"])
         # In a tuple it is no submodule: its state, of fp8 alone, would be one more name in checkpoints.
         self.cores = (_te_attention()(**named),)
+        self.layer_number, self.softmax_scale = named["layer_number"], named.get("softmax_scale")
 
     def forward(
         self,
@@ -115,6 +122,10 @@ class TeAttention(MegatronModule):
             max_seqlen_kv=longest,
         )
         query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if isinstance(packed_seq_params, CachedMask):
+            seen = packed_seq_params.attend(self.layer_number, query, key, value, self.softmax_scale)
+            if seen is not None:
+                return seen.flatten(1).unsqueeze(1)
         mask = AttnMaskType.padding_causal
         output = self.cores[0](query, key, value, None, attn_mask_type=mask, packed_seq_params=segments)
         return output.reshape(len(query), 1, -1)

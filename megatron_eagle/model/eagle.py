@@ -31,6 +31,7 @@ from megatron_eagle.model.build_context import (
     TransformerImpl,
 )
 from megatron_eagle.model.connector import Connector
+from megatron_eagle.model.key_value_cache import CachedRows
 from megatron_eagle.model.mixture import Mixture
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
@@ -87,32 +88,47 @@ class EagleModel(MegatronModule):
             raise ValueError("only the first pipeline stage of encoder: tensor holds the encoders and the connector")
         return encode_tiles(self.vision, self.connector, tiles)
 
-    def forward(self, batch: PackedBatch, *, features: Tensor | None = None, compute_loss: bool = True) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        features: Tensor | None = None,
+        compute_loss: bool = True,
+        per_token: bool = False,
+        cached: CachedRows | None = None,
+    ) -> Tensor:
         """One pack through this stage.
 
         features: what ``encode`` gave for ``batch.tiles``, [n, tokens_per_tile, hidden_size], if it is already known.
+        per_token: the cross entropies of all positions, float32 [L], 0 without a label, instead of their weighted sum.
+        cached: a pass of generation: the pack, of any length, goes whole through this process, whatever ``cp`` is.
 
         Returns, on the last stage, the loss of the positions that this process holds: their cross entropies summed with
         ``batch.loss_weights``, float32 scalar; or with ``compute_loss=False`` the logits of all positions
-        [L, padded_vocab/tp], padding masked. On other stages the hidden states of the l = L/cp positions it holds,
-        [l(/tp with sequence parallelism), 1, hidden_size].
+        [L, padded_vocab/tp], padding masked, of the wanted ones with ``cached``. On other stages the hidden states of
+        the l = L/cp positions it holds, [l(/tp with sequence parallelism), 1, hidden_size].
 
         Raises ValueError if the layout cannot cut a pack of this length.
         """
-        self.layout.check_pack_length(batch.length)
-        held = self.context.share.positions(batch.length, batch.tokens.device)
+        context = Context() if cached else self.context
+        if not cached:
+            self.layout.check_pack_length(batch.length)
+        held = context.share.positions(batch.length, batch.tokens.device)
+        embedded = self._embed(batch, held, features, context) if self.pre_process else None
         output = self.language(
             input_ids=batch.tokens[None, held],
             position_ids=batch.position_ids[None, held],
             attention_mask=None,
-            decoder_input=self._embed(batch, held, features) if self.pre_process else None,
+            decoder_input=embedded,
             labels=batch.labels[None, held] if compute_loss else None,
-            loss_mask=batch.loss_weights[None, held] if compute_loss else None,
-            packed_seq_params=PackMask.of(batch.cu_seqlens, batch.borders, self.context),
+            loss_mask=batch.loss_weights[None, held] if compute_loss and not per_token else None,
+            packed_seq_params=cached.mask(batch) if cached else PackMask.of(batch.cu_seqlens, batch.borders, context),
         )
-        if compute_loss or not self.post_process:
+        if not self.post_process or (compute_loss and not per_token):
             return output
-        return self.context.gather_pack(self.language.mask_padded_vocabulary(output)[0])
+        if compute_loss:
+            return context.gather_pack(output[0])
+        return context.gather_pack(self.language.mask_padded_vocabulary(output)[0])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -123,7 +139,7 @@ class EagleModel(MegatronModule):
             state |= module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
         return state
 
-    def _embed(self, batch: PackedBatch, held: Tensor, features: Tensor | None) -> Tensor:
+    def _embed(self, batch: PackedBatch, held: Tensor, features: Tensor | None, context: Context) -> Tensor:
         """Embeddings of the positions ``held``, with the tiles' features in their places: [l(/tp), 1, hidden_size]."""
         embeddings = self.language.embedding(
             input_ids=batch.tokens[None, held], position_ids=batch.position_ids[None, held]
@@ -133,21 +149,21 @@ class EagleModel(MegatronModule):
         if features is None:
             embeddings = self._take_part(embeddings)
         else:
-            rows, which = (to_device(indices, held.device) for indices in self._tile_places(batch))
+            rows, which = (to_device(indices, held.device) for indices in self._tile_places(batch, context))
             chosen = features.flatten(0, 1)[which][:, None].to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, rows, chosen)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return embeddings
 
-    def _tile_places(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _tile_places(self, batch: PackedBatch, context: Context) -> tuple[Tensor, Tensor]:
         """(rows of this process's embeddings, which of the tiles' features belong there), int64 on the host.
 
         Worked out there, because how many they are is the size of what follows on the device.
         """
         starts = torch.tensor(batch.tile_starts, dtype=torch.int64)
         places = (starts[:, None] + torch.arange(self.tokens_per_tile)).flatten()
-        return self.context.share.find(places, batch.length)
+        return context.share.find(places, batch.length)
 
     def _take_part(self, embeddings: Tensor) -> Tensor:
         """Give trainable encoder and connector parameters a gradient of zero in a pack without tiles.

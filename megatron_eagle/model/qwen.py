@@ -9,11 +9,12 @@ it without the logits of all positions.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
@@ -23,8 +24,12 @@ from megatron_eagle.compat.gpt_model import HookedGPTModel
 from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.model.build_context import BuildContext, transformer_config
+from megatron_eagle.model.key_value_cache import CachedMask
 from megatron_eagle.model.offload import HiddenStatesOnHost
 from megatron_eagle.model.specs import block_spec
+
+if TYPE_CHECKING:
+    from eagle_kernels.linear_cross_entropy import Losses
 
 
 class QwenModel(HookedGPTModel):
@@ -101,19 +106,39 @@ class QwenModel(HookedGPTModel):
         return rotary_table(angles)
 
     def after_layers(
-        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, predict: Callable[[], Tensor]
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        pack: PackedSeqParams | None,
+        predict: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Megatron's own ``predict``, but with labels the last stage returns cross entropies summed with ``loss_mask``.
 
         labels: int64 [1, l]. loss_mask: float32 [1, l], the weights of the positions. The sum is a float32 scalar.
+        Without ``loss_mask`` they are not summed, [1, l]. While generating it predicts at the wanted rows only.
         """
-        if labels is None or loss_mask is None or not self.post_process:
-            return predict()
+        if isinstance(pack, CachedMask) and self.post_process:
+            return predict(self._select(hidden_states, pack.rows.wanted))
+        if labels is None or not self.post_process:
+            return predict(hidden_states)
         if self.loss_in_kernel:
-            return self._loss_in_kernel(hidden_states, labels[0], loss_mask[0])
-        return (predict() * loss_mask).sum()
+            weights = torch.zeros_like(labels[0], dtype=torch.float32) if loss_mask is None else loss_mask[0]
+            losses = self._loss_in_kernel(hidden_states, labels[0], weights)
+            return losses.tokens[None] if loss_mask is None else losses.loss
+        losses = predict(hidden_states)
+        return losses if loss_mask is None else (losses * loss_mask).sum()
 
-    def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _select(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """``rows`` of a pass, split over the tensor-parallel processes as all of them were."""
+        if not self.config.sequence_parallel:
+            return hidden_states[rows]
+        group = self.pg_collection.tp
+        return scatter_to_sequence_parallel_region(
+            gather_from_sequence_parallel_region(hidden_states, group=group)[rows], group=group
+        )
+
+    def _loss_in_kernel(self, hidden_states: Tensor, labels: Tensor, weights: Tensor) -> "Losses":
         """The same from hidden states [l(/tp with sequence parallelism), 1, hidden_size], logits never held whole."""
         from eagle_kernels.linear_cross_entropy import linear_cross_entropy  # needs Triton, which a CPU may lack
 
@@ -132,7 +157,7 @@ class QwenModel(HookedGPTModel):
             process_group=group,
             reduce_hidden_gradient=not self.config.sequence_parallel,
             ignore_label=IGNORE_LABEL,
-        ).loss
+        )
 
     def mask_padded_vocabulary(self, logits: Tensor) -> Tensor:
         """Make the padding's columns of ``logits`` [..., padded_vocab/tp] impossible, in place."""

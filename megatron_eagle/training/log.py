@@ -40,6 +40,8 @@ class StepRecord:
     sample_digest: ``sample_digest`` of the step's sample ids; equal digests mean equal data.
     rejected_total: samples skipped in this stage so far, those of this step included.
     rejected: (sample id, reason) of the samples skipped since the step before.
+    scores: of the evaluation after this step, by name; empty if there was none. evaluation_s: seconds that it took, not
+        part of ``seconds``.
     """
 
     stage: str
@@ -60,6 +62,8 @@ class StepRecord:
     tflops: float | None = None
     mfu: float | None = None
     checkpoint_stall_s: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
+    evaluation_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -93,6 +97,8 @@ class StepRecord:
             "data_wait_fraction": self.data_wait / self.seconds,
             "rejected_total": self.rejected_total,
             "checkpoint_stall_s": self.checkpoint_stall_s,
+            **{f"score/{name}": score for name, score in self.scores.items()},
+            **({"evaluation_s": self.evaluation_s} if self.scores else {}),
             **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
             **{name: value for name in ("tflops", "mfu") if (value := getattr(self, name)) is not None},
         }
@@ -245,6 +251,8 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
             f"ETA {format_duration(seconds_left)}",
             *([f"checkpoint stall {record.checkpoint_stall_s:.1f} s"] if record.checkpoint_stall_s >= 0.05 else []),
+            *(f"{name} {100 * score:.1f} % right" for name, score in record.scores.items()),
+            *([f"evaluation {record.evaluation_s:.1f} s"] if record.scores else []),
         )
     )
 

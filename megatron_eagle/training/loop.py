@@ -39,6 +39,7 @@ from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
@@ -61,11 +62,13 @@ def train_stage(
     *,
     fallback: bool = False,
     start: int | None = None,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> None:
     """Train ``stage_name`` to its last step, or on from its newest checkpoint; every process of the run calls this.
 
     fallback: pass over checkpoints whose files are damaged; without it a damaged newest one is an error.
     start: number of this start of the run (``training.fencing``), if whoever started the processes has taken one.
+    make_evaluator: makes what evaluates a stage whose recipe wants it, while it trains.
 
     Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step; Superseded, without, if a
     newer start of the run is at work; NonFinite if a loss or a gradient is no number.
@@ -74,7 +77,8 @@ def train_stage(
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
     try:
-        run = StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), fallback=fallback, start=start)
+        options: dict[str, Any] = {"fallback": fallback, "start": start, "make_evaluator": make_evaluator}
+        run = StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), **options)
         run.train()
     finally:
         destroy()
@@ -94,7 +98,12 @@ class StageRun:
         *,
         fallback: bool = False,
         start: int | None = None,
+        make_evaluator: MakeEvaluator | None = None,
     ) -> None:
+        if stage.evaluation and make_evaluator is None:
+            raise ValueError(f"stage '{stage.name}' is evaluated while it trains, nobody said how")
+        self.make_evaluator = make_evaluator
+        self.evaluation: Evaluation | None = None
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
@@ -144,6 +153,7 @@ class StageRun:
         elif first_weights:
             load_weights(first_weights, engine.state().modules)
             engine.reload_optimizer()
+        self.evaluation = self._open_evaluation(stage_folder)
         stream = self._open_stream(position, resume_from, description)
         if description:
             self._say_changes(description, "resumed with changes")
@@ -238,6 +248,15 @@ class StageRun:
             raise UserError(next(text for text in messages if text))
         return stream
 
+    def _open_evaluation(self, stage_folder: Path) -> Evaluation | None:
+        settings = self.stage.evaluation
+        if settings is None or self.make_evaluator is None:
+            return None
+        evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform)
+        evaluation = Evaluation(settings, self.stage.steps, evaluate, stage_folder, writes=self.groups.rank == 0)
+        self._on_rank_zero(lambda: evaluation.resume(self.step))
+        return evaluation
+
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         self._on_rank_zero(self._require_newest)  # the log's file is written anew
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
@@ -294,10 +313,19 @@ class StageRun:
         self.rejected_total += stats.rejected
         if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process
             raise NonFinite(self._explain_non_finite(step, result, stats.loss))
-        if log and self._is_newest():
-            log.step(self._record(step.engine, result, stats, rejected, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
         self.watch.step_done()
+        scores = self._evaluate(step.engine)
+        if log and self._is_newest():
+            log.step(self._record(step.engine, result, stats, rejected, seconds, scores))
         return stats.stop
+
+    def _evaluate(self, engine: Engine) -> Scores:
+        """Of the step just made, if it is due."""
+        if self.evaluation is None or not self.evaluation.due(self.step):
+            return Scores({})
+        with self.watch.saving(), self._doing("evaluating"):
+            return self.evaluation.run(self.step, engine)
 
     def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:
         with self._doing("looking for what is not finite"):
@@ -325,7 +353,13 @@ class StageRun:
             raise LostContact(failure) from error
 
     def _record(
-        self, engine: Engine, result: StepResult, stats: StepStats, rejected: list[tuple[str, str]], seconds: float
+        self,
+        engine: Engine,
+        result: StepResult,
+        stats: StepStats,
+        rejected: list[tuple[str, str]],
+        seconds: float,
+        scores: Scores,
     ) -> StepRecord:
         return StepRecord(
             stage=self.stage.name,
@@ -345,6 +379,8 @@ class StageRun:
             sample_digest=stats.sample_digest,
             rejected_total=self.rejected_total,
             rejected=rejected,
+            scores=dict(scores.by_name),
+            evaluation_s=scores.seconds,
         )
 
     def _description(self, engine: Engine) -> Description:

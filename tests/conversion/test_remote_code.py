@@ -26,7 +26,7 @@ from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.data.media.tiling import cut_tiles
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
-from megatron_eagle.evaluation.generate import Prompt, pack_prompts
+from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
 
 NO_LOGITS = Options(logits=False)
 TILE, TOKENS_PER_TILE, NEW_TOKENS, PACK = 32, 4, 10, 256
@@ -104,7 +104,7 @@ class SpellingTokenizer:
 
 
 def in_megatron(checkpoint, config, prompts, stop):
-    """In a process of a world: (logits, answers) as training computes them; generation keeps no cache."""
+    """In a process of a world: (logits, answers) as training computes them."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_eagle.checkpoint.files import load_weights
@@ -173,7 +173,7 @@ def test_logits_are_those_of_megatron(found, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_answers_are_those_of_training(found, model):
-    """A batch padded on the left, with a cache, against packs without one."""
+    """A batch padded on the left against questions in the slots of a cache."""
     assert found[1]["models"][model]["answers"] == found[0][model][2]
 
 

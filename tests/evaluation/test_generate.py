@@ -10,7 +10,7 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.generate import Prompt, pack_prompts
+from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
 
 ANSWER_TOKENS = 5
 

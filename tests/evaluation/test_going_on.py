@@ -12,7 +12,8 @@ def score(recipe_path: str, data: str, out: str, answer_tokens: int, stop_after:
     """Evaluates stage ``first``; stops after ``stop_after`` packs of answers. Returns the packs that were generated."""
     from megatron_eagle.compat.platform import install
     from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation import score as module
+    from megatron_eagle.evaluation import asking as module
+    from megatron_eagle.evaluation import score
     from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path))
@@ -29,7 +30,7 @@ def score(recipe_path: str, data: str, out: str, answer_tokens: int, stop_after:
     module.generate = counted
     try:
         folder = RunFolder(Path(out).parent / "runs" / recipe.name)
-        module.evaluate(recipe, recipe.stages[0], folder, Path(data), Path(out), install(), answer_tokens)
+        score.evaluate(recipe, recipe.stages[0], folder, Path(data), Path(out), install(), answer_tokens)
     except KeyboardInterrupt:
         pass
     finally:

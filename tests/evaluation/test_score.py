@@ -11,8 +11,9 @@ from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.shards import StoredSample
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
 from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
+from megatron_eagle.evaluation.prompt import prompts_of
 from megatron_eagle.evaluation.questions import questions_of
-from megatron_eagle.evaluation.score import Prediction, _prompts, read_predictions
+from megatron_eagle.evaluation.score import Prediction, read_predictions
 
 
 def sample(turns: list[tuple[str, str]], images: int) -> StoredSample:
@@ -133,7 +134,7 @@ def test_questions_are_cut_as_in_training_and_broken_ones_are_left_out_by_name(t
         question("film", "<video>", "video"),
         question("damaged", "<image>", "image"),
     ]
-    prompts, rejected = _prompts(questions, planner)
+    prompts, rejected = prompts_of(questions, planner)
     assert [prompt.identity for prompt in prompts] == ["picture", "film"]
     assert list(rejected) == ["damaged"] and "image" in rejected["damaged"]
     for prompt, stored in zip(prompts, questions[:2], strict=True):

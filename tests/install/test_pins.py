@@ -22,7 +22,7 @@ from megatron_eagle.compat.versions import KNOWN_MEGATRON
 
 OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
 OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
-BESIDE = {"vllm"}  # has an environment of its own, constraints/vllm.txt, and calls our plug-in there
+BESIDE = {"vllm", "lmms-eval"}  # call our plug-ins where both are installed; constraints/vllm.txt, lmms.txt
 # Modules whose first name does not tell the distribution, longest first.
 DISTRIBUTIONS = {
     "megatron.core": "megatron-core",

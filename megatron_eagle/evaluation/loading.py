@@ -1,0 +1,44 @@
+"""The newest checkpoint of a stage, loaded to be asked: without optimizer, in whatever layout the processes have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.core.transformer.module import Float16Module
+
+from megatron_eagle.checkpoint.files import find_latest, load_weights, read_description, require_same_model
+from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.training.engine import build_chunks
+from megatron_eagle.training.run_folder import RunFolder
+
+
+def evaluation_layout(recipe: Recipe, stage: Stage) -> Layout:
+    """The stage's layout as evaluation runs it; UserError if it cannot.
+
+    Tiles are encoded pack by pack where they are embedded; checkpoints of spread encoders load there as well.
+    """
+    layout = recipe.stage_layout(stage)
+    if layout.vpp:
+        raise UserError(f"evaluation runs without virtual pipeline stages; add stages.{stage.name}.layout.vpp=null")
+    return replace(layout, encoder="tensor", encoder_chunk=None)
+
+
+def newest_checkpoint(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> Path:
+    """The stage's newest; UserError if it has none, or it is of another model."""
+    folder = run_folder.stage_checkpoints(stage.name)
+    checkpoint = find_latest(folder)
+    if checkpoint is None:
+        raise UserError(f"stage '{stage.name}' has no checkpoint in {folder}")
+    require_same_model(checkpoint, read_description(checkpoint), recipe.model.eagle())
+    return checkpoint
+
+
+def load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform) -> EagleModel | Float16Module:
+    """This process's part of the model in eval mode; its process groups must exist already."""
+    models = build_chunks(recipe, layout, platform)
+    load_weights(checkpoint, models)
+    model = models[0].eval()
+    return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model

@@ -1,0 +1,175 @@
+"""Evaluation while a stage trains: what it says, what it leaves alone, and which checkpoint it keeps."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_cases import metrics
+
+from megatron_eagle.config.evaluation import EvaluationSettings
+from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import load_recipe
+from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.errors import UserError
+
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "two replicas, overlapped reduction": ({}, {"overlap": True}),
+    "pp, spread": ({"pp": 2, "encoder": "spread"}, {"overlap": True}),
+    "tp, sequence parallel": ({"tp": 2, "sequence_parallel": True}, {}),
+    "cp": ({"cp": 2}, {}),
+}
+
+
+def train(recipe_path: str, runs: str, scripted: list[float] | None = None, overrides: tuple[str, ...] = ()) -> int:
+    """In every process of a world: the last stage, ``scripted`` scores for asking; what torch would draw next."""
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.evaluation.while_training import make_evaluator
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.training.loop import StageRun
+    from megatron_eagle.training.run_folder import RunFolder
+
+    def told(*_: Any) -> Any:
+        scores = iter(scripted or [])
+        return lambda engine: {"heldout": next(scores)}
+
+    torch.manual_seed(5)
+    recipe, platform = load_recipe(Path(recipe_path), overrides), install()
+    stage = recipe.stages[-1]
+    groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(minutes=1))
+    make = make_evaluator if scripted is None else told
+    StageRun(recipe, stage, RunFolder(Path(runs) / recipe.name), platform, groups, make_evaluator=make).train()
+    return int(torch.randint(1 << 40, ()))
+
+
+def write(small_run, file: Path, evaluation: dict[str, Any] | None, **changes: Any) -> str:
+    """The small recipe with its second stage alone, of four steps."""
+    settings = small_run.settings()
+    stage = settings["stages"][1] | {"steps": 4, "checkpoint_every": 4, **changes.pop("stage", {})}
+    return str(small_run.write_recipe(file, stages=[stage | {"evaluation": evaluation}], **changes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_does_not_notice_that_it_is_evaluated(small_run, worlds, tmp_path: Path, layout: str) -> None:
+    shape, optimizer = LAYOUTS[layout]
+    changes = {"layout": shape, "optimizer": optimizer, "log": {"tensorboard": layout == "cp"}}
+    asked = {"every": 2, "data": [str(small_run.folder / "heldout")], "limit": 6, "answer_tokens": 3}
+    drawn, lines = {}, {}
+    for name, evaluation in (("on", asked), ("off", None)):
+        file = write(small_run, tmp_path / f"{name}.yaml", evaluation, **changes)
+        drawn[name] = worlds(2).run(train, file, str(tmp_path / name))
+        lines[name] = metrics(tmp_path / name)
+    numbers = ("loss", "grad_norm", "sample_digest", "tiles", "learning_rate")
+    on, off = ([[line[number] for number in numbers] for line in lines[name]] for name in ("on", "off"))
+    assert on == off and len(on) == 4 and len({loss for loss, *_ in on}) == 4
+    assert drawn["on"] == drawn["off"]
+    assert [set(line["scores"]) for line in lines["on"]] == [set(), {"heldout"}, set(), {"heldout"}]
+    assert all((line["evaluation_s"] > 0) == bool(line["scores"]) for line in lines["on"])
+    assert not any(line["scores"] for line in lines["off"])
+    if layout == "cp":
+        assert curves(tmp_path / "on" / "small" / "tensorboard" / "second") == [2, 4]
+
+
+def curves(folder: Path) -> list[int]:
+    """Steps that have a score in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.step for event in events.Scalars("score/heldout")]
+
+
+def test_the_score_is_what_evaluate_says_of_the_checkpoint(small_run, worlds, tmp_path: Path) -> None:
+    """One question, three quarters of whose answers are "yes": what a few steps can learn."""
+    answers = ["yes", "yes", "no", "yes"] * 4
+    records = [
+        {"id": str(number), "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": answer}]}
+        for number, answer in enumerate(answers)
+    ]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_dataset(tmp_path / "said.jsonl", tmp_path / "said")
+    asked = {"every": 20, "data": [str(tmp_path / "said")], "limit": None, "answer_tokens": 4}
+    stage = {"steps": 20, "checkpoint_every": 20, "learning_rate": 5e-3, "blend": [{"path": str(tmp_path / "said")}]}
+    file = write(small_run, tmp_path / "r.yaml", asked, stage=stage)
+    worlds(2).run(train, file, str(tmp_path / "runs"))
+    worlds(2).run(evaluate, file, str(tmp_path / "said"), str(tmp_path / "runs"), str(tmp_path / "out"))
+    accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert metrics(tmp_path / "runs")[-1]["scores"] == {"said": accuracy["overall"]}
+    assert accuracy["overall"] == 0.75, "a score that nothing moves would prove nothing"
+
+
+def evaluate(recipe_path: str, data: str, runs: str, out: str) -> None:
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.evaluation.score import evaluate as score
+    from megatron_eagle.training.run_folder import RunFolder
+
+    recipe = load_recipe(Path(recipe_path))
+    score(recipe, recipe.stages[-1], RunFolder(Path(runs) / recipe.name), Path(data), Path(out), install(), 4)
+
+
+def test_the_best_checkpoint_stays_through_a_resume(small_run, worlds, tmp_path: Path) -> None:
+    asked = {"every": 1, "data": ["unread"], "keep": "best"}
+    stage = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "async_save": False, "decay": "constant"}
+    file, runs = write(small_run, tmp_path / "r.yaml", asked, stage=stage), str(tmp_path / "runs")
+    folder = tmp_path / "runs" / "small" / "checkpoints" / "second"
+
+    def left() -> list[str]:
+        return sorted(path.name for path in folder.glob("step_*"))
+
+    worlds(1).run(train, file, runs, [0.2, 0.7, 0.3])
+    assert left() == ["step_00000002", "step_00000003"]
+    worlds(1).run(train, file, runs, [0.6, 0.7], ("stages.second.steps=5",))
+    assert left() == ["step_00000002", "step_00000005"], "an equal score is no better"
+    worlds(1).run(train, file, runs, [0.8], ("stages.second.steps=6",))
+    assert left() == ["step_00000006"]
+
+
+def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path: Path) -> None:
+    from megatron_eagle.checkpoint.best import forget_best_after, note_best, read_best
+
+    note_best(tmp_path, 4, 0.5)
+    (tmp_path / "step_00000004").mkdir()
+    forget_best_after(tmp_path, 4)
+    best = read_best(tmp_path)
+    assert best is not None and (best.step, best.score) == (4, 0.5)
+    forget_best_after(tmp_path, 3)
+    assert read_best(tmp_path) is None
+    (tmp_path / "best.json").write_text('{"step": 4')
+    with pytest.raises(UserError, match=r"best\.json cannot be read: .* remove it to forget"):
+        read_best(tmp_path)
+
+
+def test_data_that_cannot_be_asked_ends_the_run_before_its_first_step(small_run, worlds, tmp_path: Path) -> None:
+    from worlds import WorldError
+
+    file = write(small_run, tmp_path / "r.yaml", {"every": 2, "data": [str(tmp_path / "nothing")]})
+    with pytest.raises(WorldError, match="stage 'second', evaluation: .*nothing"):
+        worlds(2).run(train, file, str(tmp_path / "runs"))
+    assert not (tmp_path / "runs" / "small" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, layout, message",
+    [
+        ({}, Layout(pp=2, vpp=2), "without virtual pipeline stages, the layout has vpp=2"),
+        ({"answer_tokens": 512}, Layout(), "answer_tokens=512 leaves no room in a pack_length of 512"),
+        ({"keep": "best", "every": 3}, Layout(), "every=3 is no multiple of checkpoint_every=2"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_the_recipe(settings, layout: Layout, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings(**{"every": 2, "data": ("a",), **settings}).check(layout, 512, 2)
+
+
+def test_a_recipe_says_it_in_one_line(small_run, tmp_path: Path) -> None:
+    asked = {"every": 2, "data": ["a"]}
+    with pytest.raises(UserError, match="stage 'second': evaluation generates answers without virtual pipeline"):
+        load_recipe(Path(write(small_run, tmp_path / "r.yaml", asked, layout={"pp": 2, "vpp": 1})))
+    for wrong, message in (
+        ({"every": 2}, "data is empty"),
+        ({"every": 2, "data": ["x/a", "y/a"]}, "two folders called a"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(Path(write(small_run, tmp_path / "r.yaml", wrong)))
