@@ -1,6 +1,5 @@
 """Evaluation while a stage trains: how often, on what, and whether the best checkpoint is kept."""
 
-from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ class EvaluationSettings:
     """
 
     every: Positive
-    data: tuple[str, ...] = field(default_factory=tuple)
+    data: tuple[str, ...]
     limit: Positive | None = 200
     answer_tokens: Positive = 16
     keep: Literal["newest", "best"] = "newest"

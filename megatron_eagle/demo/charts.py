@@ -59,6 +59,30 @@ def loss_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
         return _svg(figure)
 
 
+def score_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str | None:
+    """Scores of the evaluations while training, a line each, on the axis of the losses; None if there were none."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    start = 0
+    for records in metrics.values():
+        for record in records:
+            for name, score in record.scores.items():
+                points.setdefault(name, []).append((start + record.step, score))
+        start += records[-1].step
+    if not points:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for name, line in points.items():
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, linewidth=1.6, label=name)
+        axes.set_xlim(0, start)
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel("step, counted over all stages")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
 def rate_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
     """Learning rate, gradient norm and useful tokens a second, side by side."""
     with matplotlib.rc_context(_STYLE):

@@ -68,6 +68,7 @@ def write_report(
         rejected=sum(records[-1].rejected_total for records in metrics.values()),
         loss_chart=charts.loss_chart(metrics),
         rate_chart=charts.rate_chart(metrics),
+        score_chart=charts.score_chart(metrics),
         fill_chart=charts.fill_chart(metrics),
         accuracy_chart=charts.accuracy_chart(scores),
         versions=installed_versions(),

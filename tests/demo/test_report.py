@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -246,3 +247,11 @@ def test_charts_are_reproducible_and_survive_a_single_full_step():
     for draw in (charts.loss_chart, charts.rate_chart, charts.fill_chart):
         assert draw(single) == draw(single)
         assert ElementTree.fromstring(draw(METRICS)) is not None
+
+
+def test_scores_of_evaluations_while_training_have_a_chart_of_their_own():
+    assert charts.score_chart(METRICS) is None
+    scored = {stage: [replace(records[-1], scores={"heldout": 0.25})] for stage, records in METRICS.items()}
+    chart = charts.score_chart(scored)
+    assert chart is not None and chart != charts.score_chart({"stage1": scored["stage1"]})
+    assert ElementTree.fromstring(chart) is not None

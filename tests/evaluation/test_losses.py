@@ -7,17 +7,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import image_bytes
+from samples import image_bytes, make_tokenizer
 from train_cases import train, weights
 
+from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.recipe import Recipe, load_recipe
 from megatron_eagle.data.build.dataset import build_dataset
+from megatron_eagle.data.sample.conversation import parse_record
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
-from megatron_eagle.data.storage.shards import iterate_samples
+from megatron_eagle.data.storage.shards import StoredSample, iterate_samples
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.losses import _decode, _packs
 from megatron_eagle.verification.reference import ReferenceEagle
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -27,7 +30,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp, spread": (2, ("layout.pp=2", "layout.encoder=spread")),
     "cp": (2, ("layout.cp=2",)),
 }
-LONG = "word " * 600
 
 
 def measure(recipe_path: str, data: str, runs: str, out: str, overrides: tuple[str, ...] = ()) -> None:
@@ -95,30 +97,50 @@ def test_losses_are_those_of_each_sample_alone(small_run, worlds, trained, expec
 
 
 def test_what_has_no_loss_is_named(worlds, trained, tmp_path: Path) -> None:
-    """Every sample has one fate, also where a replica has nothing but broken ones."""
     folder, _ = trained
-    (tmp_path / "whole.png").write_bytes(image_bytes((64, 64), "red"))
-    (tmp_path / "half.png").write_bytes(image_bytes((64, 64), "red")[:90])
 
-    def record(identity: str, question: str, answer: str, **more: Any) -> dict[str, Any]:
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer, **more.pop("turn", {})}]
-        return {"id": identity, "conversations": turns, **more}
+    def record(identity: str, question: str) -> dict[str, Any]:
+        return {
+            "id": identity,
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}],
+        }
 
-    records = [
-        record("good", "<image>\nWhat?", "red", image="whole.png"),
-        record("long", LONG, "yes"),
-        record("silent", "What?", "red", turn={"loss": False}),
-        record("half", "<image>\nWhat?", "red", image="half.png"),
-        record("text", "What?", "red"),
-    ]
+    records = [record("short", "What?"), record("long", "word " * 600), record("other", "Which?")]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     build_dataset(tmp_path / "samples.jsonl", tmp_path / "data")
     arguments = (str(folder / "r.yaml"), str(tmp_path / "data"), str(folder / "runs"), str(tmp_path / "out"))
     worlds(2).run(measure, *arguments)
-    lines, rejected = written(tmp_path / "out"), written(tmp_path / "out", "losses_rejected.jsonl")
-    assert [line["id"] for line in lines] == ["good", "text"]
-    assert {"long", "silent"} <= {line["id"] for line in rejected} <= {"long", "silent", "half"}
-    assert all(line["reason"] for line in rejected)
+    (rejected,) = written(tmp_path / "out", "losses_rejected.jsonl")
+    assert [line["id"] for line in written(tmp_path / "out")] == ["short", "other"]
+    assert rejected["id"] == "long" and "512" in rejected["reason"]
+
+
+def test_every_sample_has_one_fate(tmp_path: Path) -> None:
+    """Packs are made before pictures are decoded; one that turns out to be broken leaves its pack, which may be left
+    with nothing."""
+    settings = DataSettings(sources=(BlendSource("x"),), pack_length=64, tile_size=32, tokens_per_tile=4)
+    planner = VisualPlanner(settings, make_tokenizer(tmp_path))
+    whole = image_bytes((130, 70), "red")
+
+    def stored(name: str, image: bytes, **answer: Any) -> StoredSample:
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red", **answer}]
+        return StoredSample(parse_record({"id": name, "image": ["x"], "conversations": turns}), (image,))
+
+    samples = [
+        stored("whole", whole),
+        stored("half", whole[: len(whole) // 2]),
+        stored("no picture", whole[:8]),
+        stored("silent", whole, loss=False),
+        stored("again", whole),
+    ]
+    rejected: list[tuple[str, str]] = []
+    packs = list(_packs(samples, planner, rejected))
+    assert [name for name, _ in rejected] == ["no picture", "silent"]
+    assert [one.segment.sample_id for pack in packs for one in pack] == ["whole", "half", "again"]
+    batches = [_decode(pack, planner, rejected) for pack in packs]
+    assert [name for name, _ in rejected] == ["no picture", "silent", "half"]
+    assert [name for batch in batches if batch for name in batch.sample_ids] == ["whole", "again"]
+    assert all(reason for _, reason in rejected) and None in batches
 
 
 def test_a_stage_without_a_checkpoint_is_refused(small_run, trained, tmp_path: Path) -> None:
