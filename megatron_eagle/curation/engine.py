@@ -175,7 +175,9 @@ def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: "
 
 
 def _later_jobs(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Job]:
-    decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
+    decided: dict[str, Any] = {"samples": {}}
+    if segment.decided is not None:
+        decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
     for number, source in enumerate(plan.sources):
         findings = {
             int(key): [Finding(**one) for one in found]
