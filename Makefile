@@ -6,6 +6,7 @@
 # make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
+# make test-ray   a curation on a Ray cluster of two nodes, one of which is killed, with Ray in a folder of its own
 # make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
@@ -43,7 +44,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
-.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-long support gpu lint format clean test-bare
+.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-ray test-long support gpu lint format clean test-bare
 
 setup: $(READY)
 
@@ -89,6 +90,12 @@ test-page: setup
 	    --requirement constraints/serve.txt && touch .page/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
 
+test-ray: setup
+	@[ -f .ray/ready ] || { echo "test-ray: Ray into .ray, 250 MB" && rm -rf .ray && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .ray \
+	    --requirement constraints/ray.txt && touch .ray/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_two_nodes.py --ray-packages $(CURDIR)/.ray
+
 # The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
 BARE_VENV ?= .venv-bare
 BARE_PYTHON = $(shell for name in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3); do \
@@ -132,4 +139,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .ray runs build *.egg-info

@@ -48,6 +48,8 @@ GPU = [
 DOCUMENTS = ["pypdfium2>=5.15"]
 # Only the operator "language" of curation needs it.
 CURATE = ["py3langid>=0.4"]
+# Curation on more than one machine.
+RAY = ["ray>=2.60,<3"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -95,6 +97,7 @@ setup(
         "gpu": GPU,
         "documents": DOCUMENTS,
         "curate": CURATE,
+        "ray": RAY,
         "serve": [*ENDPOINT, *PAGE],
         "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
     },
