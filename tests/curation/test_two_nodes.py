@@ -94,13 +94,15 @@ def test_a_node_that_is_killed_in_mid_run_changes_no_byte(nodes: Any, tmp_path: 
         state = tmp_path / ".out.partial" / ".state"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
+            time.sleep(0.05)
+            if len(list(state.glob("segment-0-*"))) < 3:
+                continue
             working = busy(psutil.Process(raylet.process.pid))
-            if working and len(list(state.glob("segment-0-*"))) >= 3:
+            if working:
                 working[0].suspend()  # so that it has the block in hand when its node goes
                 cluster.remove_node(second, allow_graceful=False)
                 working[0].kill()
                 killed.append(working[0].pid)
-            time.sleep(0.005)
 
     killer = threading.Thread(target=kill)
     killer.start()
