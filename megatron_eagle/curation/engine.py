@@ -190,15 +190,12 @@ def _later_jobs(plan: Plan, state: Path, segment: Segment, blocks: list[int]) ->
     if segment.decided is not None:
         decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
     for number, source in enumerate(plan.sources):
-        findings = {
-            int(key): [Finding(**one) for one in found]
-            for key, found in decided["samples"].get(source.name, {}).items()
-        }
+        by_block: dict[int, dict[int, list[Finding]]] = {}
+        for key, found in decided["samples"].get(source.name, {}).items():
+            by_block.setdefault(int(key) // plan.block, {})[int(key)] = [Finding(**one) for one in found]
         for block in range(blocks[number]):
             if not result_file(state, segment.number, number, block).exists():
-                low, high = block * plan.block, (block + 1) * plan.block
-                own = {key: found for key, found in findings.items() if low <= key < high}
-                yield Job(number, block, (), own)
+                yield Job(number, block, (), by_block.get(block, {}))
 
 
 def _decision_file(state: Path, segment: int) -> Path:
