@@ -60,9 +60,7 @@ def curate(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty; remove it or choose another folder")
     try:
-        given = json.loads(
-            json.dumps({**plan.begun_with(), "resources": [asdict(one.resources) for one in segments(plan)]})
-        )
+        given = json.loads(json.dumps(plan.begun_with()))
         state.mkdir(parents=True, exist_ok=True)
         with _alone(state):
             for step in plan.steps:  # before anything is written down: what is refused here may be mended in the plan
