@@ -1,4 +1,5 @@
 # make demo   set up, train the embedded Eagle through its three stages, write runs/demo/report.html
+# make demo-curation  curate 2 000 conversations, 30 % of them faulty, in half a minute; write runs/curation/curated/report.html
 # make check  set up, check style and types, run the unit tests: two minutes on two cores
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
@@ -44,7 +45,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
-.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-ray test-long support gpu lint format clean test-bare
+.PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-ray test-long support gpu lint format clean test-bare
 
 setup: $(READY)
 
@@ -60,6 +61,11 @@ $(READY): setup.py $(wildcard constraints/*.txt)
 
 demo: setup
 	@$(BIN)/megatron-eagle demo --setup-seconds $$(cat $(READY))
+
+demo-curation: setup
+	@cd $$(mkdir -p runs/curation && cd runs/curation && pwd) && rm -rf curated && \
+	  { [ -f planted/samples.jsonl ] || { rm -rf planted && $(abspath $(BIN))/python $(CURDIR)/tests/curation/planted.py planted 2000; }; } && \
+	  $(abspath $(BIN))/megatron-eagle curate $(CURDIR)/examples/curation/planted.yaml curated --workers 2
 
 check: lint
 	@echo "check: unit tests; make test runs all"

@@ -321,6 +321,19 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
     ]
 
 
+def test_the_example_on_planted_faults_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    planted = write_planted(tmp_path / "planted", 200, seed=1)
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[2] / "examples" / "curation" / "planted.yaml"
+    (source,) = curate(load_plan(example), Path("curated"), progress=False).sources
+    touched = {
+        row["sample"] for row in pq.read_table("curated/ledger.parquet").to_pylist() if row["decision"] == "rejected"
+    }
+    faulty = {name for name, kind in planted.items() if kind is not None}
+    assert source.read == 200 and len(faulty) > 40
+    assert len(faulty - touched) <= 2 and len(touched - faulty) <= 2
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
