@@ -1,4 +1,5 @@
 # make demo   set up, train the embedded Eagle through its three stages, write runs/demo/report.html
+# make demo-curation  curate 2 000 conversations, 30 % of them faulty, in half a minute; write runs/curation/curated/report.html
 # make check  set up, check style and types, run the unit tests: two minutes on two cores
 # make test   set up, run the tests
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
@@ -7,6 +8,7 @@
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make test-lmms  lmms-eval runs a task on a checkpoint through the plug-in
+# make test-ray   a curation on a Ray cluster of two nodes, one of which is killed, with Ray in a folder of its own
 # make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
@@ -44,7 +46,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
-.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-lmms test-long support gpu lint format clean test-bare
+.PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-long support gpu lint \
+    format clean test-bare
 
 setup: $(READY)
 
@@ -60,6 +63,11 @@ $(READY): setup.py $(wildcard constraints/*.txt)
 
 demo: setup
 	@$(BIN)/megatron-eagle demo --setup-seconds $$(cat $(READY))
+
+demo-curation: setup
+	@cd $$(mkdir -p runs/curation && cd runs/curation && pwd) && rm -rf curated && \
+	  { [ -f planted/samples.jsonl ] || { rm -rf planted && $(abspath $(BIN))/python $(CURDIR)/tests/curation/planted.py planted 2000; }; } && \
+	  $(abspath $(BIN))/megatron-eagle curate $(CURDIR)/examples/curation/planted.yaml curated --workers 2
 
 check: lint
 	@echo "check: unit tests; make test runs all"
@@ -95,6 +103,12 @@ test-lmms: setup
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .lmms \
 	    --requirement constraints/lmms.txt && touch .lmms/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/lmms tests/evaluation/test_official_rules.py --lmms-packages .lmms
+
+test-ray: setup
+	@[ -f .ray/ready ] || { echo "test-ray: Ray into .ray, 250 MB" && rm -rf .ray && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .ray \
+	    --requirement constraints/ray.txt && touch .ray/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_two_nodes.py --ray-packages $(CURDIR)/.ray
 
 # The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
 BARE_VENV ?= .venv-bare
@@ -139,4 +153,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .lmms runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray runs build *.egg-info

@@ -48,6 +48,8 @@ GPU = [
 DOCUMENTS = ["pypdfium2>=5.15"]
 # Only the operator "language" of curation needs it.
 CURATE = ["py3langid>=0.4"]
+# Curation on more than one machine.
+RAY = ["ray>=2.60,<3"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -88,7 +90,7 @@ setup(
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
-        "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml", "curation/*.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "*.bash", "profiles/*.yaml"],
     },
     install_requires=TRAINER,
@@ -96,6 +98,7 @@ setup(
         "gpu": GPU,
         "documents": DOCUMENTS,
         "curate": CURATE,
+        "ray": RAY,
         "serve": [*ENDPOINT, *PAGE],
         "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
     },

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_eagle.cli.common import Verbs, positive_int, verb
+from megatron_eagle.errors import UserError
 
 
 def add(verbs: Verbs) -> None:
@@ -27,12 +28,24 @@ def add(verbs: Verbs) -> None:
         "  ledger.parquet              every decision: sample, turn, operator, reason, scores, text before and after\n"
         "  report.html, summary.json   what became of each source, with examples\n"
         "  blend.yaml                  the blend of a recipe's stage\n"
-        "After a kill the same command goes on where it was; the output is the same bytes for any number of workers.",
+        "After a kill the same command goes on where it was; the output is the same bytes for any number of workers,\n"
+        "processes of this machine or of a Ray cluster.",
         "  megatron-eagle curate plan.yaml curated --workers 8 --build\n",
     )
     run.add_argument("plan", type=Path, metavar="PLAN", help="YAML file with sources and operators")
     run.add_argument("out", type=Path, metavar="OUT")
     run.add_argument("--workers", type=positive_int, default=1, help="processes that work on blocks (default: 1)")
+    run.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where they are: processes of this machine, or of a Ray cluster (pip install '.[ray]')",
+    )
+    run.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the Ray cluster: 'auto' is the one that this machine is part of (default: one on this machine alone)",
+    )
     run.add_argument("--build", action="store_true", help="also build OUT/shards/SOURCE of what is kept")
     run.set_defaults(run=_run)
     explain = verb(
@@ -59,7 +72,16 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_eagle.curation.engine import curate
     from megatron_eagle.curation.plan import load_plan
 
-    summary = curate(load_plan(options.plan), options.out, workers=options.workers, build=options.build)
+    if options.ray_address and options.engine != "ray":
+        raise UserError(f"--ray-address {options.ray_address} goes with --engine ray")
+    summary = curate(
+        load_plan(options.plan),
+        options.out,
+        workers=options.workers,
+        build=options.build,
+        engine=options.engine,
+        ray_address=options.ray_address or "local",
+    )
     for source in summary.sources:
         print(
             f"{source.name}: {source.read} read = {source.used} used + {source.rejected} rejected + {source.left} left"

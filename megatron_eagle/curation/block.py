@@ -2,6 +2,7 @@
 
 A segment is the operators from one that needs all samples to the next: the findings of the first, which the engine has
 decided by then, everything that looks at one sample at a time, and the value that the next one wants of each sample.
+Operators that take up something else (a GPU) are a segment of their own, so that only they do.
 A result depends on the block and the plan alone, so that blocks may be worked on in any order and done again.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.curation.operator import UNREADABLE, SampleOperator, SetOperator, Step, found_in
+from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator, SetOperator, Step, found_in
 from megatron_eagle.curation.plan import Plan
 from megatron_eagle.curation.sample import Finding, Sample, apply_findings
 from megatron_eagle.data.build.shard_writer import write_atomically
@@ -31,12 +32,16 @@ MOST_SHOWN = 600  # characters of a turn in an example
 
 @dataclass(frozen=True)
 class Segment:
-    """number: from 0. decided: whose findings come first, then those of ``steps``. asks: who decides at its end."""
+    """number: from 0. decided: whose findings come first, then those of ``steps``. asks: who decides at its end.
+
+    resources: of each process that works on its blocks.
+    """
 
     number: int
     decided: Step | None
     steps: tuple[Step, ...]
     asks: Step | None
+    resources: Resources = Resources()
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,28 @@ class Result:
 
 
 def segments(plan: Plan) -> list[Segment]:
-    """The plan cut at operators that need all samples."""
+    """The plan cut at operators that need all samples, and where operators take up something else."""
     found: list[Segment] = []
     decided: Step | None = None
     steps: list[Step] = []
+    uses = Resources()
+
+    def cut(asks: Step | None) -> None:
+        nonlocal decided, steps
+        found.append(Segment(len(found), decided, tuple(steps), asks, uses))
+        decided, steps = asks, []
+
     for step in plan.steps:
+        if step.operator.resources != uses:
+            if steps or decided is not None:
+                cut(None)
+            uses = step.operator.resources
         if isinstance(step.operator, SetOperator):
-            found.append(Segment(len(found), decided, tuple(steps), step))
-            decided, steps = step, []
+            cut(step)
         else:
             steps.append(step)
-    return [*found, Segment(len(found), decided, tuple(steps), None)]
+    cut(None)
+    return found
 
 
 def result_file(state: Path, segment: int, source: int, block: int) -> Path:

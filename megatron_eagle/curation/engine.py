@@ -1,4 +1,4 @@
-"""Runs a plan on one machine: blocks of samples over processes, decisions in this one, output written by this one.
+"""Runs a plan: blocks of samples over processes of this machine or of a Ray cluster, decisions and output in this one.
 
 Every block's result is a file that is there whole or not at all, in a hidden folder beside the output. So a run that
 was killed loses the blocks in flight and goes on where it was when the same command is given again, and the output is
@@ -8,38 +8,48 @@ the same bytes for any number of workers. Memory: the blocks in flight, and what
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from megatron_eagle.curation.block import Job, Result, Segment, read_result, result_file, run_block, segments
+from megatron_eagle.curation.block import Job, Result, Segment, read_result, result_file, segments
 from megatron_eagle.curation.operator import Row, SetOperator, Verdict
 from megatron_eagle.curation.output import KEPT, SAMPLES_FILE, SHARDS, Summary, write_output
 from megatron_eagle.curation.plan import Plan
+from megatron_eagle.curation.processes import Processes
+from megatron_eagle.curation.ray_cluster import LOCAL, RayCluster
 from megatron_eagle.curation.sample import Finding
 from megatron_eagle.data.build.shard_writer import STATE_FOLDER, write_atomically
 from megatron_eagle.data.build.sources import spool
 from megatron_eagle.data.build.walk import Ledger
 from megatron_eagle.errors import UserError
 
-BLOCKS_AHEAD = 2  # of each worker, read but not yet worked on
 SECONDS_BEFORE_PROGRESS = 3.0
+Engine = Literal["processes", "ray"]
+Pool = Processes | RayCluster
 
 
-def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, progress: bool = True) -> Summary:
+def curate(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int = 1,
+    build: bool = False,
+    progress: bool = True,
+    engine: Engine = "processes",
+    ray_address: str = LOCAL,
+) -> Summary:
     """Runs the plan; ``out`` appears whole when all is done.
 
-    build: also build a data set of each source's kept samples, in ``out/shards``.
+    workers: processes at once. engine: where they are; a run that was begun with one may be continued with the other.
+    ray_address: of the cluster (``RayCluster``). build: also build a data set of each source's kept samples, in
+    ``out/shards``.
 
     Raises UserError if ``out`` holds something already, a source or what an operator needs is not there, another
     process runs the same, or what was begun is of another plan.
@@ -56,7 +66,9 @@ def curate(plan: Plan, out: Path, *, workers: int = 1, build: bool = False, prog
             for step in plan.steps:  # before anything is written down: what is refused here may be mended in the plan
                 step.operator.prepare(state)
             _begin(given, state)
-            blocks = _run(plan, state, workers, progress)
+            pool = RayCluster(plan, state, workers, ray_address) if engine == "ray" else Processes(plan, state, workers)
+            with pool:
+                blocks = _run(plan, state, pool, progress)
             summary = write_output(plan, partial, state, blocks)
             if build:
                 _build(summary, partial, workers, progress)
@@ -123,23 +135,20 @@ def _alone(state: Path) -> Iterator[None]:
         yield
 
 
-def _run(plan: Plan, state: Path, workers: int, progress: bool) -> list[int]:
+def _run(plan: Plan, state: Path, pool: Pool, progress: bool) -> list[int]:
     """All segments; returns how many blocks each source has."""
     blocks: list[int] = []
-    with _Pool(plan, state, workers) as pool:
-        for segment in segments(plan):
-            if segment.number == 0:
-                blocks = [
-                    _read_source(plan, state, segment, number, pool, progress) for number in range(len(plan.sources))
-                ]
-            else:
-                pool.run(segment, _later_jobs(plan, state, segment, blocks))
-            if segment.asks is not None:
-                _decide(plan, state, segment, blocks)
+    for segment in segments(plan):
+        if segment.number == 0:
+            blocks = [_read_source(plan, state, segment, number, pool, progress) for number in range(len(plan.sources))]
+        else:
+            pool.run(segment, _later_jobs(plan, state, segment, blocks))
+        if segment.asks is not None:
+            _decide(plan, state, segment, blocks)
     return blocks
 
 
-def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: "_Pool", progress: bool) -> int:
+def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: Pool, progress: bool) -> int:
     """Segment 0 of a source; returns its number of blocks."""
     source = plan.sources[number]
     mark = state / f"read-{number}.json"
@@ -175,17 +184,16 @@ def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: "
 
 
 def _later_jobs(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Job]:
-    decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
+    decided: dict[str, Any] = {"samples": {}}
+    if segment.decided is not None:
+        decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
     for number, source in enumerate(plan.sources):
-        findings = {
-            int(key): [Finding(**one) for one in found]
-            for key, found in decided["samples"].get(source.name, {}).items()
-        }
+        by_block: dict[int, dict[int, list[Finding]]] = {}
+        for key, found in decided["samples"].get(source.name, {}).items():
+            by_block.setdefault(int(key) // plan.block, {})[int(key)] = [Finding(**one) for one in found]
         for block in range(blocks[number]):
             if not result_file(state, segment.number, number, block).exists():
-                low, high = block * plan.block, (block + 1) * plan.block
-                own = {key: found for key, found in findings.items() if low <= key < high}
-                yield Job(number, block, (), own)
+                yield Job(number, block, (), by_block.get(block, {}))
 
 
 def _decision_file(state: Path, segment: int) -> Path:
@@ -222,58 +230,3 @@ def _rows(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Itera
             result: Result = read_result(state, segment.number, number, block)
             for key, identity, value in result.values:
                 yield Row((source.name, key), identity, source.category, value, source.benchmark)
-
-
-@dataclass
-class _Pool:
-    """This process alone, or several, that work on blocks."""
-
-    plan: Plan
-    state: Path
-    workers: int
-
-    def __enter__(self) -> "_Pool":
-        # Fresh processes: this one may hold threads, which do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.workers, context, _end_with_parent) if self.workers > 1 else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, segment: Segment, jobs: Iterator[Job]) -> None:
-        """Works on all jobs, no more than a few of them in memory."""
-        if self._pool is None:
-            for job in jobs:
-                run_block(self.plan, segment, job, self.state)
-            return
-        running: dict[Future[None], Job] = {}
-        try:
-            for job in jobs:
-                running[self._pool.submit(run_block, self.plan, segment, job, self.state)] = job
-                if len(running) >= self.workers * BLOCKS_AHEAD:
-                    _take_finished(running)
-            while running:
-                _take_finished(running)
-        except BrokenProcessPool:
-            numbers = ", ".join(str(job.block) for job in running.values())
-            raise UserError(f"a process that works on one of the blocks {numbers} was killed; out of memory?") from None
-
-
-def _take_finished(running: dict[Future[None], Job]) -> None:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        future.result()
-        del running[future]
-
-
-def _end_with_parent() -> None:
-    """A worker ends when the process that started it is killed: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

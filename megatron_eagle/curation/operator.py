@@ -47,6 +47,19 @@ class Verdict:
     finding: Finding
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What one process that applies an operator takes up. gpus: parts of one are shared. Both 0: it waits, say for an
+    endpoint."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+    def __post_init__(self) -> None:
+        if self.cpus < 0 or self.gpus < 0:
+            raise ValueError(f"an operator cannot take up cpus={self.cpus:g}, gpus={self.gpus:g}")
+
+
 class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
     """needs: operators that must come earlier, whose notes are read.
 
@@ -55,6 +68,11 @@ class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
 
     on_benchmarks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def resources(self) -> Resources:
+        """Of each process that applies it, by its settings; a plan is divided where they differ."""
+        return Resources()
 
     @property
     def name(self) -> str:

@@ -136,8 +136,9 @@ class Plan:
 
 
 def _settings(operator: BaseOperator) -> str:
-    """A digest of all settings, defaults included."""
-    text = json.dumps(asdict(operator), sort_keys=True, default=list)  # type: ignore[call-overload]
+    """A digest of all settings, defaults included, and of what it takes up here, by which a plan is divided."""
+    settings = {**asdict(operator), "resources": asdict(operator.resources)}  # type: ignore[call-overload]
+    text = json.dumps(settings, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

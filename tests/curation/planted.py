@@ -9,6 +9,7 @@ fault and is none: refrains, tables, boxes with decimals, alternatives asked wit
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -531,3 +532,7 @@ def write_planted(folder: Path, samples: int, *, seed: int, faulty: float = 0.3)
             planted[name] = kind
             file.write(json.dumps(_record(draft, name, rng), ensure_ascii=False) + "\n")
     return planted
+
+
+if __name__ == "__main__":
+    write_planted(Path(sys.argv[1]), int(sys.argv[2]), seed=1)

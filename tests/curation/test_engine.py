@@ -20,9 +20,13 @@ import yaml
 from planted import write_planted
 
 from megatron_eagle.cli import main
-from megatron_eagle.curation import engine, output
+from megatron_eagle.curation import engine, output, processes
+from megatron_eagle.curation.block import segments
 from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.plan import Plan, load_plan
+from megatron_eagle.curation.processes import processes_for
+from megatron_eagle.curation.ray_cluster import BlockWorker
 from megatron_eagle.curation.report import SHOWN, Example
 from megatron_eagle.data.build import dataset
 from megatron_eagle.data.build.sources import RecordSource
@@ -38,7 +42,9 @@ SEGMENTS = 3  # up to duplicates, up to lint, and the rest
 PROCESS = """
 import sys
 from pathlib import Path
+from megatron_eagle.curation.block import segments
 from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.plan import load_plan
 if __name__ == "__main__":
     curate(load_plan(Path(sys.argv[1])), Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
@@ -153,7 +159,7 @@ def test_fifty_kills_lose_nothing(whole: Path, planted: Path, tmp_path: Path) ->
 
 def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
     done: list[int] = []
-    real = engine.run_block
+    real = processes.run_block
 
     def run_block(plan: Plan, segment: Any, job: Any, state: Path) -> None:
         if len(done) == 3:
@@ -161,13 +167,13 @@ def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path
         done.append(job.block)
         real(plan, segment, job, state)
 
-    monkeypatch.setattr(engine, "run_block", run_block)
+    monkeypatch.setattr(processes, "run_block", run_block)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             curate(made(tmp_path, planted), tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
     assert done == [0, 1, 2]
-    monkeypatch.setattr(engine, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
+    monkeypatch.setattr(processes, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
     curate(made(tmp_path, planted), tmp_path / "out", progress=False)
     assert done == list(range(8)) * SEGMENTS
     assert contents(tmp_path / "out") == contents(whole)
@@ -207,7 +213,7 @@ def test_a_kill_before_the_output_is_moved_loses_nothing(
             curate(made(tmp_path, planted), out, progress=False)
     other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
     assert "unfinished run of something else" in refusal(lambda: curate(other, out, progress=False))
-    monkeypatch.setattr(engine, "run_block", stop)
+    monkeypatch.setattr(processes, "run_block", stop)
     monkeypatch.setattr(output, "write_report", stop)
     summary = curate(made(tmp_path, planted), out, progress=False)
     assert contents(out) == contents(whole) and json.loads(json.dumps(asdict(summary))) == json.loads(
@@ -315,6 +321,19 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
     ]
 
 
+def test_the_example_on_planted_faults_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    planted = write_planted(tmp_path / "planted", 200, seed=1)
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[2] / "examples" / "curation" / "planted.yaml"
+    (source,) = curate(load_plan(example), Path("curated"), progress=False).sources
+    touched = {
+        row["sample"] for row in pq.read_table("curated/ledger.parquet").to_pylist() if row["decision"] == "rejected"
+    }
+    faulty = {name for name, kind in planted.items() if kind is not None}
+    assert source.read == 200 and len(faulty) > 40
+    assert len(faulty - touched) <= 2 and len(touched - faulty) <= 2
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
@@ -375,10 +394,64 @@ def test_an_unfinished_run_of_another_plan_is_refused(planted: Path, tmp_path: P
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "run_block", stopped)
+    monkeypatch.setattr(processes, "run_block", stopped)
     with pytest.raises(KeyboardInterrupt):
         curate(made(tmp_path, planted), tmp_path / "out", progress=False)
     other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
     assert "holds an unfinished run of something else (plan, settings changed)" in refusal(
         lambda: curate(other, tmp_path / "out", progress=False)
     )
+
+
+def test_operators_that_take_up_something_else_are_a_segment_of_their_own(planted: Path, tmp_path: Path) -> None:
+    names = ("turn_order", "empty", "leak", "image_hashes", "duplicates", "lint")
+    plan = made(tmp_path, planted, operators=[{"use": name} for name in names])
+    gpu = Resources(cpus=2, gpus=0.5)
+    kinds = {step.operator.name: type(step.operator) for step in plan.steps}
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("empty", "lint"):
+            patched.setattr(kinds[name], "resources", gpu)
+        found = [
+            ([step.operator.name for step in one.steps], one.asks and one.asks.operator.name, one.resources)
+            for one in segments(plan)
+        ]
+    one_cpu = Resources()
+    assert found == [
+        (["turn_order"], None, one_cpu),
+        (["empty"], None, gpu),
+        (["leak", "image_hashes"], "duplicates", one_cpu),
+        ([], None, one_cpu),
+        ([], "lint", gpu),
+        ([], None, gpu),
+    ]
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_divided_by_resources_writes_the_same_bytes(
+    whole: Path, planted: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plan = made(tmp_path, planted)
+    kinds = {step.operator.name: type(step.operator) for step in plan.steps}
+    monkeypatch.setattr(kinds["decimals"], "resources", Resources(cpus=2))
+    monkeypatch.setattr(kinds["image_hashes"], "resources", Resources(gpus=1))
+    assert len(segments(plan)) == SEGMENTS + 4
+    curate(plan, tmp_path / "out", progress=False)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "processes"), [(1, 0, 8), (4, 0, 2), (16, 0, 1), (0, 0, 8), (1, 1, 1), (1, 0.25, 4), (4, 0.25, 2)]
+)
+def test_processes_share_the_cpus_and_the_first_gpu(cpus: float, gpus: float, processes: int) -> None:
+    assert processes_for(Resources(cpus, gpus), workers=8) == processes
+
+
+def test_what_ray_needs_is_one_line(planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    plan = made(tmp_path, planted)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "needs the package ray" in refusal(lambda: curate(plan, tmp_path / "out", engine="ray", progress=False))
+    with pytest.raises(SystemExit) as end:
+        main(["curate", str(tmp_path / "plan.yaml"), str(tmp_path / "out"), "--ray-address", "auto"])
+    assert end.value.code == 2
+    worker = BlockWorker(plan, tmp_path, Path("/not/there"))
+    assert "does not see /not/there: all machines of a Ray cluster need the same paths" in refusal(worker.begin)

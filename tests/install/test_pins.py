@@ -97,7 +97,9 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     arguments = setup_arguments()
     asked = required([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])], stack)
-    pinned = constraints(stack) | pins((ROOT / "constraints" / "serve.txt").read_text(encoding="utf-8"))
+    pinned = constraints(stack)
+    for beside in ("serve.txt", "ray.txt"):
+        pinned |= pins((ROOT / "constraints" / beside).read_text(encoding="utf-8"))
     assert len(asked) > 25
     assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}
     assert asked["megatron-core"].specifier == f"=={pinned['megatron-core']}"
@@ -126,7 +128,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
     needed = names(arguments["install_requires"])
-    optional = ("gpu", "documents", "curate", "serve")
+    optional = ("gpu", "documents", "curate", "serve", "ray")
     extras = set().union(*(names(arguments["extras_require"][extra]) for extra in optional))
     assert needed - used == set(), "required, and not imported"
     assert used - needed - extras - OPTIONAL - BESIDE == set(), "imported, not required"
