@@ -170,7 +170,8 @@ class _SourceWriter:
                         reasons[f"{row['operator']}: {row['reason']} ({row['decision']})"] += 1
                 for example in result.examples:
                     reason = (example["operator"], example["decision"], example["reason"])
-                    if shown[reason] < SHOWN or "rank" in example:  # of each source, so that the report may choose among sources
+                    # Of each source, so that the report may choose among sources.
+                    if shown[reason] < SHOWN or "rank" in example:
                         shown[reason] += 1
                         self.examples.append(Example(source=self.source.name, **example))
                 for data in result.samples:
