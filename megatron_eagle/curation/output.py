@@ -24,6 +24,7 @@ from megatron_eagle.curation.sample import Sample
 from megatron_eagle.data.build.forms.keys import HARMLESS
 from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.errors import UserError
 
 KEPT = "kept"
 SAMPLES_FILE = "samples.jsonl"
@@ -101,6 +102,15 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
     write_report(out, plan, summary, examples)
     write_atomically(mark, json.dumps(asdict(summary), ensure_ascii=False))
     return summary
+
+
+def read_summary(out: Path) -> Summary:
+    """That of a finished run; UserError."""
+    path = out / SUMMARY_FILE
+    try:
+        return _summary(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no summary of a curation ({str(error)[:100]})") from None
 
 
 def _summary(data: dict[str, Any]) -> Summary:

@@ -5,8 +5,8 @@ redundant. Both matrix products are made tile by tile, multiplied while they are
 row is kept: memory is a block of either side and does not grow with the pool, which is read once for every block of the
 new source. Single precision chooses the best, double precision says how good they are.
 
-Where both cosines are negative their product is positive, though pictures and texts that point away from each other have
-nothing in common: ``zero``, the default, takes negative cosines for 0; ``literal`` is the formula as it stands.
+Where both cosines are negative their product is positive, though pictures and texts that point away from each other
+have nothing in common: ``zero``, the default, takes negative cosines for 0; ``literal`` is the formula as it stands.
 """
 
 from collections.abc import Callable, Iterator
@@ -187,7 +187,7 @@ def _gathered(pool: Pairs, wanted: NDArray[np.int64]) -> Iterator[tuple[int, tup
 
 
 def near_vectors(vectors: RowsLike, least: float, device: str = "auto") -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Indices of all pairs of unit vectors with a cosine of at least ``least``, the lower first; every pair is compared.
+    """Indices of all pairs of unit vectors with a cosine of at least ``least``, the lower first; exact.
 
     Work grows with the square of the vectors: 2 x dim x N x N / 2 operations.
     """
@@ -199,7 +199,11 @@ def near_vectors(vectors: RowsLike, least: float, device: str = "auto") -> Itera
     for low in range(0, len(vectors), block):
         own = torch.from_numpy(np.ascontiguousarray(vectors[low : low + block])).to(device)
         for start in range(low, len(vectors), block):
-            other = own if start == low else torch.from_numpy(np.ascontiguousarray(vectors[start : start + block])).to(device)
+            other = (
+                own
+                if start == low
+                else torch.from_numpy(np.ascontiguousarray(vectors[start : start + block])).to(device)
+            )
             for upper in range(0, len(own), 1024):
                 first, second = torch.nonzero(own[upper : upper + 1024] @ other.T >= least, as_tuple=True)
                 one, two = first.cpu().numpy() + low + upper, second.cpu().numpy() + start

@@ -106,6 +106,8 @@ def test_all_near_vectors_are_found(monkeypatch: Any) -> None:
     own = vectors("clustered", 1000, 32, 5)
     cosines = np.triu(own @ own.T, 1)
     least = 0.9
-    found = {pair for first, second in near_vectors(own, least) for pair in zip(first.tolist(), second.tolist(), strict=True)}
+    found = {
+        pair for first, second in near_vectors(own, least) for pair in zip(first.tolist(), second.tolist(), strict=True)
+    }
     expected = set(zip(*(one.tolist() for one in np.nonzero(cosines >= least)), strict=True))
     assert len(expected) > 100 and len(found ^ expected) <= 2  # at the very border

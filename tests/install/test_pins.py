@@ -25,6 +25,7 @@ OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dash
 BESIDE = {"vllm"}  # has an environment of its own, constraints/vllm.txt, and calls our plug-in there
 # Modules whose first name does not tell the distribution, longest first.
 DISTRIBUTIONS = {
+    "faiss": "faiss-cpu",
     "megatron.core": "megatron-core",
     "megatron.energon": "megatron-energon",
     "nvidia.dali": "nvidia-dali-cuda130",

@@ -25,10 +25,10 @@ WORDS_A_TOKEN = 0.6  # a stretch of so many words for each token the model reads
 
 @dataclass(frozen=True, config=STRICT)
 class Operator(SampleOperator):
-    """model: folder of CLIP or SigLIP. least: cosine below which picture and words do not fit; models differ widely in it.
+    """model: folder of CLIP or SigLIP. least: cosine below which picture and words do not fit; models differ in it.
 
-    images: of several pictures it is the ``best`` or the ``worst`` that must fit. turns: ``best``: one exchange that fits
-    is enough for a sample; ``each``: every exchange is judged, with the pictures shown so far, and rejected by itself.
+    images: of several pictures the ``best`` or the ``worst`` must fit. turns: ``best``: one exchange that fits is
+    enough for a sample; ``each``: every exchange is judged, with the pictures shown so far, and rejected by itself.
     words: exchanges of fewer are not judged. cache, batch, device: as those of 'embeddings'.
     """
 

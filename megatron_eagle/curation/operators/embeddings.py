@@ -20,10 +20,11 @@ from megatron_eagle.errors import BrokenSample
 
 @dataclass(frozen=True, config=STRICT)
 class Operator(SampleOperator):
-    """images: TorchScript file of SSCD's kind, or folder of CLIP or SigLIP. texts: folder of sentence-transformers, or such.
+    """images: TorchScript file of SSCD's kind, or folder of CLIP or SigLIP.
 
-    Either may be null. What is noted: where the vectors lie, the keys of the images' and that of the text's, which is
-    of all turns but the system's, as long as the model reads.
+    texts: folder of sentence-transformers, CLIP or SigLIP. Either may be null.
+    What is noted: where the vectors lie, the keys of the images' and that of the text's, which is of all turns but the
+    system's, as long as the model reads.
     cache: folder of vectors. batch: contents at once. side: pixels of a TorchScript file's input. device: auto takes a
     GPU if there is one.
     """
@@ -63,7 +64,7 @@ class Operator(SampleOperator):
             keys = iter(own.pictures([image for sample in samples for image in sample.images]))
             for number, sample in enumerate(samples):
                 found = [next(keys) for _ in sample.images]
-                broken |= {number: one for one in found if isinstance(one, BrokenSample)}
+                broken |= {number: one for one in found if isinstance(one, BrokenSample)}  # noqa: B035  one is enough
                 notes[number] |= {"image_store": str(own.store.folder), "images": found}
         if self.texts is not None:
             own = Embedder.of(text_encoder(self.texts, self.batch, self.device), self.cache)

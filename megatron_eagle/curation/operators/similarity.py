@@ -4,8 +4,10 @@ High is redundant. Samples without a picture or without a vector of their text t
 rejected: it is for people to say whether a source is worth its steps (``curate admit`` asks for one source).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass as plain_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,45 +17,37 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Fraction, Positive
 from megatron_eagle.curation.operator import Row, SetOperator, Verdict
-from megatron_eagle.curation.sample import Finding, Place, Sample, places_of
+from megatron_eagle.curation.operators.embeddings import text_of
+from megatron_eagle.curation.sample import Finding, Sample, places_of
 from megatron_eagle.curation.similarity import Matches, Negative, Pairs, best_matches
 from megatron_eagle.curation.vectors import StoredRows, VectorStore
 
+MOST_WORDS = 160  # characters of a sample's text that stand beside its match
 
-@dataclass
-class _Side:
-    """Samples of one category: where they are from, and the keys of their vectors."""
 
-    keys: list[tuple[str, int]] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    images: list[list[int]] = field(default_factory=list)
-    texts: list[list[int]] = field(default_factory=list)
-    pictures: list[list[Place]] = field(default_factory=list)
+@plain_dataclass(frozen=True)
+class _Stores:
+    images: VectorStore
+    texts: VectorStore
 
-    def add(self, row: Row) -> None:
-        for column, one in zip(
-            (self.keys, self.ids, self.images, self.texts, self.pictures),
-            (row.key, row.id, row.value[0], [row.value[1]], row.value[2]),
-            strict=True,
-        ):
-            column.append(one)
-
-    def pairs(self, stores: tuple[VectorStore, VectorStore]) -> Pairs:
-        return Pairs(StoredRows(stores[0], self.images), StoredRows(stores[1], self.texts))
+    def pairs(self, rows: Sequence[Row]) -> Pairs:
+        """The vectors of these samples, read where they are compared."""
+        images = StoredRows(self.images, [row.value[0] for row in rows])
+        return Pairs(images, StoredRows(self.texts, [[row.value[1]] for row in rows]))
 
 
 @dataclass(frozen=True, config=STRICT)
 class Operator(SetOperator):
-    """pool: names of the sources that all others are compared with, which may be benchmarks; empty: each source with all
-    others of its category.
+    """pool: names of the sources that all others are compared with, which may be benchmarks; empty: each source with
+    all others of its category.
 
     redundant: similarity of a source, or a sample, from which it is said to add little: a choice of this project, the
-    paper gives none. top: matches of a sample that are looked up. shown: samples of a source and category in the report.
+    paper gives none. top: matches of a sample that are looked up. shown: samples of a source in the report.
     negative: cosines below 0 count as 0 (``zero``), or multiply as they are (``literal``, the formula as it stands).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
-    holds: ClassVar[int] = 900  # keys, ids and the place of a picture
+    holds: ClassVar[int] = 2000  # keys, ids, the place of a picture and the beginning of the text (measured)
     on_benchmarks: ClassVar[bool] = True
 
     pool: tuple[str, ...] = ()
@@ -72,78 +66,83 @@ class Operator(SetOperator):
             raise ValueError("pool: all sources are in it, and none is left to be compared")
 
     def value(self, sample: Sample) -> Any:
-        """Keys of the vectors and the place of the first picture; null if a vector is missing."""
+        """Keys of the vectors, the first picture and the beginning of the text; no keys if a vector is missing."""
         note = sample.notes.get("embeddings", {})
         keys = note.get("images", [])[: len(sample.images)]
         if not keys or "text" not in note:
-            return [[], 0, [], "", ""]
-        return [keys, note["text"], places_of(sample.images[:1]), note["image_store"], note["text_store"]]
+            return [[]]
+        stores = [note["image_store"], note["text_store"]]
+        return [keys, note["text"], places_of(sample.images[:1]), text_of(sample)[:MOST_WORDS], stores]
 
     def decide(self, rows: Iterator[Row]) -> Iterator[Verdict]:
-        """Of each source and category its similarity, and of each sample its best match."""
-        sides: dict[tuple[str, str], _Side] = {}  # source, category
-        missing: dict[str, int] = {}
-        stores: tuple[VectorStore, VectorStore] | None = None
+        """Of each source its similarity, and of each sample its best match."""
+        sides: dict[str, list[Row]] = {}
+        categories: dict[str, str] = {}
+        missing: Counter[str] = Counter()
+        stores: _Stores | None = None
         for row in rows:
-            if row.benchmark and row.key[0] not in self.pool:
+            source = row.key[0]
+            if row.benchmark and source not in self.pool:
                 continue
+            categories[source] = row.category
             if not row.value[0]:
-                missing[row.key[0]] = missing.get(row.key[0], 0) + 1
+                missing[source] += 1
                 continue
-            sides.setdefault((row.key[0], row.category), _Side()).add(row)
-            stores = stores or (VectorStore(Path(row.value[3])), VectorStore(Path(row.value[4])))
+            if stores is None:
+                stores = _Stores(*(VectorStore(Path(place)) for place in row.value[4]))
+            sides.setdefault(source, []).append(row)
         for source, many in missing.items():
+            detail = f"{many} samples without vectors of a picture and a text"
+            yield Verdict((source, None), Finding("noted", "not compared", detail))
+        for source in sides:
             if source not in self.pool:
-                detail = f"{many} samples without a picture or a vector of picture and text"
-                yield Verdict((source, None), Finding("noted", "not compared", detail))
-        for (source, category), own in sides.items():
-            if source in self.pool:
-                continue
-            others = [side for (name, other), side in sides.items()
-                      if other == category and name != source and (not self.pool or name in self.pool)]  # fmt: skip
-            if not others:
-                there = ", ".join(sorted({other for name, other in sides if name != source})) or "none"
-                detail = f"of category {category} there is nothing to compare with; others have {there}"
-                yield Verdict((source, None), Finding("noted", "not compared", detail))
-                continue
-            assert stores is not None
-            yield from self._compare(source, category, own, others, stores)
+                assert stores is not None
+                yield from self._source(source, sides, categories, stores)
 
-    def _compare(
-        self, source: str, category: str, own: _Side, others: list[_Side], stores: tuple[VectorStore, VectorStore]
+    def _source(
+        self, source: str, sides: Mapping[str, list[Row]], categories: Mapping[str, str], stores: _Stores
     ) -> Iterator[Verdict]:
-        pool = _Side(*(sum((getattr(side, name) for side in others), []) for name in _Side.__dataclass_fields__))
-        matches = best_matches(own.pairs(stores), pool.pairs(stores), self.top, self.negative)
+        category = categories[source]
+        others = [name for name in sides if name != source and (name in self.pool or not self.pool)]
+        same = [name for name in others if categories[name] == category]
+        if not same:
+            there = ", ".join(dict.fromkeys(categories[name] for name in others)) or "none"
+            detail = f"there is nothing of category {category} to compare with; of the others there is {there}"
+            yield Verdict((source, None), Finding("noted", "not compared", detail))
+            return
+        own, pool = sides[source], list(chain.from_iterable(sides[name] for name in same))
+        matches = best_matches(stores.pairs(own), stores.pairs(pool), self.top, self.negative)
+        yield Verdict((source, None), self._whole(category, matches, pool))
         best = matches.scores[:, 0]
+        ranked = set(np.argsort(-best, kind="stable")[: self.shown].tolist())
+        for number, row in enumerate(own):
+            yield Verdict(row.key, self._match(matches, number, pool, number in ranked))
+
+    def _whole(self, category: str, matches: Matches, pool: Sequence[Row]) -> Finding:
+        best, similarity = matches.scores[:, 0], round(matches.similarity, 6)
         close = int((best >= self.redundant).sum())
-        similarity = round(matches.similarity, 6)
+        lie = Counter(pool[row].key[0] for row in matches.rows[:, 0].tolist())
         adds = "adds little" if similarity >= self.redundant else "adds something"
         detail = (
-            f"category {category}: S = {similarity:.4f} over {len(best)} samples against {len(pool.keys)}, {adds} "
-            f"(redundant from {self.redundant:g}); {close} samples are redundant by themselves"
+            f"S = {similarity:.4f} in category {category}: {len(best)} samples against {len(pool)}; it "
+            f"{adds} (redundant from {self.redundant:g}); {close} samples are redundant by themselves; best matches "
+            f"lie in {', '.join(f'{name} {many}' for name, many in lie.most_common())}"
         )
-        scores = {"similarity": similarity, "samples": len(best), "pool": len(pool.keys), "redundant": close}
-        yield Verdict((source, None), Finding("noted", "similarity", detail, scores=scores))
-        nearest = np.bincount([others_of(pool, int(row), names) for row in matches.rows[:, 0]], minlength=1) if (
-            names := list(dict.fromkeys(key[0] for key in pool.keys))
-        ) else []
-        parts = ", ".join(f"{name} {many}" for name, many in zip(names, nearest, strict=False))
-        yield Verdict((source, None), Finding("noted", "best matches lie in", f"category {category}: {parts}"))
-        ranked = set(np.argsort(-best, kind="stable")[: self.shown].tolist())
-        for number, key in enumerate(own.keys):
-            yield Verdict(key, self._match(category, matches, number, pool, number in ranked))
+        scores = {"similarity": similarity, "samples": len(best), "pool": len(pool), "redundant": close}
+        return Finding("noted", "similarity", detail, scores=scores)
 
-    def _match(self, category: str, matches: Matches, number: int, pool: _Side, shown: bool) -> Finding:
-        texts, pictures = [], []
-        for row, score, image, text in zip(
-            *(column[number] for column in (matches.rows, matches.scores, matches.images, matches.texts)), strict=True
-        ):
-            texts.append(f"{score:.4f} = {image:.4f} x {text:.4f} with {pool.keys[row][0]}/{pool.ids[row]}")
-            pictures += pool.pictures[row]
-        scores = {
-            "similarity": round(float(matches.scores[number, 0]), 6),
-            "image": round(float(matches.images[number, 0]), 6),
-            "text": round(float(matches.texts[number, 0]), 6),
-        }
-        beside = pictures if shown else None
-        return Finding("noted", f"best match, {category}", "; ".join(texts), scores=scores, beside=beside)
+    def _match(self, matches: Matches, number: int, pool: Sequence[Row], shown: bool) -> Finding:
+        lines, pictures = [], []
+        for rank, row in enumerate(matches.rows[number].tolist()):
+            score, image, text = (
+                float(column[number, rank]) for column in (matches.scores, matches.images, matches.texts)
+            )
+            other = pool[row]
+            words = f": {' '.join(other.value[3].split())}" if shown else ""
+            lines.append(f"{score:.4f} = {image:.4f} x {text:.4f} with {other.key[0]}/{other.id}{words}")
+            pictures += other.value[2]
+        names = ("similarity", "image", "text")
+        columns = (matches.scores, matches.images, matches.texts)
+        scores = {name: round(float(one[number, 0]), 6) for name, one in zip(names, columns, strict=True)}
+        detail = "\n".join(lines) if shown else "; ".join(lines)
+        return Finding("noted", "best match", detail, scores=scores, beside=pictures if shown else None)
