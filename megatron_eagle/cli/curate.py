@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, positive_int, verb
+from megatron_eagle.cli.common import Verbs, count, fraction, positive_int, verb
 from megatron_eagle.errors import UserError
 
 
@@ -13,8 +13,9 @@ def add(verbs: Verbs) -> None:
         verbs,
         "curate",
         "filter sources by a plan, with the fate of every sample on record",
-        "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate\n"
-        "operators' lists what plans may use. Each has --help (docs/curation.md).",
+        "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate admit\n"
+        "NEW OUT --pool POOL' whether a source adds anything, 'curate operators' lists what plans may use. Each\n"
+        "action has --help (docs/curation.md).",
         "  megatron-eagle curate plan.yaml curated --workers 8\n  megatron-eagle curate explain curated chart-000017\n",
     )
     parser.default_verb = "run"  # type: ignore[attr-defined]
@@ -58,6 +59,7 @@ def add(verbs: Verbs) -> None:
     explain.add_argument("out", type=Path, metavar="OUT")
     explain.add_argument("sample", metavar="SAMPLE_ID")
     explain.set_defaults(run=_explain)
+    _add_admit(actions)
     operators = verb(
         actions,
         "operators",
@@ -66,6 +68,46 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle curate operators\n",
     )
     operators.set_defaults(run=_operators)
+
+
+def _add_admit(actions: Verbs) -> None:
+    admit = verb(
+        actions,
+        "admit",
+        "does a source add anything to a pool: its similarity (Eq. 1)",
+        "Compares NEW with POOL by Eq. 1 of Eagle 2, category by category: the mean over NEW's samples of the best\n"
+        "product of image and text similarity in POOL. High is redundant. NEW and POOL are records ('data build'\n"
+        "reads them), a finished curation or a plan, [CATEGORY=]PATH each (category 'general' unless they say one).\n"
+        "OUT/report.html shows the best matches side by side, OUT/ledger.parquet has those of every sample.",
+        "  megatron-eagle curate admit chart=new/samples.jsonl admitted --pool curated \\\n"
+        "      --images sscd_disc_mixup.torchscript.pt --texts all-mpnet-base-v2\n",
+    )
+    admit.add_argument("new", metavar="NEW")
+    admit.add_argument("out", type=Path, metavar="OUT")
+    admit.add_argument("--pool", required=True, nargs="+", metavar="POOL")
+    admit.add_argument("--images", required=True, metavar="MODEL", help="TorchScript file, or folder of CLIP or SigLIP")
+    admit.add_argument(
+        "--texts", required=True, metavar="MODEL", help="folder of sentence-transformers, CLIP or SigLIP"
+    )
+    admit.add_argument("--category", nargs="+", default=(), metavar="NAME", help="only NEW's sources of these")
+    admit.add_argument(
+        "--redundant", type=fraction, default=0.5, help="from which S a source adds little (default: 0.5)"
+    )
+    admit.add_argument("--top", type=positive_int, default=3, help="matches of each sample (default: 3)")
+    admit.add_argument("--shown", type=count, default=8, help="samples in the report (default: 8)")
+    admit.add_argument(
+        "--negative",
+        choices=("zero", "literal"),
+        default="zero",
+        help="cosines below 0 count as 0, or as the formula has them (default: zero)",
+    )
+    admit.add_argument(
+        "--cache", default="vectors", help="folder of vectors, found again by content (default: vectors)"
+    )
+    admit.add_argument("--batch", type=positive_int, default=32, help="contents a model is given at once (default: 32)")
+    admit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    admit.add_argument("--workers", type=positive_int, default=1, help="processes that make vectors (default: 1)")
+    admit.set_defaults(run=_admit)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -89,6 +131,19 @@ def _run(options: argparse.Namespace) -> None:
     print(
         f"{options.out}: {summary.total('used')} of {summary.total('read')} samples kept; see {options.out}/report.html"
     )
+
+
+def _admit(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.admission import Admission, admit
+
+    embeddings = {name: getattr(options, name) for name in ("images", "texts", "cache", "batch", "device")}
+    similarity = {name: getattr(options, name) for name in ("redundant", "top", "shown", "negative")}
+    asked = Admission(options.new, tuple(options.pool), embeddings, similarity, tuple(options.category))
+    for source in admit(asked, options.out, workers=options.workers).sources:
+        print(f"{source.name}: {source.read} samples read, {source.rejected} of them rejected")
+        for note in source.notes:
+            print(f"{source.name}: {note}")
+    print(f"{options.out}/report.html shows the best matches side by side")
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -9,14 +9,14 @@ A result depends on the block and the plan alone, so that blocks may be worked o
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator, SetOperator, Step, found_in
+from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator, SetOperator, Step
 from megatron_eagle.curation.plan import Plan
-from megatron_eagle.curation.sample import Finding, Sample, apply_findings
+from megatron_eagle.curation.sample import Finding, Sample, apply_findings, places_of
 from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.build.sources import Item, locate
 from megatron_eagle.data.sample.conversation import Conversation, check_learned
@@ -110,8 +110,7 @@ def run_block(plan: Plan, segment: Segment, job: Job, state: Path) -> None:
     else:
         before = read_result(state, segment.number - 1, job.source, job.block)
         samples = (Sample.from_json(data, source.name, source.category) for data in before.samples)
-    for sample in samples:
-        work.take(sample)
+    work.take(list(samples))
     file = result_file(state, segment.number, job.source, job.block)
     write_atomically(file, json.dumps(asdict(work.result), ensure_ascii=False, allow_nan=False))
 
@@ -135,23 +134,22 @@ class _Work:
                 row = {"number": item.number, "id": identity, "operator": READ, "final": True, "decision": "rejected"}
                 self.result.rows.append({**row, "reason": reason[:100], "detail": str(error)[:200]})
 
-    def take(self, sample: Sample) -> None:
-        """One sample through all steps of the segment."""
-        current: Sample | None = sample
-        decided = self.segment.decided
+    def take(self, samples: list[Sample]) -> None:
+        """All samples through the segment, a step at a time, for some steps work on many at once."""
+        decided, asks = self.segment.decided, self.segment.asks
         if decided is not None and self.source in decided.sources:
-            current = self._apply(sample, decided, self.decided.get(sample.number, []))
+            samples = self._applied(samples, decided, [self.decided.get(sample.number, []) for sample in samples])
         for step in self.segment.steps:
-            if current is None:
-                return
             if self.source in step.sources:
                 assert isinstance(step.operator, SampleOperator)
-                current = self._apply(current, step, found_in(step.operator, current))
-        asks = self.segment.asks
-        if current is not None and asks is not None and self.source in asks.sources:
-            current = self._ask(current, asks)
-        if current is not None:
-            self.result.samples.append(current.to_json())
+                samples = self._applied(samples, step, step.operator.all_findings(samples))
+        if asks is not None and self.source in asks.sources:
+            samples = [left for sample in samples if (left := self._ask(sample, asks)) is not None]
+        self.result.samples += [sample.to_json() for sample in samples]
+
+    def _applied(self, samples: list[Sample], step: Step, found: Sequence[list[Finding]]) -> list[Sample]:
+        after = (self._apply(sample, step, findings) for sample, findings in zip(samples, found, strict=True))
+        return [sample for sample in after if sample is not None]
 
     def _ask(self, sample: Sample, step: Step) -> Sample | None:
         assert isinstance(step.operator, SetOperator)
@@ -183,9 +181,10 @@ class _Work:
 
     def _show(self, sample: Sample, finding: Finding, operator: str) -> None:
         """Keep the first few samples of each reason for the report."""
-        if finding.decision == "noted" or self.shown[operator, finding.reason] >= EXAMPLES:
-            return
-        self.shown[operator, finding.reason] += 1
+        if finding.beside is None:
+            if finding.decision == "noted" or self.shown[operator, finding.reason] >= EXAMPLES:
+                return
+            self.shown[operator, finding.reason] += 1
         conversation: Conversation = sample.conversation
         around = range(len(conversation.turns))
         if finding.turn is not None:
@@ -193,7 +192,7 @@ class _Work:
         turns = [
             (conversation.turns[number].role, conversation.turns[number].text[:MOST_SHOWN]) for number in around[:6]
         ]
-        images = [(str(part.path), part.offset, part.size) for part in sample.images[:3]]
+        images = [*places_of(sample.images[:3]), *(finding.beside or ())]
         example = {
             "operator": operator,
             "decision": finding.decision,
@@ -203,6 +202,7 @@ class _Work:
         text = None if finding.text is None else finding.text[:MOST_SHOWN]
         self.result.examples.append(
             {**example, "id": conversation.id, "turns": turns, "images": images, "text": text, "turn": finding.turn}
+            | ({} if finding.beside is None else {"rank": max(finding.scores.values(), default=0.0)})
         )
 
 

@@ -7,7 +7,7 @@ over them, and its findings are applied like any other's. Each says what it need
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +69,12 @@ class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
     on_benchmarks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, categories: Mapping[str, str], benchmarks: Sequence[str]) -> None:  # noqa: B027
+        """When a plan is read: ValueError if settings do not fit its sources.
+
+        categories: of the sources it is applied to, by name. benchmarks: names of those that are only compared with.
+        """
+
     @property
     def resources(self) -> Resources:
         """Of each process that applies it, by its settings; a plan is divided where they differ."""
@@ -92,6 +98,10 @@ class SampleOperator(BaseOperator):
     @abstractmethod
     def findings(self, sample: Sample) -> Iterable[Finding]:
         """All there is to say of a sample; may raise BrokenSample, which rejects it."""
+
+    def all_findings(self, samples: Sequence[Sample]) -> list[list[Finding]]:
+        """The findings of each sample of a block; one that works on many at once has its own."""
+        return [found_in(self, sample) for sample in samples]
 
     def run(
         self, samples: Iterable[Sample], reject: Unit = "exchange"

@@ -24,6 +24,7 @@ from megatron_eagle.curation.sample import Sample
 from megatron_eagle.data.build.forms.keys import HARMLESS
 from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.errors import UserError
 
 KEPT = "kept"
 SAMPLES_FILE = "samples.jsonl"
@@ -103,6 +104,15 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
     return summary
 
 
+def read_summary(out: Path) -> Summary:
+    """That of a finished run; UserError."""
+    path = out / SUMMARY_FILE
+    try:
+        return _summary(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no summary of a curation ({str(error)[:100]})") from None
+
+
 def _summary(data: dict[str, Any]) -> Summary:
     lists = ("notes", "files")
     sources = ({**one, **{name: tuple(one[name]) for name in lists}} for one in data["sources"])
@@ -170,7 +180,8 @@ class _SourceWriter:
                         reasons[f"{row['operator']}: {row['reason']} ({row['decision']})"] += 1
                 for example in result.examples:
                     reason = (example["operator"], example["decision"], example["reason"])
-                    if shown[reason] < SHOWN:  # of each source, so that the report may choose among sources
+                    # Of each source, so that the report may choose among sources.
+                    if shown[reason] < SHOWN or "rank" in example:
                         shown[reason] += 1
                         self.examples.append(Example(source=self.source.name, **example))
                 for data in result.samples:

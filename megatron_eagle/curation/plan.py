@@ -73,8 +73,6 @@ class Plan:
         benchmarks = [source.name for source in self.sources if source.benchmark]
         if benchmarks and not compares:
             raise ValueError(f"source '{benchmarks[0]}' is a benchmark, and no operator compares with it")
-        if compares and not benchmarks:
-            raise ValueError("there is nothing to compare with: no source is a benchmark")
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -120,6 +118,7 @@ class Plan:
         if operator.name in earlier:
             raise ValueError(f"operator '{operator.name}' is given twice")
         benchmarks = [source.name for source in self.sources if source.benchmark and operator.on_benchmarks]
+        operator.check({source.name: source.category for source in self.sources if source.name in given}, benchmarks)
         return Step(operator, frozenset([*given, *benchmarks]), reject)
 
     def source(self, name: str) -> PlannedSource:

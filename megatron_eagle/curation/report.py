@@ -29,7 +29,10 @@ SIDE = 160  # pixels of a picture
 
 @dataclass(frozen=True)
 class Example:
-    """A sample that an operator changed, rejected or left. turns: (role, text). images: path, offset, size of each."""
+    """A sample that an operator changed, rejected or left, or that it shows. turns: (role, text).
+
+    images: path, offset, size of each. rank: highest first; of samples that are shown, none of which is left out.
+    """
 
     source: str
     operator: str
@@ -41,6 +44,7 @@ class Example:
     images: list[tuple[str, int, int]]
     text: str | None = None
     turn: int | None = None
+    rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def _chosen(steps: Sequence[str], summary: "Summary", examples: Sequence[Example
     for (operator, decision, reason), group in groups.items():
         firsts = {example.source: example for example in reversed(group)}
         chosen = [*firsts.values(), *(one for one in group if one not in firsts.values())][:SHOWN]
+        if group[0].rank is not None:
+            chosen = sorted(group, key=lambda one: -(one.rank or 0.0))
         key = f"{operator}: {reason} ({decision})"
         many = sum(source.reasons.get(key, 0) for source in summary.sources)
         shown.append(Shown(operator, decision, reason, many, chosen))

@@ -4,7 +4,7 @@ Operators do not change samples: they return ``Finding``s, and ``apply_findings`
 every change is on record, and an operator can be tried on its own.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron_eagle.data.sample.markers import MARKERS, count_markers, cut_at_ma
 
 Decision = Literal["rejected", "left", "changed", "noted"]
 Unit = Literal["exchange", "sample"]
+Place = tuple[str, int, int]  # path, offset, size
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Finding:
     reason: a fixed wording, by which reports count. detail: what was found in this very sample.
     turn: number from 1 of the turn it is about, None for the whole sample. text: of a changed turn, its new text.
     scores: numbers by name. note: what later operators may read in ``Sample.notes``, under this operator's name.
+    beside: places of pictures that the report shows beside the sample's own, best score first; a mere note is shown
+        there only if it is given, be it empty.
     """
 
     decision: Decision
@@ -36,6 +39,7 @@ class Finding:
     text: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     note: Any = None
+    beside: Sequence[Place] | None = None
 
     def __post_init__(self) -> None:
         if (self.decision == "changed") != (self.text is not None and self.turn is not None):
@@ -83,8 +87,8 @@ class Sample:
         return {
             "number": self.number,
             "record": conversation.to_record(conversation.images, conversation.videos),
-            "images": [_place(part) for part in self.images],
-            "videos": [_place(part) for part in self.videos],
+            "images": places_of(self.images),
+            "videos": places_of(self.videos),
             "notes": dict(self.notes),
         }
 
@@ -99,8 +103,9 @@ class Sample:
         return Sample(source, category, data["number"], conversation, tuple(images), tuple(videos), data["notes"])
 
 
-def _place(part: FileSlice) -> tuple[str, int, int]:
-    return str(part.path), part.offset, part.size
+def places_of(parts: Iterable[FileSlice]) -> list[Place]:
+    """Where media lie, as JSON holds it."""
+    return [(str(part.path), part.offset, part.size) for part in parts]
 
 
 def _exchanges(turns: tuple[Turn, ...]) -> Iterator[Exchange]:

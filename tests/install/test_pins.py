@@ -25,6 +25,7 @@ OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dash
 BESIDE = {"vllm", "lmms-eval"}  # call our plug-ins where both are installed; constraints/vllm.txt, lmms.txt
 # Modules whose first name does not tell the distribution, longest first.
 DISTRIBUTIONS = {
+    "faiss": "faiss-cpu",
     "megatron.core": "megatron-core",
     "megatron.energon": "megatron-energon",
     "nvidia.dali": "nvidia-dali-cuda130",

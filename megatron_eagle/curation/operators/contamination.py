@@ -5,7 +5,7 @@ Benchmarks are sources of the plan with ``benchmark: true``, read like any other
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,11 @@ class Operator(SetOperator):
 
     image_distance: Count = 6
     words: Positive = 6
+
+    def check(self, categories: Mapping[str, str], benchmarks: Sequence[str]) -> None:
+        """ValueError without a benchmark."""
+        if not benchmarks:
+            raise ValueError("there is nothing to compare with: no source is a benchmark")
 
     def value(self, sample: Sample) -> Any:
         """Hashes of the images, and of the questions that are long enough, with the turns of their answers."""
