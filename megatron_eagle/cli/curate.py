@@ -1,9 +1,11 @@
 """``megatron-eagle curate``: sources through a plan's operators, and what happened to a sample."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_eagle.cli.common import Verbs, positive_int, verb
+from megatron_eagle.errors import UserError
 
 
 def add(verbs: Verbs) -> None:
@@ -34,6 +36,11 @@ def add(verbs: Verbs) -> None:
     run.add_argument("out", type=Path, metavar="OUT")
     run.add_argument("--workers", type=positive_int, default=1, help="processes that work on blocks (default: 1)")
     run.add_argument("--build", action="store_true", help="also build OUT/shards/SOURCE of what is kept")
+    run.add_argument(
+        "--key-variable",
+        metavar="NAME",
+        help="environment variable with the key of endpoints that have no key_file (docs/curation_augmentation.md)",
+    )
     run.set_defaults(run=_run)
     explain = verb(
         actions,
@@ -56,10 +63,14 @@ def add(verbs: Verbs) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.asking import give_key
     from megatron_eagle.curation.engine import curate
     from megatron_eagle.curation.plan import load_plan
 
-    summary = curate(load_plan(options.plan), options.out, workers=options.workers, build=options.build)
+    plan = load_plan(options.plan)
+    if options.key_variable is not None:
+        give_key(plan.steps, _variable(options.key_variable))
+    summary = curate(plan, options.out, workers=options.workers, build=options.build)
     for source in summary.sources:
         print(
             f"{source.name}: {source.read} read = {source.used} used + {source.rejected} rejected + {source.left} left"
@@ -67,6 +78,13 @@ def _run(options: argparse.Namespace) -> None:
     print(
         f"{options.out}: {summary.total('used')} of {summary.total('read')} samples kept; see {options.out}/report.html"
     )
+
+
+def _variable(name: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise UserError(f"--key-variable {name}: the environment has no such variable, or it is empty")
+    return value
 
 
 def _explain(options: argparse.Namespace) -> None:

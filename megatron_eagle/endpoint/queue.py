@@ -83,12 +83,14 @@ class Queue:
         if model == self.endpoint.model:
             self.counts.cost += self.endpoint.cost(reply.tokens_in, reply.tokens_out)
 
-    def ask(self, questions: Iterable[tuple[Tag, Question]]) -> Iterator[tuple[Tag, Reply]]:
+    def ask(self, questions: Iterable[tuple[Tag, Question | Reply]]) -> Iterator[tuple[Tag, Reply]]:
         """Each question's tag with its answer, in order. Once, from one thread.
+
+        A reply among the questions keeps its place and is given back: nothing is asked for it.
 
         Raises UserError if the endpoint refuses the key, answers nothing, or the next question may cost too much.
         """
-        waiting: deque[tuple[Tag, Question, Future[Reply]]] = deque()
+        waiting: deque[tuple[Tag, Question | Reply, Future[Reply]]] = deque()
         for tag, question in questions:
             waiting.append((tag, question, self._begin(question)))
             if len(waiting) >= AHEAD * self.endpoint.at_once:
@@ -96,28 +98,28 @@ class Queue:
         while waiting:
             yield self._take(*waiting.popleft())
 
-    def _begin(self, question: Question) -> Future[Reply]:
+    def _begin(self, question: Question | Reply) -> Future[Reply]:
         """What will be its answer: one in flight, one from the disk, or a new one."""
+        if isinstance(question, Reply):
+            return _done(question)
         digest = question.digest(self.endpoint.model)
         running = self._running.get(digest)  # looked at first: it is removed once it is on the disk
         if running is not None:
             return running
         known = self._cache.get(digest)
         if known is not None:
-            done: Future[Reply] = Future()
-            done.set_result(known)
             self.counts.known += 1
-            return done
+            return _done(known)
         with self._guard:
             new = self._running[digest] = self._pool.submit(self._answer, digest, question)
         return new
 
-    def _take(self, tag: Tag, question: Question, future: Future[Reply]) -> tuple[Tag, Reply]:
+    def _take(self, tag: Tag, question: Question | Reply, future: Future[Reply]) -> tuple[Tag, Reply]:
         try:
             reply = future.result()
         except (Stopped, CancelledError):  # another question's error stopped this one: that one is the news
             raise self._error or UserError("the queue was left before all was answered") from None
-        fault = reply.fault(question.keys)
+        fault = reply.fault(question.keys) if isinstance(question, Question) else ""
         if fault:
             self.counts.faults[fault.partition(":")[0]] += 1
         return tag, reply
@@ -189,6 +191,12 @@ class Queue:
         self._refused += 1
         if self._refused == REFUSED_AT_FIRST and not self.counts.asked + self.counts.known:
             raise UserError(f"{self.endpoint.url}: none of {self._refused} questions was answered; {reply.unanswered}")
+
+
+def _done(reply: Reply) -> Future[Reply]:
+    future: Future[Reply] = Future()
+    future.set_result(reply)
+    return future
 
 
 def _counted(reply: Reply, question: Question, sent: Sent) -> Reply:
