@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_eagle.cli.common import Verbs, positive_int, verb
+from megatron_eagle.cli.common import Verbs, count, positive_int, verb
 from megatron_eagle.errors import UserError
 
 
@@ -15,7 +15,8 @@ def add(verbs: Verbs) -> None:
         "curate",
         "filter sources by a plan, with the fate of every sample on record",
         "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate\n"
-        "operators' lists what plans may use. Each has --help (docs/curation.md).",
+        "operators' lists what plans may use, 'curate synthesise OUT' makes pages and charts. Each has --help\n"
+        "(docs/curation.md).",
         "  megatron-eagle curate plan.yaml curated --workers 8\n  megatron-eagle curate explain curated chart-000017\n",
     )
     parser.default_verb = "run"  # type: ignore[attr-defined]
@@ -52,6 +53,7 @@ def add(verbs: Verbs) -> None:
     explain.add_argument("out", type=Path, metavar="OUT")
     explain.add_argument("sample", metavar="SAMPLE_ID")
     explain.set_defaults(run=_explain)
+    _add_synthesise(actions)
     operators = verb(
         actions,
         "operators",
@@ -60,6 +62,32 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle curate operators\n",
     )
     operators.set_defaults(run=_operators)
+
+
+def _add_synthesise(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "synthesise",
+        "make pages of text and charts, with what is in them",
+        "Writes OUT/samples.jsonl and OUT/images for 'data build' or a plan: pages of text in several layouts,\n"
+        "scripts and fonts, with noise (--pages), and charts with their tables (--charts). The same arguments give\n"
+        "the same bytes.",
+        "  megatron-eagle curate synthesise made --pages 1000 --charts 1000 --seed 1\n",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--pages", type=count, default=0, metavar="N", help="pages of text (default: 0)")
+    parser.add_argument("--charts", type=count, default=0, metavar="N", help="charts (default: 0)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="of everything that is drawn (default: 0)")
+    parser.add_argument(
+        "--scripts", default="latin,cyrillic,greek", metavar="NAMES",
+        help="of pages: latin, cyrillic, greek, han, kana, hangul (default: the first three)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fonts", type=Path, action="append", default=[], metavar="FOLDER",
+        help="a folder with more fonts than matplotlib brings; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="processes (default: 1)")
+    parser.set_defaults(run=_synthesise)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -92,6 +120,15 @@ def _explain(options: argparse.Namespace) -> None:
 
     for line in explain(options.out, options.sample):
         print(line)
+
+
+def _synthesise(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.synthesis.write import Synthesis, synthesise
+
+    scripts = tuple(name.strip() for name in options.scripts.split(",") if name.strip())
+    wanted = Synthesis(options.seed, options.pages, options.charts, scripts, tuple(options.fonts))
+    file = synthesise(wanted, options.out, workers=options.workers)
+    print(f"{file}: {wanted.pages} pages and {wanted.charts} charts")
 
 
 def _operators(options: argparse.Namespace) -> None:

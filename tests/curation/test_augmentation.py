@@ -111,9 +111,7 @@ def test_questions_of_boxes(tmp_path: Path) -> None:
 
 
 def test_questions_of_metadata(tmp_path: Path) -> None:
-    record = question(
-        "a", "What?", "A view.", "a.png", metadata={"artist": "<image> Ltd", "year": 1889, "old": True}
-    )
+    record = question("a", "What?", "A view.", "a.png", metadata={"artist": "<image> Ltd", "year": 1889, "old": True})
     asked = {"artist": "Who painted this?", "year": "When?", "old": "Old?", "place": "Where?"}
     turns = texts(after("metadata_questions", {"questions": asked}, sample(tmp_path, record))[1])
     assert turns[2:] == [
