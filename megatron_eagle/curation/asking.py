@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_eagle.config.findings import checked
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.yaml_file import read_yaml
+from megatron_eagle.curation.clips import frames_of
 from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
 from megatron_eagle.curation.sample import Exchange, Finding, Sample, added_exchanges
 from megatron_eagle.curation.tasks import Task, task_of
@@ -29,6 +30,7 @@ from megatron_eagle.endpoint.client import ChatClient, check_installed
 from megatron_eagle.endpoint.question import Question, Reply, ask_about
 from megatron_eagle.endpoint.queue import Queue
 from megatron_eagle.endpoint.settings import Endpoint
+from megatron_eagle.errors import BrokenSample
 
 JUDGE = (
     "Judge this about the pictures above, if there are any.\nQuestion: {question}\nAnswer: {answer}\n"
@@ -43,29 +45,34 @@ Tag = TypeVar("Tag")
 class Ask:
     """What is asked about a sample. turn: that it is about, 0 for none. words: of the prompt.
 
-    pictures: path, offset and size of each. about: what is needed to make use of the answer.
+    pictures: path, offset and size of each. times: seconds of frames that are shown instead, the only picture being a
+        film. about: what is needed to make use of the answer.
     """
 
     turn: int
     words: str
     pictures: tuple[tuple[str, int, int], ...] = ()
     about: dict[str, Any] | None = None
+    times: tuple[float, ...] = ()
 
 
 @plain_dataclass(frozen=True)
 class Draft:
-    """What a model's answer would do: change a turn, add an exchange, reject an exchange, or nothing, for a reason.
+    """What a model's answer would do: change a turn, add exchanges, reject one, be noted, or nothing, for a reason.
 
-    changes: new words by turn. question, answer: what is judged, and added by ``add``.
+    changes: new words by turn. question, answer: what is judged, and added by ``add``, with those of ``also``.
+    note: for later operators, in a list with those of the sample's other answers.
     """
 
-    does: Literal["change", "add", "reject", "nothing"]
+    does: Literal["change", "add", "reject", "note", "nothing"]
     reason: str
     detail: str = ""
     turn: int | None = None
     question: str = ""
     answer: str = ""
     changes: tuple[tuple[int, str], ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
+    note: Any = None
     scores: tuple[tuple[str, float], ...] = ()
 
 
@@ -172,9 +179,10 @@ def drawn_exchanges(sample: Sample, operator: str, tasks: Collection[Task], shar
 
 
 def _asked(ask: Ask, words: str, keys: tuple[str, ...] | None, most: int) -> Question | Reply:
+    files = [FileSlice(Path(path), offset, size) for path, offset, size in ask.pictures]
     try:
-        pictures = [FileSlice(Path(path), offset, size).read() for path, offset, size in ask.pictures]
-    except OSError as error:
+        pictures = frames_of(files[0], ask.times) if ask.times else [file.read() for file in files]
+    except (OSError, BrokenSample) as error:
         return Reply("", unanswered=f"a picture cannot be read: {error}"[:200])
     return Question(ask_about(words, *pictures), keys, most)
 
@@ -184,7 +192,8 @@ def _each(rows: Iterator[Row]) -> Iterator[tuple[Row, Ask]]:
     for row in rows:
         turns, asks = row.value
         for one in asks:
-            yield replace(row, value=turns), Ask(**{**one, "pictures": tuple(map(tuple, one["pictures"]))})
+            places, times = tuple(map(tuple, one["pictures"])), tuple(one["times"])
+            yield replace(row, value=turns), Ask(**{**one, "pictures": places, "times": times})
 
 
 def _shown(queue: Queue, answers: Iterable[tuple[Tag, Reply]]) -> Iterator[tuple[Tag, Reply]]:
@@ -215,6 +224,8 @@ def _verdicts(drafts: Iterator[tuple[Row, Ask, Draft]], model: str) -> Iterator[
         own = list(group)
         row = own[0][0]
         new: list[tuple[str, str, Finding]] = []
+        notes: list[Any] = []
+        noted = Finding("noted", "")
         for _, _, draft in own:
             detail = f"{model}{': ' * bool(draft.detail)}{draft.detail}"[:200]
             finding = Finding("noted", draft.reason, detail, draft.turn, scores=dict(draft.scores))
@@ -223,8 +234,13 @@ def _verdicts(drafts: Iterator[tuple[Row, Ask, Draft]], model: str) -> Iterator[
             elif draft.does == "reject":
                 yield Verdict(row.key, replace(finding, decision="rejected"))
             elif draft.does == "add":
-                new.append((draft.question, draft.answer, finding))
+                new += [(*words, finding) for words in ((draft.question, draft.answer), *draft.also)]
+            elif draft.does == "note":
+                notes.append(draft.note)
+                noted = finding
             for turn, text in draft.changes if draft.does == "change" else ():
                 yield Verdict(row.key, replace(finding, decision="changed", turn=turn, text=text))
         for finding in added_exchanges(row.value, new):
             yield Verdict(row.key, finding)
+        if notes:
+            yield Verdict(row.key, replace(noted, note=notes))
