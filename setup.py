@@ -50,6 +50,8 @@ DOCUMENTS = ["pypdfium2>=5.15"]
 RAY = ["ray>=2.60,<3"]
 # Only two operators of curation need them: "subset" and "language".
 CURATE = ["faiss-cpu>=1.15", "py3langid>=0.4"]
+# Models that are asked over HTTP: operators that augment or verify, and judges.
+ASKING = ["openai>=3.57,<4"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -99,8 +101,9 @@ setup(
         "documents": DOCUMENTS,
         "curate": CURATE,
         "ray": RAY,
+        "endpoint": ASKING,
         "serve": [*ENDPOINT, *PAGE],
-        "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
+        "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *ENDPOINT],
     },
     entry_points={
         "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],

@@ -25,6 +25,7 @@ ORDER = (
     "dry_run",
     "verification",
     "conversion",
+    "endpoint",
     "evaluation",
     "serving",
     "curation",

@@ -1,6 +1,7 @@
 """``megatron-eagle curate``: sources through a plan's operators, and what happened to a sample."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_eagle.cli.common import Verbs, count, fraction, positive_int, verb
@@ -14,8 +15,8 @@ def add(verbs: Verbs) -> None:
         "curate",
         "filter sources by a plan, with the fate of every sample on record",
         "'curate PLAN OUT' runs a plan, 'curate explain OUT SAMPLE_ID' says what happened to a sample, 'curate admit\n"
-        "NEW OUT --pool POOL' whether a source adds anything, 'curate operators' lists what plans may use. Each\n"
-        "action has --help (docs/curation.md).",
+        "NEW OUT --pool POOL' whether a source adds anything, 'curate synthesise OUT' makes pages and charts,\n"
+        "'curate operators' lists what plans may use. Each action has --help (docs/curation.md).",
         "  megatron-eagle curate plan.yaml curated --workers 8\n  megatron-eagle curate explain curated chart-000017\n",
     )
     parser.default_verb = "run"  # type: ignore[attr-defined]
@@ -48,6 +49,11 @@ def add(verbs: Verbs) -> None:
         help="of the Ray cluster: 'auto' is the one that this machine is part of (default: one on this machine alone)",
     )
     run.add_argument("--build", action="store_true", help="also build OUT/shards/SOURCE of what is kept")
+    run.add_argument(
+        "--key-variable",
+        metavar="NAME",
+        help="environment variable with the key of endpoints that have no key_file (docs/curation_augmentation.md)",
+    )
     run.set_defaults(run=_run)
     explain = verb(
         actions,
@@ -60,6 +66,7 @@ def add(verbs: Verbs) -> None:
     explain.add_argument("sample", metavar="SAMPLE_ID")
     explain.set_defaults(run=_explain)
     _add_admit(actions)
+    _add_synthesise(actions)
     operators = verb(
         actions,
         "operators",
@@ -110,14 +117,44 @@ def _add_admit(actions: Verbs) -> None:
     admit.set_defaults(run=_admit)
 
 
+def _add_synthesise(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "synthesise",
+        "make pages of text and charts, with what is in them",
+        "Writes OUT/samples.jsonl and OUT/images for 'data build' or a plan: pages of text in several layouts,\n"
+        "scripts and fonts, with noise (--pages), and charts with their tables (--charts). The same arguments give\n"
+        "the same bytes.",
+        "  megatron-eagle curate synthesise made --pages 1000 --charts 1000 --seed 1\n",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--pages", type=count, default=0, metavar="N", help="pages of text (default: 0)")
+    parser.add_argument("--charts", type=count, default=0, metavar="N", help="charts (default: 0)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="of everything that is drawn (default: 0)")
+    parser.add_argument(
+        "--scripts", default="latin,cyrillic,greek", metavar="NAMES",
+        help="of pages: latin, cyrillic, greek, han, kana, hangul (default: the first three)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fonts", type=Path, action="append", default=[], metavar="FOLDER",
+        help="a folder with more fonts than matplotlib brings; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="processes (default: 1)")
+    parser.set_defaults(run=_synthesise)
+
+
 def _run(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.asking import give_key
     from megatron_eagle.curation.engine import curate
     from megatron_eagle.curation.plan import load_plan
 
     if options.ray_address and options.engine != "ray":
         raise UserError(f"--ray-address {options.ray_address} goes with --engine ray")
+    plan = load_plan(options.plan)
+    if options.key_variable is not None:
+        give_key(plan.steps, _variable(options.key_variable))
     summary = curate(
-        load_plan(options.plan),
+        plan,
         options.out,
         workers=options.workers,
         build=options.build,
@@ -146,11 +183,27 @@ def _admit(options: argparse.Namespace) -> None:
     print(f"{options.out}/report.html shows the best matches side by side")
 
 
+def _variable(name: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise UserError(f"--key-variable {name}: the environment has no such variable, or it is empty")
+    return value
+
+
 def _explain(options: argparse.Namespace) -> None:
     from megatron_eagle.curation.ledger import explain
 
     for line in explain(options.out, options.sample):
         print(line)
+
+
+def _synthesise(options: argparse.Namespace) -> None:
+    from megatron_eagle.curation.synthesis.write import Synthesis, synthesise
+
+    scripts = tuple(name.strip() for name in options.scripts.split(",") if name.strip())
+    wanted = Synthesis(options.seed, options.pages, options.charts, scripts, tuple(options.fonts))
+    file = synthesise(wanted, options.out, workers=options.workers)
+    print(f"{file}: {wanted.pages} pages and {wanted.charts} charts")
 
 
 def _operators(options: argparse.Namespace) -> None:

@@ -188,7 +188,7 @@ class _Work:
         conversation: Conversation = sample.conversation
         around = range(len(conversation.turns))
         if finding.turn is not None:
-            around = range(max(0, finding.turn - 2), finding.turn)
+            around = range(max(0, finding.turn - 2), min(finding.turn, len(conversation.turns)))
         turns = [
             (conversation.turns[number].role, conversation.turns[number].text[:MOST_SHOWN]) for number in around[:6]
         ]
@@ -214,7 +214,8 @@ def _row(sample: Sample, finding: Finding, operator: str, final: bool) -> dict[s
     if finding.scores:
         row["scores"] = dict(finding.scores)
     if finding.text is not None and finding.turn is not None:
-        row |= {"before": sample.conversation.turns[finding.turn - 1].text, "after": finding.text}
+        changed = finding.decision == "changed"
+        row |= {"before": sample.conversation.turns[finding.turn - 1].text if changed else None, "after": finding.text}
     return row
 
 

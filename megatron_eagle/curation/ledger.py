@@ -22,12 +22,12 @@ SCHEMA = pa.schema([
     ("sample", pa.string()),  # its id
     ("turn", pa.int32()),  # from 1; null: the whole sample
     ("operator", pa.string()),
-    ("decision", pa.string()),  # kept, rejected, left, changed, noted
+    ("decision", pa.string()),  # kept, rejected, left, changed, added, noted
     ("final", pa.bool_()),
     ("reason", pa.string()),
     ("detail", pa.string()),
     ("scores", pa.map_(pa.string(), pa.float64())),
-    ("before", pa.string()),  # the turn's text, where it was changed
+    ("before", pa.string()),  # the turn's text, where it was changed; null of an added turn
     ("after", pa.string()),
 ])  # fmt: skip
 
@@ -90,5 +90,8 @@ def _line(row: Mapping[str, Any]) -> str:
     why = ": ".join(part for part in (row["reason"], row["detail"]) if part)
     scores = "".join(f", {name} {value:g}" for name, value in row["scores"] or ())
     by = f" by {row['operator']}" if row["operator"] else ""
-    text = f"; {row['before'][-80:]!r} became {row['after'][-80:]!r}" if row["after"] is not None else ""
+    text = ""
+    if row["after"] is not None:
+        text = f"; {row['after'][-80:]!r}" if row["before"] is None else ""
+        text = text or f"; {row['before'][-80:]!r} became {row['after'][-80:]!r}"
     return f"  {where}{row['decision']}{by}{': ' * bool(why)}{why}{scores}{text}"

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.sample.conversation import Conversation, Turn, parse_record
-from megatron_eagle.data.sample.markers import MARKERS, count_markers, cut_at_markers
+from megatron_eagle.data.sample.markers import MARKERS, count_markers, cut_at_markers, escape_marks
 
-Decision = Literal["rejected", "left", "changed", "noted"]
+Decision = Literal["rejected", "left", "changed", "added", "noted"]
 Unit = Literal["exchange", "sample"]
 Place = tuple[str, int, int]  # path, offset, size
 
@@ -24,9 +24,11 @@ class Finding:
     """What an operator has to say of a sample.
 
     decision: ``rejected``: it is faulty; ``left``: nothing is wrong with it, but it is not taken; ``changed``: a turn
-        gets another text; ``noted``: nothing happens to it.
+        gets another text; ``added``: a turn is put behind the last, a question behind an answer, an answer behind
+        anything else; ``noted``: nothing happens to it.
     reason: a fixed wording, by which reports count. detail: what was found in this very sample.
-    turn: number from 1 of the turn it is about, None for the whole sample. text: of a changed turn, its new text.
+    turn: number from 1 of the turn it is about, None for the whole sample; of an added one, the number it gets. text:
+        of a changed turn, its new text, of an added one, its text.
     scores: numbers by name. note: what later operators may read in ``Sample.notes``, under this operator's name.
     beside: places of pictures that the report shows beside the sample's own, best score first; a mere note is shown
         there only if it is given, be it empty.
@@ -42,7 +44,7 @@ class Finding:
     beside: Sequence[Place] | None = None
 
     def __post_init__(self) -> None:
-        if (self.decision == "changed") != (self.text is not None and self.turn is not None):
+        if (self.decision in ("changed", "added")) != (self.text is not None and self.turn is not None):
             raise ValueError(f"a finding that is {self.decision} has turn={self.turn} and text={self.text!r}")
 
 
@@ -130,6 +132,16 @@ def plain_text(text: str) -> str:
     return "".join(cut_at_markers(text, media=True)[::2]).strip()
 
 
+def added_exchanges(sample_turns: int, exchanges: Iterable[tuple[str, str, Finding]]) -> Iterator[Finding]:
+    """Findings that add questions with their answers behind the last of so many turns, which must be an answer.
+
+    exchanges: words of the question, words of the answer, and a finding whose reason, detail and scores both get.
+    """
+    for number, (question, answer, why) in enumerate(exchanges):
+        for place, text in enumerate((question, answer), 1):
+            yield replace(why, decision="added", turn=sample_turns + 2 * number + place, text=escape_marks(text))
+
+
 def apply_findings(sample: Sample, findings: Iterable[Finding], operator: str, reject: Unit) -> Sample | None:
     """The sample after an operator; None if it is rejected or left.
 
@@ -144,6 +156,11 @@ def apply_findings(sample: Sample, findings: Iterable[Finding], operator: str, r
         if finding.decision == "changed":
             number = cast(int, finding.turn) - 1
             turns[number] = replace(turns[number], text=cast(str, finding.text))
+        elif finding.decision == "added":
+            if finding.turn != len(turns) + 1:
+                raise ValueError(f"operator '{operator}' adds turn {finding.turn} to {len(turns)} turns")
+            answered = bool(turns) and turns[-1].role == "assistant"
+            turns.append(Turn("user" if answered else "assistant", cast(str, finding.text)))
         elif finding.decision != "noted":
             if finding.turn is None or reject == "sample":
                 return None

@@ -45,10 +45,15 @@ class Operator(SampleOperator):
                 continue
             if bare != exchange.answer:
                 yield Finding("changed", f"answer to {task} unified", turn=exchange.turn, text=escape_marks(bare))
-            if not _STATED.search(exchange.question) and exchange.question:
+            if not states_format(exchange.question) and exchange.question:
                 asked = sample.conversation.turns[exchange.turn - 2].text
                 text = f"{asked}\n{self.instructions[task]}"
                 yield Finding("changed", f"answer format of {task} stated", turn=exchange.turn - 1, text=text)
+
+
+def states_format(question: str) -> bool:
+    """Whether a question says how it is to be answered."""
+    return _STATED.search(question) is not None
 
 
 def bare_answer(task: Task, exchange: Exchange) -> str | None:

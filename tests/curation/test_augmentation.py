@@ -1,0 +1,301 @@
+"""Operators that add and change turns: by rule from what a record knows, and by a model behind a real HTTP endpoint."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from endpoint_server import KEY, Act, Server, asked_text, endpoint_server
+from samples import image_bytes, question, write_jsonl
+
+from megatron_eagle.cli import main
+from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.ledger import explain
+from megatron_eagle.curation.operator import make_operator
+from megatron_eagle.curation.plan import load_plan
+from megatron_eagle.curation.sample import Finding, Sample, apply_findings
+from megatron_eagle.curation.tables import Table, table_in, table_of
+from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.sample.conversation import parse_record
+from megatron_eagle.errors import UserError
+
+TABLE = {
+    "columns": ["city", "people", "area"],
+    "rows": [["Oslo", "700", "4.5"], ["Rome", "2,800", "12.25"], ["Bern", "130", "5"]],
+}
+MARKDOWN = "| city | people |\n|---|---|\n| Oslo | 700 |\n| Rome | 2,800 |\n| Bern | 130 |"
+
+
+def sample(folder: Path, record: dict[str, Any], size: tuple[int, int] = (200, 100)) -> Sample:
+    folder.mkdir(exist_ok=True)
+    file = folder / "a.png"
+    file.write_bytes(image_bytes(size, "red"))
+    conversation = parse_record(record)
+    places = (FileSlice(file, 0, file.stat().st_size),) * len(conversation.images)
+    return Sample("source", "general", 0, conversation, places)
+
+
+def texts(one: Sample | None) -> list[tuple[str, str]]:
+    assert one is not None
+    return [(turn.role, turn.text) for turn in one.conversation.turns]
+
+
+def after(name: str, settings: dict[str, Any], one: Sample) -> tuple[list[Finding], Sample | None]:
+    operator: Any = make_operator(name, settings)
+    ((_, found, changed),) = operator.run([one])
+    return found, changed
+
+
+def test_questions_of_a_table_are_exact(tmp_path: Path) -> None:
+    for record in (
+        question("a", "Read the chart as a table.", MARKDOWN, "a.png"),
+        question("b", "What is it?", "A chart.", "a.png", metadata={"table": TABLE}),
+    ):
+        found, changed = after("table_questions", {"most": 40}, sample(tmp_path, record))
+        turns = texts(changed)
+        assert [role for role, _ in turns] == ["user", "assistant"] * (len(turns) // 2) and len(turns) > 12
+        answers = dict(zip([text for _, text in turns[2::2]], [text for _, text in turns[3::2]], strict=True))
+        assert len(answers) == len(turns) // 2 - 1, "no question is asked twice"
+        assert answers["Which city has the largest people?"] == "Rome"
+        assert answers["Which city has the smallest people?"] == "Bern"
+        assert answers["By how much is the people of Rome larger than that of Oslo?"] == "2100"
+        assert answers["What is the sum of people over all rows?"] == "3630"
+        assert answers["How many rows have a people above 130?"] == "2"
+        assert answers["What is the people of Rome?"] == "2,800"
+        assert {one.decision for one in found} == {"added"} and len(found) == len(turns) - 2
+    assert answers["What is the sum of area over all rows?"] == "21.75", "decimal, no more digits than the table has"
+    assert found == after("table_questions", {"most": 40}, sample(tmp_path, record))[0], "seeded"
+    few = after("table_questions", {"most": 2, "kinds": ["lookup"], "seed": 1}, sample(tmp_path, record))[0]
+    assert len(few) == 4 and few[0].reason == "asked of a table: lookup"
+
+
+def test_what_is_no_table_is_not_asked_about(tmp_path: Path) -> None:
+    for table in (
+        {"columns": ["a"], "rows": [["1"]]},
+        {"columns": ["a", "b"], "rows": [["x", "1"], ["x", "2"]]},
+        3,
+        None,
+    ):
+        assert table_of(table) is None
+        record = question("a", "What?", "That | this", "a.png", metadata={"table": table})
+        assert after("table_questions", {}, sample(tmp_path, record))[0] == []
+    ties = Table(("name", "n"), (("a", "1"), ("b", "1"), ("c", "1")))
+    assert ties.numbers(1) == [Decimal(1)] * 3 and table_in(ties.markdown()) == ties
+    record = question("a", "Table?", ties.markdown(), "a.png")
+    assert after("table_questions", {"kinds": ["largest", "smallest", "difference"]}, sample(tmp_path, record))[0] == []
+
+
+def test_questions_of_boxes(tmp_path: Path) -> None:
+    boxes = [
+        {"label": "dog", "box": [0, 0, 50, 50]}, {"label": "cat", "box": [60, 60, 200, 100]},
+        {"label": "bird", "box": [10, 0, 20, 10]}, {"label": "bird", "box": [30, 0, 40, 10]},
+    ]  # fmt: skip
+    one = sample(tmp_path, question("a", "What?", "Animals.", "a.png", metadata={"boxes": boxes}))
+    turns = [text for _, text in texts(after("box_questions", {"most": 99, "complete": True}, one)[1])]
+    answers = dict(zip(turns[2::2], turns[3::2], strict=True))
+    assert answers["Where is the cat? Answer with its box."] == "[300, 600, 1000, 1000]"
+    assert answers["Is the cat to the left or to the right of the dog? Answer left or right."] == "right"
+    assert answers["Is the dog above or below the cat? Answer above or below."] == "above"
+    assert answers["How many objects of the kind 'bird' are in the image?"] == "2"
+    assert not any("the bird" in asked for asked in answers), "there are two of them"
+    assert not any("kind" in text for _, text in texts(after("box_questions", {"most": 99}, one)[1]))
+    wrong = sample(
+        tmp_path, question("a", "What?", "It.", "a.png", metadata={"boxes": [{"label": "x", "box": [0, 0, 201, 5]}]})
+    )
+    found, changed = after("box_questions", {}, wrong)
+    assert [(f.decision, f.reason) for f in found] == [("noted", "boxes that cannot be used")]
+    assert "200x100" in found[0].detail and len(texts(changed)) == 2
+
+
+def test_questions_of_metadata(tmp_path: Path) -> None:
+    record = question("a", "What?", "A view.", "a.png", metadata={"artist": "<image> Ltd", "year": 1889, "old": True})
+    asked = {"artist": "Who painted this?", "year": "When?", "old": "Old?", "place": "Where?"}
+    turns = texts(after("metadata_questions", {"questions": asked}, sample(tmp_path, record))[1])
+    assert turns[2:] == [
+        ("user", "Who painted this?"),
+        ("assistant", r"\<image> Ltd"),
+        ("user", "When?"),
+        ("assistant", "1889"),
+    ]
+    with pytest.raises(ValueError, match="has no question"):
+        make_operator("metadata_questions", {"questions": {}})
+
+
+def test_turns_are_added_behind_the_last_and_nowhere_else(tmp_path: Path) -> None:
+    one = sample(tmp_path, question("a", "What?", "That.", "a.png"))
+    new = [Finding("added", "r", turn=3, text="And?"), Finding("added", "r", turn=4, text="This.")]
+    assert texts(apply_findings(one, new, "op", "exchange"))[2:] == [("user", "And?"), ("assistant", "This.")]
+    gone = [Finding("rejected", "wrong", turn=2), *new]
+    assert [text for _, text in texts(apply_findings(one, gone, "op", "exchange"))] == ["<image>\nAnd?", "This."]
+    with pytest.raises(ValueError, match="operator 'op' adds turn 4 to 2 turns"):
+        apply_findings(one, new[1:], "op", "exchange")
+    with pytest.raises(ValueError, match="a finding that is added has turn=None"):
+        Finding("added", "r", text="x")
+
+
+# --- a model behind an endpoint ---
+
+
+RECORDS = 12
+
+
+def model(body: dict[str, Any], before: int) -> Act:
+    """A model that is right about even samples, in any operator's form; the judge is another one, told by its name."""
+    asked = asked_text(body)
+    if before == 0 and "number 3" in asked:
+        return Act(status=500)
+    if body["model"] == "judge":
+        return Act(json.dumps({"good": "number 4 " not in asked, "why": "so it is"}))
+    number = int(asked.partition("number ")[2].split()[0])
+    if "natural sentence" in asked:
+        return Act(
+            json.dumps({"sentence": f"There are {number} dots in it." if number % 2 == 0 else "There are some."})
+        )
+    if "step by step" in asked:
+        steps = "I see the dots in rows, count each row, and add all of them."
+        return Act(json.dumps({"steps": steps, "answer": str(number if number % 2 == 0 else 99)}))
+    if "Is the answer right" in asked:
+        return Act(json.dumps({"right": number % 2 == 0, "why": "counted"}) if number != 7 else "Perhaps.")
+    raise AssertionError(asked)
+
+
+def curated(
+    folder: Path, server: Server, operators: list[dict[str, Any]], out: str, key: str | None = KEY, **where: Any
+) -> Path:
+    """A plan of these operators over RECORDS records, run from the command line."""
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(image_bytes((80, 60), "red"))
+    records = [question(f"s{n}", f"How many dots has number {n} here?", str(n), "a.png") for n in range(RECORDS)]
+    write_jsonl(folder, records)
+    for name in ("model", "judge"):
+        limits = {"url": server.url, "model": name, "first_wait": 0.01, **where}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(limits))
+    asking = {"endpoint": str(folder / "model.yaml"), "answers": str(folder / "answers")}
+    plan = {
+        "name": "ask", "block": 5, "sources": [{"name": "dots", "path": str(folder / "samples.jsonl")}],
+        "operators": [{**asking, **one} for one in operators],
+    }  # fmt: skip
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    if key is not None:
+        (folder / "key").write_text(key)
+        for name in ("model", "judge"):
+            file = folder / f"{name}.yaml"
+            file.write_text(file.read_text() + f"key_file: {folder / 'key'}\n")
+    curate(load_plan(folder / "plan.yaml"), folder / out, progress=False)
+    return folder / out
+
+
+def kept(out: Path) -> dict[str, list[str]]:
+    lines = (out / "kept" / "dots" / "samples.jsonl").read_text().splitlines()
+    return {one["id"]: [turn["value"] for turn in one["conversations"]] for one in map(json.loads, lines)}
+
+
+def reasons(out: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((out / "summary.json").read_text())["sources"][0]["reasons"]
+    return found
+
+
+def test_short_answers_are_expanded_and_the_judge_has_its_say(tmp_path: Path) -> None:
+    use = {"use": "expand_answers", "judge": str(tmp_path / "judge.yaml")}
+    with endpoint_server(model) as server:
+        out = curated(tmp_path, server, [use], "out")
+        asked = dict(server.asked)
+        again = curated(tmp_path, server, [use], "again")
+    assert dict(server.asked) == asked, "nothing is asked twice"
+    for name in ("ledger.parquet", "summary.json", "kept/dots/samples.jsonl", "report.html"):
+        assert (out / name).read_bytes() == (again / name).read_bytes()
+    expanded = {f"s{n}": f"There are {n} dots in it." if n % 2 == 0 and n != 4 else str(n) for n in range(RECORDS)}
+    assert {name: turns[1] for name, turns in kept(out).items()} == expanded
+    assert reasons(out) == {
+        "expand_answers: refused by the judge (noted)": 1,
+        "expand_answers: short answer expanded (changed)": 5,
+        "expand_answers: the sentence does not hold the answer (noted)": 6,
+    }
+    rows = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert [(row["before"], row["after"], row["detail"]) for row in rows if row["sample"] == "s2" and row["after"]] == [
+        ("2", "There are 2 dots in it.", "model")
+    ]
+    images = [part for body in map(json.loads, server.asked) for part in body["messages"][0]["content"]]
+    assert sum(part["type"] == "image_url" for part in images) == len(server.asked)
+
+
+def test_steps_are_kept_where_they_come_to_the_answer_and_wrong_answers_go(tmp_path: Path) -> None:
+    use = [{"use": "verify"}, {"use": "reasoning", "tasks": ["number"]}]
+    with endpoint_server(model) as server:
+        out = curated(tmp_path, server, use, "out")
+    turns = kept(out)
+    assert sorted(turns) == ["s0", "s10", "s2", "s4", "s6", "s7", "s8"], "of the odd ones 7 got no verdict"
+    assert turns["s7"][1] == "7" and turns["s8"][1].endswith("add all of them.\n\nAnswer: 8")
+    assert turns["s8"][0].endswith("here?\nThink step by step, then give the answer.")
+    found = reasons(out)
+    assert found["verify: a model finds it wrong (rejected)"] == 5
+    assert found["verify: no use of the answer: not the JSON asked for (noted)"] == 1
+    assert found["reasoning: chain of thought put before the answer (changed)"] == 12, "questions and answers"
+    assert found["reasoning: the model comes to another answer (noted)"] == 1
+
+
+def test_descriptions_are_added_as_an_exchange(tmp_path: Path) -> None:
+    words = "A red picture with nothing on it. " * 4
+    with endpoint_server(lambda body, before: Act(words)) as server:
+        out = curated(tmp_path, server, [{"use": "describe", "share": 0.5}], "out")
+    longer = {name: turns for name, turns in kept(out).items() if len(turns) == 4}
+    assert 2 <= len(longer) <= 10 and all(turns[3] == words.strip() for turns in longer.values())
+    name = next(iter(longer))
+    rows = [row for row in pq.read_table(out / "ledger.parquet").to_pylist() if row["sample"] == name and row["after"]]
+    assert [(row["turn"], row["decision"], row["before"], row["after"]) for row in rows] == [
+        (3, "added", None, longer[name][2]), (4, "added", None, words.strip())
+    ]  # fmt: skip
+    assert any("turn 4: added by describe: description added" in line for line in explain(out, name))
+    assert "added: A red picture" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "where", "words"),
+    [
+        ("wrong", {}, "refuses the key (401): Incorrect API key provided"),
+        (KEY, {"url": "http://127.0.0.1:9/v1"}, "no endpoint at http://127.0.0.1:9/v1: "),
+        (KEY, {"cost": 3}, "model.yaml: cost: no such key"),
+    ],
+    ids=["key", "nobody", "setting"],
+)
+def test_an_endpoint_that_cannot_be_asked_is_one_line(
+    key: str, where: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with endpoint_server(model) as server, pytest.raises(UserError) as error:
+        curated(tmp_path, server, [{"use": "verify"}], "out", key, **where)
+    assert words in str(error.value) and "\n" not in str(error.value) and not server.asked
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_key_comes_from_a_variable_that_the_command_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with endpoint_server(model) as server:
+        with pytest.raises(UserError, match="401"):
+            curated(tmp_path, server, [{"use": "verify"}], "out", None)
+        command = ["curate", str(tmp_path / "plan.yaml"), str(tmp_path / "out"), "--key-variable", "SOME_KEY"]
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "--key-variable SOME_KEY: the environment has no such variable" in capsys.readouterr().err
+        monkeypatch.setenv("SOME_KEY", KEY)
+        with pytest.raises(SystemExit, match="0"):
+            main(command)
+    assert len(kept(tmp_path / "out")) == 7
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_run_that_stopped_at_its_limit_goes_on_with_a_higher_one(tmp_path: Path) -> None:
+    prices = {"cost_in": 1000.0, "cost_out": 1000.0, "at_once": 1}
+    with endpoint_server(model) as server:
+        with pytest.raises(UserError, match="most_cost is 1.85"):
+            curated(tmp_path, server, [{"use": "verify"}], "out", most_cost=1.85, **prices)
+        assert 0 < len(server.answered) < RECORDS
+        limited = (tmp_path / "model.yaml").read_text()
+        (tmp_path / "model.yaml").write_text(limited.replace("most_cost: 1.85", "most_cost: 50.0"))
+        curate(load_plan(tmp_path / "plan.yaml"), tmp_path / "out", progress=False)
+    assert set(server.answered.values()) == {1} and len(server.answered) == RECORDS
+    assert len(kept(tmp_path / "out")) == 7
