@@ -56,7 +56,8 @@ class Description:
     rejected_total: samples skipped in the stage up to this step.
     peak_rss_bytes: highest resident memory of each process so far, added up over all of them.
     recipe: values of the recipe it was trained with, by dotted key; none in checkpoints written before 2026-11-26.
-    base: of one that holds LoRA's adapters alone, the digest of the weights that they belong to.
+    base, lora: of one that holds LoRA's adapters alone, the digest of the weights that they belong to, and their
+        numbers (``LoraSettings`` as a dict).
     """
 
     stage: str
@@ -70,6 +71,7 @@ class Description:
     peak_rss_bytes: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
     @property
@@ -149,7 +151,7 @@ def require_whole(checkpoint: Path, description: Description) -> None:
 
 
 def require_adapters(checkpoint: Path, description: Description, base: str) -> None:
-    """Raise a UserError unless ``checkpoint`` holds adapters of the base with this digest."""
+    """Raise a UserError unless ``checkpoint`` holds adapters, and of the base with this digest."""
     if not description.base:
         raise UserError(f"{checkpoint} holds a whole model, with the recipe's lora adapters were to be found there")
     if description.base != base:

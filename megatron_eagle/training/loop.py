@@ -372,6 +372,7 @@ class StageRun:
             peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
             recipe=recipe_values(self.recipe, self.stage),
             base=self.base,
+            lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )
 
     def _peak_rss_bytes(self) -> int:
