@@ -48,6 +48,8 @@ GPU = [
 DOCUMENTS = ["pypdfium2>=5.15"]
 # Only the operator "language" of curation needs it.
 CURATE = ["py3langid>=0.4"]
+# `verify --lora` holds adapters against it; training needs none of it.
+LORA = ["peft>=0.21"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -95,8 +97,9 @@ setup(
         "gpu": GPU,
         "documents": DOCUMENTS,
         "curate": CURATE,
+        "lora": LORA,
         "serve": [*ENDPOINT, *PAGE],
-        "dev": [*DEV, *DOCUMENTS, *CURATE, *ENDPOINT],
+        "dev": [*DEV, *DOCUMENTS, *CURATE, *LORA, *ENDPOINT],
     },
     entry_points={
         "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],

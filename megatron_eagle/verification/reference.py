@@ -93,7 +93,7 @@ class ReferenceEagle(nn.Module):
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
-            raise UserError("adapters are held against PEFT, which is not installed: pip install peft") from None
+            raise UserError("adapters are held against PEFT, which is not installed: pip install '.[lora]'") from None
         adapters = hf_names.adapter_sources(self.sources(), lora)
         layers = [
             name.removesuffix(".lora_A.weight")
