@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import AboveZero, BelowOne, Flag, Positive
 
+ADAPTER = (".lora_a", ".lora_b")  # what the names of an adapter's parameters end in
 PLACES = ("qkv", "proj", "fc1", "fc2")
 LANGUAGE = tuple(f"language.{place}" for place in PLACES)
 Target = Annotated[str, Field(pattern=r"^(vision|connector|language)(\.[\w*]+)*$")]
@@ -54,6 +55,11 @@ class LoraSettings:
     def wants(self, layer: str) -> bool:
         """Whether ``layer``, as ``layer_name`` calls it, gets an adapter."""
         return any(fnmatchcase(layer, pattern) for target in self.targets for pattern in (target, f"{target}.*"))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, or a tensor of a checkpoint, is part of an adapter."""
+    return name.endswith(ADAPTER)
 
 
 def layer_name(module: str) -> str | None:

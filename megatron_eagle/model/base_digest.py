@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_eagle.model.lora import is_adapter
+from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.model.weights import WeightSlice, weight_slices
 
 _NUMBERS_AT_ONCE = 1 << 22

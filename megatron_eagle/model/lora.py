@@ -34,13 +34,6 @@ from megatron_eagle.config.lora import LoraSettings, layer_name
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.weights import weight_slices
 
-ADAPTER = (".lora_a", ".lora_b")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter, or a tensor of a checkpoint, is part of an adapter."""
-    return name.endswith(ADAPTER)
-
 
 @dataclass(frozen=True)
 class _Numbers:

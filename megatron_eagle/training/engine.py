@@ -22,11 +22,11 @@ from torch import Tensor
 from megatron_eagle.checkpoint.sharded_state import TrainingState, Which
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.config.lora import LoraSettings, is_adapter
 from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.eagle import EagleModel, build_eagle
-from megatron_eagle.model.lora import attach, is_adapter, seed_dropout
+from megatron_eagle.model.lora import attach, seed_dropout
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.adapters import require_targets

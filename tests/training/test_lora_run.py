@@ -8,8 +8,8 @@ from train_cases import losses, metrics, train
 from worlds import WorldError
 
 from megatron_eagle.checkpoint.files import read_description
+from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.conversion.torch_dist import TorchDist
-from megatron_eagle.model.lora import is_adapter
 
 LORA = {"rank": 2, "alpha": 4, "targets": ["language", "vision.siglip.qkv", "vision.*.fc*", "connector"]}
 ALL = ["vision", "connector", "language"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.config.lora import LoraSettings, is_adapter
 from megatron_eagle.verification import check
 from megatron_eagle.verification.check import TOLERANCES, Verifier
 from megatron_eagle.verification.rows import Row, quick_table
@@ -121,7 +121,7 @@ def masks(layout: dict, mistake: str = "none") -> tuple[dict[str, list[int]], fl
     apart = 0.0
     for module, group in engine.weight_owners():
         for name, parameter in module.named_parameters():
-            if lora.is_adapter(name) and not getattr(parameter, "tensor_model_parallel", False):
+            if is_adapter(name) and not getattr(parameter, "tensor_model_parallel", False):
                 low, high = parameter.detach().clone(), parameter.detach().clone()
                 dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
                 dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
