@@ -23,8 +23,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle.checkpoint.safe_index import EXTRA_STATE, holds_nothing
-from megatron_eagle.errors import UserError
 from megatron_eagle.config.lora import is_adapter
+from megatron_eagle.errors import UserError
 
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
 CONTENT = {
