@@ -25,9 +25,12 @@ Target = Annotated[str, Field(pattern=r"^(vision|connector|language)(\.[\w*]+)*$
 class LoraSettings:
     """Adapters of a recipe: they alone train, on a base that stays bit for bit what it was.
 
-    rank, alpha: s is alpha / rank, with ``rslora`` alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
-    dropout: of what an adapter is given, while it trains.
-    targets: layers that get one; a part or an encoder alone means all of its layers, ``*`` any characters.
+    rank: rows of A and columns of B.
+    alpha: what B A is multiplied by, divided by the rank.
+    dropout: share of an adapter's inputs that are left out while it trains.
+    targets: layers that get one, e.g. language.qkv (qkv, proj, fc1, fc2), vision.siglip.fc1 or connector; a part or an
+        encoder alone means all of its layers, ``*`` any characters.
+    rslora: divide alpha by the root of the rank instead (Kalajdzievski 2023, arXiv:2312.03732).
     initial: checkpoint of adapters that the first stage starts from; without it A is drawn and B is 0.
     """
 
