@@ -105,7 +105,8 @@ class EncoderRun:
 
     number: bytes of one activation. tp: processes that share its weights. trains: whether it does; if not, nothing is
     saved. repeats_layers: whole layers are computed again in the backward pass. in_kernel: its pixels are prepared by a
-    kernel, without copies in float32.
+    kernel, without copies in float32. adapters: LoRA's alone train, so that what the weights' gradients need, and all in
+    front of the first adapter, is not saved.
     """
 
     number: int
@@ -113,8 +114,11 @@ class EncoderRun:
     trains: bool
     repeats_layers: bool
     in_kernel: bool
+    adapters: bool = False
 
     def pixels(self, count: float, copies: int) -> Held:
         """The prepared pixels, ``count`` numbers; preparing them holds ``copies`` copies in float32 at a time."""
         kept = count * self.number
+        if self.adapters:
+            return Held(0.0, kept if self.in_kernel else copies * count * 4.0)
         return Held(kept, (kept if self.in_kernel else copies * count * 4.0) - kept)
