@@ -52,6 +52,8 @@ RAY = ["ray>=2.60,<3"]
 CURATE = ["faiss-cpu>=1.15", "py3langid>=0.4"]
 # Models that are asked over HTTP: operators that augment or verify, and judges.
 ASKING = ["openai>=3.57,<4"]
+# `verify --lora` holds adapters against it; training needs none of it.
+LORA = ["peft>=0.21"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -102,8 +104,9 @@ setup(
         "curate": CURATE,
         "ray": RAY,
         "endpoint": ASKING,
+        "lora": LORA,
         "serve": [*ENDPOINT, *PAGE],
-        "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *ENDPOINT],
+        "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *LORA, *ENDPOINT],
     },
     entry_points={
         "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],

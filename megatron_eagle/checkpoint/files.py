@@ -29,6 +29,7 @@ from megatron_eagle import __version__
 from megatron_eagle.checkpoint import checksums, safe_index
 from megatron_eagle.checkpoint.sharded_state import (
     TrainingState,
+    Which,
     load_modules,
     load_state,
     optimizer_parts,
@@ -55,6 +56,8 @@ class Description:
     rejected_total: samples skipped in the stage up to this step.
     peak_rss_bytes: highest resident memory of each process so far, added up over all of them.
     recipe: values of the recipe it was trained with, by dotted key; none in checkpoints written before 2026-11-26.
+    base, lora: of one that holds LoRA's adapters alone, the digest of the weights that they belong to, and their
+        numbers (``LoraSettings`` as a dict).
     """
 
     stage: str
@@ -67,6 +70,8 @@ class Description:
     rejected_total: int = 0
     peak_rss_bytes: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
     @property
@@ -136,6 +141,23 @@ def require_same_model(checkpoint: Path, description: Description, config: Eagle
         raise UserError(f"{checkpoint} holds another model: {difference}")
 
 
+def require_whole(checkpoint: Path, description: Description) -> None:
+    """Raise a UserError if ``checkpoint`` holds adapters alone."""
+    if description.base:
+        raise UserError(
+            f"{checkpoint} holds LoRA's adapters of the base {description.base} and no whole model: "
+            "megatron-eagle convert megatron-to-hf merges the two"
+        )
+
+
+def require_adapters(checkpoint: Path, description: Description, base: str) -> None:
+    """Raise a UserError unless ``checkpoint`` holds adapters, and of the base with this digest."""
+    if not description.base:
+        raise UserError(f"{checkpoint} holds a whole model, with the recipe's lora adapters were to be found there")
+    if description.base != base:
+        raise UserError(f"{checkpoint} holds adapters of the base {description.base}, the recipe's base is {base}")
+
+
 def effective_numbers(config: EagleConfig) -> dict[str, Any]:
     """Every number of a model as plain data, an encoder's defaults included."""
     encoders = [
@@ -168,9 +190,12 @@ def load_training_state(
     return bytes(torch.load(own_file(checkpoint, POSITION_FILE, groups.dp_rank), weights_only=True).numpy())
 
 
-def load_weights(checkpoint: Path, modules: Sequence[MegatronModule]) -> None:
-    """Load the weights alone, in whatever layout ``modules`` (parts of an Eagle) are built."""
-    load_modules(modules, _load(sharded_weights(modules), checkpoint))
+def load_weights(checkpoint: Path, modules: Sequence[MegatronModule], which: Which = "base") -> None:
+    """Load the weights alone, in whatever layout ``modules`` (parts of an Eagle) are built.
+
+    which: ``base`` is all of a model without adapters, and leaves those of one with adapters what they are.
+    """
+    load_modules(modules, _load(sharded_weights(modules, which), checkpoint), which)
 
 
 def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

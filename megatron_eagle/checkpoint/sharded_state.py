@@ -12,7 +12,7 @@ keeps its own, and a checkpoint has the same keys whichever implementation wrote
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle.checkpoint.safe_index import EXTRA_STATE, holds_nothing
+from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.errors import UserError
 
 # 'fully_reshardable' is the one sharding of the distributed optimizer that loads in any layout.
@@ -31,6 +32,7 @@ CONTENT = {
     "singleton_local_shards": False,
 }
 Parts = list[dict[str, Any]]
+Which = Literal["all", "base", "adapters"]
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,30 @@ class TrainingState:
     """The objects of one process whose state a checkpoint holds; loading changes them in place.
 
     modules: all that have weights, parts of an Eagle. optimizers: in the order in which they step; processes must agree
-    on both orders, because names in the checkpoint follow from them.
+    on both orders, because names in the checkpoint follow from them. weights: which of the modules' are stored.
     """
 
     modules: tuple[MegatronModule, ...]
     optimizers: tuple[MegatronOptimizer, ...]
     scheduler: OptimizerParamScheduler
+    weights: Which = "all"
 
 
-def sharded_weights(modules: Sequence[MegatronModule]) -> dict[str, Any]:
-    """The weights of ``modules`` under their global names; UserError if an extra state is not empty."""
+def sharded_weights(modules: Sequence[MegatronModule], which: Which = "all") -> dict[str, Any]:
+    """The weights of ``modules`` under their global names; UserError if an extra state is not empty.
+
+    which: all, those of LoRA's adapters, or all but those.
+    """
     metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     states = (module.sharded_state_dict(metadata=metadata) for module in modules)
     return {
-        f"model{number}": {name: _without_extra_state(entry) for name, entry in state.items()}
+        f"model{number}": {name: _without_extra_state(entry) for name, entry in state.items() if _is(name, which)}
         for number, state in enumerate(states)
     }
+
+
+def _is(name: str, which: Which) -> bool:
+    return which == "all" or is_adapter(name) == (which == "adapters")
 
 
 def _without_extra_state(entry: Any) -> Any:
@@ -65,10 +75,10 @@ def _without_extra_state(entry: Any) -> Any:
     return LocalNonpersistentObject(entry.data)
 
 
-def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any]) -> None:
-    """Hand loaded weights, in the structure of ``sharded_weights``, to the modules."""
+def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any], which: Which = "all") -> None:
+    """Hand loaded weights, in the structure of ``sharded_weights``, to the modules; the others stay what they are."""
     for number, module in enumerate(modules):
-        module.load_state_dict(state[f"model{number}"], strict=True)
+        module.load_state_dict(state[f"model{number}"], strict=which == "all")
 
 
 def optimizer_parts(state: TrainingState, *, is_loading: bool) -> Parts:
@@ -80,7 +90,7 @@ def optimizer_parts(state: TrainingState, *, is_loading: bool) -> Parts:
 def sharded_state(state: TrainingState, parts: Parts) -> dict[str, Any]:
     """All that is stored of ``state``; ``parts`` are its ``optimizer_parts``."""
     tensors = [leaf for leaf in nested_values(parts) if isinstance(leaf, ShardedBase)]
-    stored = {**sharded_weights(state.modules), "scheduler": state.scheduler.state_dict()}
+    stored = {**sharded_weights(state.modules, state.weights), "scheduler": state.scheduler.state_dict()}
     if tensors:  # a process may have nothing to train
         stored["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
     return stored
@@ -88,7 +98,7 @@ def sharded_state(state: TrainingState, parts: Parts) -> dict[str, Any]:
 
 def load_state(state: TrainingState, parts: Parts, loaded: dict[str, Any], step: int) -> None:
     """Hand what was ``loaded``, in the structure of ``sharded_state``, to the objects that ``parts`` came from."""
-    load_modules(state.modules, loaded)
+    load_modules(state.modules, loaded, state.weights)
     _load_optimizers(state.optimizers, parts, loaded.get("optimizer", {}), step)
     # Megatron's load_state_dict would bring the saved schedule along and keep the recipe's peak: half of each.
     state.scheduler.step(increment=loaded["scheduler"]["num_steps"] - state.scheduler.num_steps)

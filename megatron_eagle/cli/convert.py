@@ -55,7 +55,8 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         actions,
         "megatron-to-hf",
         "a checkpoint to the form in which Eagle models are published",
-        "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken.",
+        "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken. LoRA's adapters are merged with\n"
+        "their base.",
         "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my\n",
     )
     go.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -73,8 +74,10 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="what computes OUT: code of ours, put into it; or NVIDIA's, from its repository (default: own)",
     )
+    _add_base(go)
     _add_common(go)
     go.set_defaults(run=_export_hf)
+    _add_peft(actions)
     check = verb(
         actions,
         "check",
@@ -85,6 +88,50 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     check.add_argument("first", type=Path, metavar="A")
     check.add_argument("second", type=Path, metavar="B")
     check.set_defaults(run=_check)
+
+
+def _add_peft(actions: Verbs) -> None:
+    out = verb(
+        actions,
+        "megatron-to-peft",
+        "LoRA's adapters to a folder that PEFT loads on the exported base",
+        "CHECKPOINT is a step's folder, or a stage's, of a run with LoRA.",
+        "  megatron-eagle convert megatron-to-peft runs/my/checkpoints/stage2 released/my-adapter\n",
+    )
+    out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    out.add_argument("out", type=Path, metavar="OUT")
+    out.add_argument("--format", choices=("A", "B"), default=None, help="of the exported base, as in megatron-to-hf")
+    _add_base(out)
+    out.set_defaults(run=_export_peft)
+    back = verb(
+        actions,
+        "peft-to-megatron",
+        "a folder of PEFT to adapters that a recipe names as lora.initial",
+        "BASE is the checkpoint that the adapters belong to.",
+        "  megatron-eagle convert peft-to-megatron hub/my-adapter checkpoints/eagle2-1b checkpoints/my-adapter\n",
+    )
+    back.add_argument("adapter", type=Path, metavar="ADAPTER")
+    back.add_argument("base", type=Path, metavar="BASE")
+    back.add_argument("out", type=Path, metavar="OUT")
+    back.set_defaults(run=_import_peft)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, default=None, help="of LoRA's adapters (default: what they trained on)")
+
+
+def _export_peft(options: argparse.Namespace) -> None:
+    from megatron_eagle.conversion.adapters import megatron_to_peft
+
+    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format)
+    print(f"{options.out}: adapters of {layers} layers; peft.PeftModel.from_pretrained(model, '{options.out}')")
+
+
+def _import_peft(options: argparse.Namespace) -> None:
+    from megatron_eagle.conversion.adapters import peft_to_megatron
+
+    layers = peft_to_megatron(options.adapter, options.base, options.out)
+    print(f"{options.out}: adapters of {layers} layers; a recipe names it as lora.initial")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +165,7 @@ def _export_hf(options: argparse.Namespace) -> None:
         kind=options.format,
         tokenizer=options.tokenizer,
         code=options.code,
+        base=options.base,
     )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 

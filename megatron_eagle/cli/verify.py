@@ -36,6 +36,7 @@ def add(verbs: Verbs) -> None:
         default="torch",
         help="triton: this project's kernels, interpreted (needs TRITON_INTERPRET=1, slow); default: torch",
     )
+    parser.add_argument("--lora", action="store_true", help="train LoRA's adapters, against the PEFT library")
     parser.set_defaults(run=_verify)
 
 
@@ -45,12 +46,15 @@ def _verify(options: argparse.Namespace) -> None:
 
     if options.recipe:
         recipe = load_recipe(options.recipe, options.overrides)
-        return verify_recipe(recipe, processes=options.processes, out=options.out, kernels=options.kernels)
+        return verify_recipe(
+            recipe, processes=options.processes, out=options.out, kernels=options.kernels, lora=options.lora
+        )
     verify(
         quick=options.quick,
         processes=options.processes,
         out=options.out,
         kernels=options.kernels,
+        lora=options.lora,
         sample=options.sample,
         seed=options.seed,
     )

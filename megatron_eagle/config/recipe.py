@@ -19,6 +19,7 @@ from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.findings import Refused, Where, checked, findings_of, refusing, words_of
 from megatron_eagle.config.layout import STRICT, Layout
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
 from megatron_eagle.config.numbers import AboveZero, BelowOne, Count, Flag, Fraction, NotNegative, Positive, shown
 from megatron_eagle.config.overrides import apply_overrides
@@ -236,6 +237,7 @@ class Recipe:
     reading: how samples become packs, for all stages.
     optimizer: AdamW's numbers, for all stages.
     log: where the numbers of each step go.
+    lora: adapters of linear layers; with it, stages train those of the parts in ``trainable`` and nothing else.
     precision: what the model computes in; the optimizer keeps its weights in fp32.
     seed: of initial weights and the order of the data.
     collective_timeout_minutes: how long a process waits for the others before the run ends with an error.
@@ -249,6 +251,7 @@ class Recipe:
     reading: ReadingSettings = field(default_factory=ReadingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    lora: LoraSettings | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Count = 1234
     collective_timeout_minutes: Positive = 10
@@ -269,8 +272,19 @@ class Recipe:
                 if stage.evaluation:
                     stage.evaluation.check(layout, stage.pack_length, stage.checkpoint_every)
                 self.data_settings(stage)
+                self._check_lora(stage)
             except ValueError as error:
                 raise ValueError(f"stage '{stage.name}': {words_of(error, DataSettings)}") from None
+
+    def _check_lora(self, stage: Stage) -> None:
+        if self.lora is None:
+            return
+        if without := [part for part in stage.trainable if part not in self.lora.parts]:
+            raise ValueError(f"trains {', '.join(without)}, and lora.targets has no layer of it")
+        if self.model.transformer_impl != "local":
+            raise ValueError("lora needs transformer_impl: local; Transformer Engine's layers get no adapters yet")
+        if self.lora.dropout and self.stage_layout(stage).encoder_chunk and "vision" in stage.trainable:
+            raise ValueError("lora.dropout and encoder_chunk: tiles encoded again would be dropped otherwise")
 
     def stage(self, name: str) -> Stage:
         """The stage called ``name``; UserError lists the stages there are."""

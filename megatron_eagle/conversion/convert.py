@@ -23,9 +23,11 @@ from megatron_eagle.checkpoint.files import (
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.checkpoint.sharded_state import CONTENT
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.conversion import logits
+from megatron_eagle.conversion.adapters import Merged, base_of, lora_of
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, check_code, write_configs
@@ -133,23 +135,29 @@ def megatron_to_hf(
     tokenizer: Path | None = None,
     code: Code = "own",
     reading: ReadingSettings | None = None,
+    base: Path | None = None,
 ) -> Proof:
-    """A checkpoint of ours, of any layout, in a released form.
+    """A checkpoint of ours, of any layout, in a released form; LoRA's adapters are merged with their base.
 
     checkpoint: a step's folder, or a stage's, whose newest is taken. kind: None takes the form it came in, else B where
     it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own. code:
     our own goes into the folder, which then loads by itself; NVIDIA's is pointed to. reading: what it was trained
-    with; None takes the checkpoint's own, of one that carries none the released models'. It goes into the folder.
+    with; None takes the checkpoint's own, of one that carries none the released models'. It goes into the folder. base:
+    where adapters' base lies, by default what they were trained on.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
+    description = read_description(checkpoint)
     reading = reading or reading_of(checkpoint) or RELEASED
-    config = model_of(checkpoint, read_description(checkpoint))
-    dialect = dialect_of(checkpoint, config, kind)
+    config = model_of(checkpoint, description)
+    whole = base_of(checkpoint, description, base) if description.base else checkpoint
+    dialect = dialect_of(whole, config, kind)
     check_code(config, dialect, code)
     said = {"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)}
-    partial = start(out, [checkpoint], {**asdict(options), **said})
+    sources = [checkpoint, whole] if description.base else [checkpoint]
+    partial = start(out, sources, {**asdict(options), **said})
     clock = _Clock()
-    stored = TorchDist(checkpoint)
+    lora = lora_of(checkpoint, description) if description.base else None
+    stored = Merged(whole, checkpoint, lora, dialect.sources(config)) if lora else TorchDist(checkpoint)
     renamed = Finite(AsHuggingFace(stored, config, dialect))
     rounded: TensorSource = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
@@ -172,13 +180,15 @@ def megatron_to_hf(
     trip = compare(ours, Weights(back, config, list(back.infos), None), "round trip")
     clock.lap("round trip")
     theirs = renamed if options.dtype else target
-    shared = _for_both_directions(options, checkpoint, config, theirs, dialect, logits.published_by(partial, config))
+    published = logits.published_by(partial, config)
+    adapters = (checkpoint, lora) if lora else None
+    shared = _for_both_directions(options, whole, config, theirs, dialect, published, adapters)
     clock.lap("logits")
     proof = Proof(
         direction=f"Megatron to Hugging Face, format {kind}",
         source=str(checkpoint),
         target=str(out),
-        source_sha256=digests(_weight_files(checkpoint)),
+        source_sha256=digests([file for source in sources for file in _weight_files(source)]),
         target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
         round_trip=trip,
         unused=_unused_of_training(stored, config, dialect),
@@ -196,8 +206,12 @@ def _for_both_directions(
     released: TensorSource,
     dialect: Dialect,
     published: "Published",
+    adapters: tuple[Path, LoraSettings] | None = None,
 ) -> dict[str, Any]:
-    """What a proof says of the model and of both sides' logits, whichever side was there first."""
+    """What a proof says of the model and of both sides' logits, whichever side was there first.
+
+    adapters: of LoRA, which ``checkpoint`` is the base of.
+    """
     found: dict[str, Any] = {
         "model": asdict(config),
         "padding_rows": config.language.padded_vocab_size - config.language.vocab_size,
@@ -207,7 +221,7 @@ def _for_both_directions(
     }
     if options.logits:
         batch = logits.probe_batch(config)
-        ours = logits.megatron_logits(checkpoint, config, Layout(), batch).double()
+        ours = logits.megatron_logits(checkpoint, config, Layout(), batch, adapters).double()
         theirs = logits.released_logits(released, config, dialect, batch, published)
         found |= {
             "logits": float((ours - theirs).abs().max()),

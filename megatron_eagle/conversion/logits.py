@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, tokens_per_tile
 from megatron_eagle.conversion.released import Dialect
 from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
@@ -121,11 +122,20 @@ def _reference_name(name: str, config: EagleConfig, dialect: Dialect) -> str | N
     return None
 
 
-def megatron_logits(checkpoint: Path, config: EagleConfig, layout: Layout, batch: PackedBatch) -> Tensor:
-    """The same logits, float32, by the Megatron model that processes of ``layout`` load from ``checkpoint``."""
+def megatron_logits(
+    checkpoint: Path,
+    config: EagleConfig,
+    layout: Layout,
+    batch: PackedBatch,
+    adapters: tuple[Path, LoraSettings] | None = None,
+) -> Tensor:
+    """The same logits, float32, by the Megatron model that processes of ``layout`` load from ``checkpoint``.
+
+    adapters: checkpoint of LoRA's on it.
+    """
     world = World(layout.model_parallel_size)
     try:
-        answers = world.run(logits_of_rank, str(checkpoint), config, layout, batch, timeout=3600.0)
+        answers = world.run(logits_of_rank, str(checkpoint), config, layout, batch, adapters, timeout=3600.0)
     finally:
         world.stop()
     (logits,) = (answer for answer in answers if answer is not None)
@@ -133,7 +143,13 @@ def megatron_logits(checkpoint: Path, config: EagleConfig, layout: Layout, batch
 
 
 @torch.no_grad()
-def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout, batch: PackedBatch) -> Tensor | None:
+def logits_of_rank(
+    checkpoint: str,
+    config: EagleConfig,
+    layout: Layout,
+    batch: PackedBatch,
+    adapters: tuple[Path, LoraSettings] | None = None,
+) -> Tensor | None:
     """Runs in every process: stages one after another, hidden states handed on; one process returns them."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -142,6 +158,7 @@ def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout, batch: 
     from megatron_eagle.checkpoint.files import load_weights
     from megatron_eagle.compat.platform import install
     from megatron_eagle.model.eagle import build_eagle
+    from megatron_eagle.model.lora import attach
     from megatron_eagle.parallel.groups import initialise
 
     initialise(layout, install(), timeout=timedelta(minutes=30))
@@ -149,6 +166,9 @@ def logits_of_rank(checkpoint: str, config: EagleConfig, layout: Layout, batch: 
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     model = build_eagle(config, layout, precision="fp32", pre_process=first, post_process=last, seed=None)
     load_weights(Path(checkpoint), [model])
+    if adapters:
+        attach(model.eval(), adapters[1], model.tp_group, seed=None)
+        load_weights(adapters[0], [model], "adapters")
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_rank()
     if not first:

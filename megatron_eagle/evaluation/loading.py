@@ -5,12 +5,19 @@ from pathlib import Path
 
 from megatron.core.transformer.module import Float16Module
 
-from megatron_eagle.checkpoint.files import find_latest, load_weights, read_description, require_same_model
+from megatron_eagle.checkpoint.files import (
+    find_latest,
+    load_weights,
+    read_description,
+    require_adapters,
+    require_same_model,
+)
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.training.adapters import base_checkpoint, load_base
 from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -39,6 +46,8 @@ def newest_checkpoint(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> Pa
 def load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform) -> EagleModel | Float16Module:
     """This process's part of the model in eval mode; its process groups must exist already."""
     models = build_chunks(recipe, layout, platform)
-    load_weights(checkpoint, models)
+    if recipe.lora:
+        require_adapters(checkpoint, read_description(checkpoint), load_base(base_checkpoint(recipe), models))
+    load_weights(checkpoint, models, "adapters" if recipe.lora else "base")
     model = models[0].eval()
     return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model

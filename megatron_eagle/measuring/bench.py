@@ -125,7 +125,7 @@ def _summary(
 ) -> Measurement:
     mean = statistics.mean(map(sum, times))
     own = [_shape(batch) for batch in whole[:: groups.dp_size]]
-    rate = useful_flops(recipe.model.eagle(), stage.trainable, whole) / mean / groups.world_size
+    rate = useful_flops(recipe.model.eagle(), stage.trainable, whole, recipe.lora) / mean / groups.world_size
     useful = sum(batch.useful_tokens for batch in whole)
     return Measurement(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_eagle.config.lora import LoraSettings, is_adapter
+
 Rate = Literal["products", "convolutions"]
 """The share of the peak that an operation runs at: a field of ``planning.hardware.Hardware``."""
 
@@ -41,15 +43,32 @@ class Flops:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of a model train, hence which gradients a step needs."""
+    """Which parts of a model train, hence which gradients a step needs.
+
+    lora: their adapters alone train.
+    """
 
     vision: bool
     connector: bool
     language: bool
+    lora: LoraSettings | None = None
 
     @staticmethod
-    def of(trainable: Collection[str]) -> "Parts":
-        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable)
+    def of(trainable: Collection[str], lora: LoraSettings | None = None) -> "Parts":
+        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable, lora)
+
+    def learns(self, weight: str) -> bool:
+        """Whether a parameter, by its global name, has a gradient."""
+        trains: bool = getattr(self, weight.partition(".")[0])
+        return trains and (self.lora is None or is_adapter(weight))
+
+    def learns_weights(self, part: str) -> bool:
+        """Whether ``part`` trains, and not by adapters."""
+        return self.lora is None and getattr(self, part)
+
+    def adapts(self, layer: str) -> bool:
+        """Whether a layer, named as among LoRA's targets, has an adapter that trains."""
+        return self.lora is not None and getattr(self, layer.partition(".")[0]) and self.lora.wants(layer)
 
     @property
     def features_need_gradient(self) -> bool:
@@ -86,7 +105,8 @@ class EncoderRun:
 
     number: bytes of one activation. tp: processes that share its weights. trains: whether it does; if not, nothing is
     saved. repeats_layers: whole layers are computed again in the backward pass. in_kernel: its pixels are prepared by a
-    kernel, without copies in float32.
+    kernel, without copies in float32. adapters: LoRA's alone train, so that what the weights' gradients need, and all in
+    front of the first adapter, is not saved.
     """
 
     number: int
@@ -94,8 +114,11 @@ class EncoderRun:
     trains: bool
     repeats_layers: bool
     in_kernel: bool
+    adapters: bool = False
 
     def pixels(self, count: float, copies: int) -> Held:
         """The prepared pixels, ``count`` numbers; preparing them holds ``copies`` copies in float32 at a time."""
         kept = count * self.number
+        if self.adapters:
+            return Held(0.0, kept if self.in_kernel else copies * count * 4.0)
         return Held(kept, (kept if self.in_kernel else copies * count * 4.0) - kept)

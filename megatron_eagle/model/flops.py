@@ -84,7 +84,37 @@ def layer_flops(language: QwenConfig, parts: Parts, tokens: float) -> Flops:
     """The matrix products of one decoder layer, without the attention core."""
     hidden, heads = language.hidden_size, language.num_attention_heads
     projections = hidden * language.head_dim * (2 * heads + 2 * language.num_key_value_heads)  # q and out, k and v
-    return _products(2.0 * tokens * (projections + 3 * hidden * language.intermediate_size), parts)
+    products = _products(2.0 * tokens * (projections + 3 * hidden * language.intermediate_size), parts)
+    return products + _adapters(language_adapters(language, parts), parts, tokens)
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """inputs, outputs: of the layer. matrices: that are fused in it, each with an A of its own."""
+
+    inputs: int
+    outputs: int
+    matrices: int = 1
+
+
+def language_adapters(language: QwenConfig, parts: Parts) -> dict[str, AdapterShape]:
+    """The adapters of a decoder layer that train, by place."""
+    hidden, inner = language.hidden_size, language.intermediate_size
+    shapes = {
+        "qkv": AdapterShape(hidden, hidden + 2 * language.num_key_value_heads * language.head_dim, 3),
+        "proj": AdapterShape(hidden, hidden),
+        "fc1": AdapterShape(hidden, 2 * inner, 2),
+        "fc2": AdapterShape(inner, hidden),
+    }
+    return {place: shape for place, shape in shapes.items() if parts.adapts(f"language.{place}")}
+
+
+def _adapters(shapes: dict[str, AdapterShape], parts: Parts, tokens: float) -> Flops:
+    """A and B as they are multiplied: rows of B with the zeros for the other matrices of a fused layer."""
+    if parts.lora is None:
+        return Flops()
+    each = sum(2.0 * parts.lora.rank * shape.matrices * (shape.inputs + shape.outputs) for shape in shapes.values())
+    return Flops(each * tokens, each * tokens, each * tokens)
 
 
 def attention_flops(language: QwenConfig, parts: Parts, pairs: float) -> Flops:
@@ -99,15 +129,19 @@ def head_flops(language: QwenConfig, parts: Parts, tokens: float) -> Flops:
 
 
 def _products(forward: float, parts: Parts) -> Flops:
-    return Flops(forward, forward if parts.any else 0.0, forward if parts.language else 0.0)
+    learns = parts.learns_weights("language")
+    return Flops(forward, forward if parts.any else 0.0, forward if learns else 0.0)
 
 
 def connector_flops(config: EagleConfig, parts: Parts) -> Flops:
     """The connector on one tile."""
-    hidden = config.language.hidden_size
-    forward = 2.0 * tokens_per_tile(config) * hidden * (mixture_channels(config) + hidden)
+    hidden, tokens = config.language.hidden_size, tokens_per_tile(config)
+    forward = 2.0 * tokens * hidden * (mixture_channels(config) + hidden)
     needed = forward if parts.features_need_gradient else 0.0
-    return Flops(forward, needed, forward if parts.connector else 0.0)
+    products = Flops(forward, needed, forward if parts.learns_weights("connector") else 0.0)
+    shapes = {"fc1": AdapterShape(mixture_channels(config), hidden), "fc2": AdapterShape(hidden, hidden)}
+    adapted = {place: shape for place, shape in shapes.items() if parts.adapts(f"connector.{place}")}
+    return products + _adapters(adapted, parts, tokens)
 
 
 def vision_flops(config: EagleConfig, parts: Parts) -> Flops:
@@ -116,8 +150,10 @@ def vision_flops(config: EagleConfig, parts: Parts) -> Flops:
 
 
 def encoder_flops(settings: dict[str, Any], parts: Parts) -> Flops:
-    """One encoder on one tile; pixels need no gradient, so its first product makes none."""
+    """One encoder on one tile; pixels need no gradient, so its first product makes none. Its adapters, less than a
+    hundredth of it, are left out."""
     first, rest = encoder_cost(settings).operations(encoder_config(settings))
     if not parts.vision:
         return Flops(first.forward + rest.forward)
-    return Flops(first.forward + rest.forward, rest.input_gradient, first.weight_gradient + rest.weight_gradient)
+    weights = first.weight_gradient + rest.weight_gradient if parts.learns_weights("vision") else 0.0
+    return Flops(first.forward + rest.forward, rest.input_gradient, weights)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_eagle.config.lora import LoraSettings, layer_name
 from megatron_eagle.config.model import QwenConfig
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.weights import EMBEDDING, weight_slices
@@ -95,7 +96,7 @@ def qwen_sources(config: QwenConfig, prefix: str = "") -> HfNames:
             f"{ours}self_attention.linear_proj.weight": HfTensors((f"{theirs}self_attn.o_proj.weight",)),
             f"{ours}pre_mlp_layernorm.weight": HfTensors((f"{theirs}post_attention_layernorm.weight",)),
             f"{ours}mlp.linear_fc1.weight": HfTensors(
-                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _gate_and_up, _halves
+                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), _one_below_the_other, _halves
             ),
             f"{ours}mlp.linear_fc2.weight": HfTensors((f"{theirs}mlp.down_proj.weight",)),
         }
@@ -133,6 +134,22 @@ def reshaped(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> HfTen
     return HfTensors((name,), partial(_take_shape, shape=ours), partial(_give_shape, shape=theirs))
 
 
+def adapter_sources(sources: HfNames, lora: LoraSettings) -> HfNames:
+    """PEFT's names of the adapters that ``lora`` gives the layers of ``sources``, without what its classes put before
+    them: ``<layer>.lora_A.weight`` [rank, inputs] and ``<layer>.lora_B.weight`` [outputs, rank]."""
+    found: HfNames = {}
+    for ours, source in sources.items():
+        owner = ours.removesuffix(".weight")
+        layer = layer_name(owner) if ours.endswith(".weight") else None
+        if layer is None or not lora.wants(layer):
+            continue
+        owners = [name.removesuffix(".weight") for name in source.names]
+        down, up = (tuple(f"{name}.lora_{letter}.weight" for name in owners) for letter in "AB")
+        found[f"{owner}.lora_a"] = HfTensors(down, _one_below_the_other, partial(torch.chunk, chunks=len(owners)))
+        found[f"{owner}.lora_b"] = HfTensors(up, source.join, source.split)  # rows like the weight's
+    return found
+
+
 def prefixes(names: Iterable[str], ending: str) -> list[str]:
     """What stands before ``ending`` in every name that ends so."""
     return [name.removesuffix(ending) for name in names if name == ending or name.endswith(f".{ending}")]
@@ -157,7 +174,7 @@ def interpolate(positions: Tensor, side: int) -> Tensor:
     return new.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
 
 
-def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
+def _one_below_the_other(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors))
 
 

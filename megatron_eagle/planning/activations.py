@@ -19,7 +19,7 @@ from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.build_context import AttentionCore, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.cost import EncoderRun, Held, Parts
 from megatron_eagle.model.encoders import encoder_cost
-from megatron_eagle.model.flops import Work
+from megatron_eagle.model.flops import Work, language_adapters
 from megatron_eagle.parallel.context import MASKED_QUERIES, ContextShard, pieces
 
 # Rows whose logits exist at a time in eagle_kernels.linear_cross_entropy (its rows_per_chunk).
@@ -66,7 +66,7 @@ class Activations:
         return Activations(
             config=recipe.model.eagle(),
             layout=recipe.stage_layout(stage),
-            parts=Parts.of(stage.trainable),
+            parts=Parts.of(stage.trainable, recipe.lora),
             precision=recipe.precision,
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,
@@ -126,12 +126,12 @@ class Activations:
         logits = tokens * language.padded_vocab_size / self.layout.tp
         embedding = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
         copied = self.precision == "bf16" or language.padded_vocab_size != language.vocab_size
-        weight_gradient = embedding if self.parts.language else 0.0
+        weight_gradient = embedding if self._learns else 0.0
         # The gradient of the norm's output comes whole and, with sequence parallelism, is then summed into its part.
         whole = self.embedding(pack) * (self._split > 1)
         scratch = 28 * tokens  # targets, masks and maxima
         return Held(
-            self._norm(pack) + 4 * logits + scratch,
+            self._norm(pack, float(self._learns)) + 4 * logits + scratch,
             logits * self.number if self.precision == "bf16" else 0.0,
             max(copied * logits * self.number, weight_gradient + whole + self.hidden(pack)),
         )
@@ -141,11 +141,11 @@ class Activations:
         language, tokens = self.config.language, self._tokens(pack)
         columns = language.padded_vocab_size / self.layout.tp
         rows = min(tokens, ROWS_OF_LOGITS)
-        weight = columns * language.hidden_size if self.parts.language else 0.0
+        weight = columns * language.hidden_size if self._learns else 0.0
         whole = self.embedding(pack)  # hidden states and their gradient are whole, even with sequence parallelism
         chunk = rows * (columns + 2 * language.hidden_size) * self.number
         gathered = whole if self._split > 1 else 0.0
-        norm = self._norm(pack) - self.hidden(pack) * self.parts.language  # no product behind it needs its output
+        norm = self._norm(pack, 0.0)  # no product behind it needs its output
         saved = norm + whole + 4 * weight + 8 * tokens
         return Held(saved, chunk + gathered, whole + weight * self.number + self.hidden(pack))
 
@@ -153,7 +153,7 @@ class Activations:
         """(from the output layer's backward pass on, at the end of the embedding's) for a weight that is both: the one
         gradient waits for the other, and then there are both and their sum."""
         language = self.config.language
-        if not (language.tie_word_embeddings and self.parts.language):
+        if not (language.tie_word_embeddings and self._learns):
             return 0.0, 0.0
         one = language.hidden_size * language.padded_vocab_size / self.layout.tp * self.number
         return one, 3 * one
@@ -174,18 +174,32 @@ class Activations:
     def _inner(self) -> float:
         return self.config.language.intermediate_size / self.layout.tp
 
-    def _norm(self, pack: PackShape) -> float:
-        """A norm and its output, which the product behind it needs for its weights."""
+    @property
+    def _learns(self) -> bool:
+        """Whether the language model's weights have gradients."""
+        return self.parts.learns_weights("language")
+
+    def _kept(self, layer: str) -> float:
+        """How often what a linear layer is given is kept for its weights' gradient, or its adapter's; with dropout that
+        is the mask and what is left."""
+        part = layer.partition(".")[0]
+        if self.parts.adapts(layer):
+            assert self.parts.lora is not None
+            return 2.0 if self.parts.lora.dropout else 1.0
+        return float(self.parts.learns_weights(part))
+
+    def _norm(self, pack: PackShape, outputs: float) -> float:
+        """A norm, and its output ``outputs`` times, which the product behind it needs."""
         width = self._tokens(pack) / self._split * self.config.language.hidden_size
-        kept = width * self.number * (2 if self.parts.language else 1)
+        kept = width * self.number * (1 + outputs)
         if self.impl == "transformer_engine":
             return kept
         if self._liger:
             return kept + 4 * self._tokens(pack) / self._split
-        return width * (4 + 2 * self.number * self.parts.language) + 4 * self._tokens(pack) / self._split
+        return width * (4 + self.number * (self._learns + outputs)) + 4 * self._tokens(pack) / self._split
 
     def _layer_saved(self, pack: PackShape) -> float:
-        tokens, trains = self._tokens(pack), self.parts.language
+        tokens, trains = self._tokens(pack), self._kept("language.fc2")
         project = self._core_output(pack) * self._by_segments
         if self.impl == "transformer_engine":
             mlp = 3 + trains
@@ -193,13 +207,25 @@ class Activations:
             mlp = 2 + trains  # gate and up, and the product's input
         else:
             mlp = 4 + trains
-        return 2 * self._norm(pack) + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
+        norms = self._norm(pack, self._kept("language.qkv")) + self._norm(pack, self._kept("language.fc1"))
+        own = norms + self._core_saved(pack) + project + tokens * self._inner * self.number * mlp
+        return own + self._adapters_saved(pack)
+
+    def _adapters_saved(self, pack: PackShape) -> float:
+        """Between A and B, and B with its zeros where a layer is several matrices."""
+        total = 0.0
+        for place, shape in language_adapters(self.config.language, self.parts).items():
+            split = self._split if place in ("proj", "fc2") else 1
+            columns = shape.matrices * (self.parts.lora.rank if self.parts.lora else 0)
+            total += self._tokens(pack) / split * columns
+            total += shape.outputs / self.layout.tp * columns * (shape.matrices > 1)
+        return total * self.number
 
     def _core_output(self, pack: PackShape) -> float:
         """What the projection behind the attention core keeps for its weights (Transformer Engine's, too: 2.11's
         ``_Linear.forward`` saves its input if the weight has a gradient)."""
         heads = self.config.language.hidden_size / self.layout.tp
-        return self._tokens(pack) * heads * self.number * self.parts.language
+        return self._tokens(pack) * heads * self.number * self._kept("language.proj")
 
     def _mlp_moment(self, pack: PackShape) -> float:
         """Beside the hidden states' gradient, where the backward pass of a layer has most: around its SwiGLU."""
@@ -207,7 +233,7 @@ class Activations:
         if not self._liger:
             return 2 * self._tokens(pack) * inner
         # Liger's gradient overwrites gate and up, so the most is before it, or behind it the first product's weights'.
-        weights = self.config.language.hidden_size * inner * self.parts.language
+        weights = self.config.language.hidden_size * inner * self._learns
         return max(self._tokens(pack) * inner + weights, self.hidden(pack) + 2 * weights)
 
     def _core_saved(self, pack: PackShape) -> float:
@@ -254,7 +280,8 @@ class Activations:
         channels, trains = mixture_channels(self.config), self.parts.connector
         if not (trains or self.parts.vision):
             return Held(0.0, tokens * (2 * channels + 2 * hidden) * self.number)
-        saved = tokens * (channels + hidden + (channels + hidden) * trains) * self.number + 8 * tokens
+        inputs = channels * self._kept("connector.fc1") + hidden * self._kept("connector.fc2")
+        saved = tokens * (channels + hidden + inputs) * self.number + 8 * tokens
         return Held(saved, 0.0, tokens * channels * self.number)
 
     def feature(self) -> float:
@@ -269,6 +296,7 @@ class Activations:
             trains=self.parts.vision,
             repeats_layers=self._repeats_layers,
             in_kernel=self.kernels == "triton" and kernels_take(self.config),
+            adapters=self.parts.vision and not self.parts.learns_weights("vision"),
         )
         total = Held()
         for settings in self.config.encoders:

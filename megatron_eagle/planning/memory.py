@@ -96,7 +96,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
     """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
     number, settings = BYTES[recipe.precision], recipe.optimizer
     weights = gradients = states = largest = 0
-    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), Parts.of(stage.trainable)
+    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), Parts.of(stage.trainable, recipe.lora)
     key = json.dumps(asdict(config), sort_keys=True)
     for owned in _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp):
         in_buffer = settings.distributed and owned.buffer.elements
@@ -112,7 +112,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
 def gradient_buffers(recipe: Recipe, stage: Stage, world_size: int, pp_rank: int) -> list[tuple[int, int, bool]]:
     """(elements, processes that share them, whether it is that of spread encoders) of each gradient buffer."""
     config, layout, settings = recipe.model.eagle(), recipe.stage_layout(stage), recipe.optimizer
-    key, parts = json.dumps(asdict(config), sort_keys=True), Parts.of(stage.trainable)
+    key, parts = json.dumps(asdict(config), sort_keys=True), Parts.of(stage.trainable, recipe.lora)
     all_owned = _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, pp_rank)
     return [(owned.buffer.elements, owned.ranks, owned.copy) for owned in all_owned if owned.buffer.elements]
 
@@ -125,15 +125,15 @@ def _owned(
     config = TypeAdapter(EagleConfig).validate_json(key)
     ranks = layout.data_parallel_size(world_size) * layout.cp
     wrappers = []
-    for chunk, weights in enumerate(stage_weights(config, layout, pp_rank)):
+    for chunk, weights in enumerate(stage_weights(config, layout, pp_rank, parts.lora)):
         bucket = bucket_size(overlap=overlap, ranks=ranks, pp_rank=pp_rank, chunk=chunk)
         wrappers.append((weights, ranks, bucket, False))
     if layout.encoder == "spread":
-        wrappers.append((encoder_copy(config), world_size, None, True))
+        wrappers.append((encoder_copy(config, parts.lora), world_size, None, True))
     return tuple(
         _Owned(
             elements=sum(weight.elements for weight in weights),
-            trained=sum(weight.elements for weight in weights if getattr(parts, weight.part)),
+            trained=sum(weight.elements for weight in weights if parts.learns(weight.name)),
             buffer=gradient_buffer(weights, parts, count, distributed=distributed, bucket=bucket),
             ranks=count,
             copy=copy,

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pydantic import TypeAdapter
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, check_layout
 from megatron_eagle.model.cost import Parts
 
@@ -31,10 +32,6 @@ class Weight:
     name: str
     elements: int
     shared: bool = False
-
-    @property
-    def part(self) -> str:
-        return self.name.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -72,28 +69,31 @@ def chunks_of_stage(layout: Layout, pp_rank: int) -> list[int]:
     return [chunk * layout.pp + pp_rank for chunk in range(layout.vpp or 1)]
 
 
-def stage_weights(config: EagleConfig, layout: Layout, pp_rank: int) -> list[list[Weight]]:
-    """Weights of one process, by virtual stage, in Megatron's order; without spread encoders' copies."""
+def stage_weights(
+    config: EagleConfig, layout: Layout, pp_rank: int, lora: LoraSettings | None = None
+) -> list[list[Weight]]:
+    """Weights of one process, by virtual stage, in Megatron's order, with the adapters of ``lora``; without spread
+    encoders' copies."""
     check_layout(config, layout)
     layers, last = layers_of_chunks(config, layout), layout.pp * (layout.vpp or 1) - 1
     chunks = []
     for number in chunks_of_stage(layout, pp_rank):
         start = sum(layers[:number])
         names = range(start, start + layers[number])
-        chunks.append(_chunk(config, layout, names, first=number == 0, last=number == last))
+        chunks.append(_chunk(config, layout, lora, names, first=number == 0, last=number == last))
     return chunks
 
 
-def encoder_copy(config: EagleConfig) -> list[Weight]:
+def encoder_copy(config: EagleConfig, lora: LoraSettings | None = None) -> list[Weight]:
     """Weights of a whole copy of encoders and connector, which ``encoder: spread`` gives every process."""
-    return [Weight(name, full) for name, full, _ in _whole_model(config) if not name.startswith("language.")]
+    return [Weight(name, full) for name, full, _ in _whole_model(config, lora) if not name.startswith("language.")]
 
 
 def gradient_buffer(
     weights: Sequence[Weight], parts: Parts, ranks: int, *, distributed: bool, bucket: int | None
 ) -> Buffer:
     """The buffer of those of ``weights`` that train. bucket: elements after which a new one begins, None for one."""
-    trained = [weight for weight in weights if getattr(parts, weight.part)]
+    trained = [weight for weight in weights if parts.learns(weight.name)]
     align = PARAMETER_ALIGNMENT if distributed else 1
     multiple = math.lcm(ranks, BUCKET_ALIGNMENT) if distributed else 1
     places: list[tuple[int, int]] = []
@@ -127,10 +127,12 @@ def _up(position: int, multiple: int) -> int:
     return math.ceil(position / multiple) * multiple
 
 
-def _chunk(config: EagleConfig, layout: Layout, layers: range, *, first: bool, last: bool) -> list[Weight]:
+def _chunk(
+    config: EagleConfig, layout: Layout, lora: LoraSettings | None, layers: range, *, first: bool, last: bool
+) -> list[Weight]:
     tied = config.language.tie_word_embeddings
     chunk, embedding = [], 0
-    for name, full, split in _whole_model(config):
+    for name, full, split in _whole_model(config, lora):
         elements = full // layout.tp if split else full
         part, _, rest = name.partition(".")
         if part != "language":
@@ -149,12 +151,13 @@ def _chunk(config: EagleConfig, layout: Layout, layers: range, *, first: bool, l
 
 
 @lru_cache(maxsize=64)
-def _model_weights(key: str) -> tuple[tuple[str, int, bool], ...]:
+def _model_weights(key: str, lora: LoraSettings | None) -> tuple[tuple[str, int, bool], ...]:
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_eagle.model.build_context import BuildContext
     from megatron_eagle.model.eagle import EagleModel, _Alone
+    from megatron_eagle.model.lora import attach
     from megatron_eagle.model.weights import weight_slices
 
     config = _from_key(key)
@@ -162,12 +165,14 @@ def _model_weights(key: str) -> tuple[tuple[str, int, bool], ...]:
     groups = ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=None)
     with torch.device("meta"):
         model = EagleModel(config, BuildContext(Layout(), groups), pre_process=True, post_process=True)
+        if lora:
+            attach(model, lora, alone, seed=None)
     return tuple((w.name, w.parameter.numel(), w.dim is not None) for w in weight_slices(model, alone))
 
 
-def _whole_model(config: EagleConfig) -> tuple[tuple[str, int, bool], ...]:
+def _whole_model(config: EagleConfig, lora: LoraSettings | None) -> tuple[tuple[str, int, bool], ...]:
     """(name, elements, whether tensor parallelism splits it) of every weight of the undivided model."""
-    return _model_weights(_as_key(config))
+    return _model_weights(_as_key(config), lora)
 
 
 _CONFIG = TypeAdapter(EagleConfig)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
@@ -24,7 +25,7 @@ from megatron_eagle.planning.memory import (
     memory_of,
     persistent,
 )
-from megatron_eagle.planning.parameters import layers_of_chunks
+from megatron_eagle.planning.parameters import layers_of_chunks, stage_weights
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.schedule import Pass
 from megatron_eagle.planning.simulator import Timeline, simulate
@@ -185,9 +186,12 @@ def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[fl
 
 
 def checkpoint_bytes(recipe: Recipe, stage: Stage) -> float:
-    """A whole checkpoint: every weight once, and float32 weights and moments of what trains."""
+    """A whole checkpoint: every weight once, of LoRA every adapter, and float32 weights and moments of what trains."""
     alone = replace(recipe, layout=Layout(), stages=(replace(stage, layout=Layout()),))
     weights, _, states, _ = persistent(alone, alone.stages[0], 1, ProcessRanks(0))
+    if recipe.lora:
+        held = stage_weights(recipe.model.eagle(), Layout(), 0, recipe.lora)[0]
+        weights = BYTES[recipe.precision] * sum(weight.elements for weight in held if is_adapter(weight.name))
     return float(weights + states)
 
 

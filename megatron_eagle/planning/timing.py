@@ -154,7 +154,7 @@ class Timing:
             return PassTime(0.0, 0.0)
         whole = self.sizes.embedding(pack)
         once = 2 * whole * (layout.tp - 1) / layout.tp / self._link(layout.tp) + self.hardware.latency
-        again = 0.5 * (layout.sequence_parallel and self.sizes.parts.language)
+        again = 0.5 * (layout.sequence_parallel and self.sizes.parts.learns_weights("language"))
         return PassTime(2 * once, (2 + 2 * again) * once)
 
     def _context_exchange(self, pack: PackShape) -> PassTime:

@@ -19,14 +19,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_eagle.checkpoint.sharded_state import TrainingState
+from megatron_eagle.checkpoint.sharded_state import TrainingState, Which
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import LoraSettings, is_adapter
 from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.eagle import EagleModel, build_eagle
+from megatron_eagle.model.lora import attach, seed_dropout
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.training.adapters import require_targets
 from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -39,6 +42,7 @@ class Engine:
     models: the same parts without wrapping; they share the weights.
     optimizer: a chain of one, or with spread encoders of two; clips by the norm over all of them.
     encoder: this process's copy of the spread encoders; None with ``encoder: tensor``, where ``models`` hold them.
+    lora: the adapters' numbers, where they alone train. seed: what their dropout is drawn from.
     """
 
     chunks: list[DistributedDataParallel]
@@ -49,6 +53,8 @@ class Engine:
     peak_learning_rate: float
     final_learning_rate: float
     trainable_parameters: int
+    lora: LoraSettings | None = None
+    seed: int = 0
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> Tensor:
         """Gradients of ``batches``, reduced over all that share them; returns this process's share of the loss.
@@ -58,13 +64,19 @@ class Engine:
         for buffers in self.gradient_owners():
             buffers.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._seed_dropout("encoders")
         features = self.encoder.encode(batches) if self.encoder else None
+        self._seed_dropout("pipeline")  # of spread encoders every process has run its own number
         losses = run_schedule(self.chunks, batches, features, forward_only=False)
         if self.encoder:
             self.encoder.backward()
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=batches[0].loss_weights.device)
         return torch.stack(losses).double().sum()
+
+    def _seed_dropout(self, phase: str) -> None:
+        if self.lora and self.lora.dropout:
+            seed_dropout(self.seed, self.scheduler.num_steps, phase)
 
     def update(self) -> float:
         """Clip the gradients and step; returns their norm before clipping. No weight changes if that is not finite."""
@@ -87,7 +99,8 @@ class Engine:
     def state(self) -> TrainingState:
         """What a checkpoint saves and restores of this process."""
         modules = tuple(module for module, _ in self.weight_owners())
-        return TrainingState(modules, tuple(self.optimizer.chained_optimizers), self.scheduler)
+        weights: Which = "adapters" if self.lora else "all"
+        return TrainingState(modules, tuple(self.optimizer.chained_optimizers), self.scheduler, weights)
 
     def reload_optimizer(self) -> None:
         """Take over weights that were changed from outside; call this after loading them."""
@@ -103,7 +116,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     """Model with random weights of the recipe's seed, ready to load a checkpoint and to train ``stage``."""
     layout = recipe.stage_layout(stage)
     models = build_chunks(recipe, layout, platform)
-    freeze_all_but(models, stage.trainable)
+    freeze_all_but(models, stage.trainable, recipe.lora)
     config = models[0].config
     wrapped = [Float16Module(config, model) for model in models] if recipe.precision == "bf16" else models
     settings = recipe.optimizer
@@ -115,8 +128,10 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     encoder = None
     if layout.encoder == "spread":
         copy = _build_copy(recipe, platform, groups)
-        freeze_all_but([copy], stage.trainable)
+        freeze_all_but([copy], stage.trainable, recipe.lora)
         encoder = SpreadEncoder.of(copy, config, gradient_buckets(settings, overlap=False), groups, layout)
+    if recipe.lora:
+        require_targets(recipe.lora, [*models, *([encoder.copy] if encoder else [])])
     optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _finalize_without_division
@@ -132,6 +147,8 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
         peak_learning_rate=stage.learning_rate,
         final_learning_rate=stage.learning_rate * stage.final_fraction,
         trainable_parameters=count_trainable(models) + (encoder.trainable_parameters if encoder else 0),
+        lora=recipe.lora,
+        seed=recipe.seed,
     )
 
 
@@ -171,12 +188,14 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             device=platform.device,
             seed=_seed(recipe, platform),
         )
+        if recipe.lora:
+            attach(model, recipe.lora, model.tp_group, seed=_seed(recipe, platform))
         chunks.append(model)
     return chunks
 
 
 def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncoder:
-    return build_tile_encoder(
+    copy = build_tile_encoder(
         recipe.model.eagle(),
         self_group=groups.self_group,
         copies=groups.world_group,
@@ -187,6 +206,9 @@ def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncod
         device=platform.device,
         seed=_seed(recipe, platform),
     )
+    if recipe.lora:
+        attach(copy, recipe.lora, copy.tp_group, seed=_seed(recipe, platform))
+    return copy
 
 
 def _seed(recipe: Recipe, platform: Platform) -> int | None:
@@ -194,11 +216,15 @@ def _seed(recipe: Recipe, platform: Platform) -> int | None:
     return None if platform.device.type == "meta" else recipe.seed
 
 
-def freeze_all_but(models: Sequence[torch.nn.Module], trainable: Sequence[str]) -> None:
-    """Leave gradients on for the parts named (``vision``, ``connector``, ``language``) and off for all else."""
+def freeze_all_but(
+    models: Sequence[torch.nn.Module], trainable: Sequence[str], lora: LoraSettings | None = None
+) -> None:
+    """Leave gradients on for the parts named (``vision``, ``connector``, ``language``) and off for all else; with
+    ``lora`` for these parts' adapters alone."""
     for model in models:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.split(".")[0] in trainable
+            learns = lora is None or is_adapter(name)
+            parameter.requires_grad = learns and name.split(".")[0] in trainable
 
 
 def count_trainable(models: Sequence[EagleModel]) -> int:

@@ -28,6 +28,7 @@ from megatron_eagle.checkpoint.files import (
     load_weights,
     own_file,
     read_description,
+    require_adapters,
     require_same_model,
 )
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
@@ -38,6 +39,7 @@ from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_fil
 from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.training.adapters import base_checkpoint, load_base
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
@@ -115,6 +117,7 @@ class StageRun:
         self.start: Start | None = None
         self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
         self.superseded_by = ""
+        self.base: str | None = None  # digest of what adapters belong to
 
     def train(self) -> None:
         """Everything between joining the run and leaving it, as the newest start of the run.
@@ -147,11 +150,13 @@ class StageRun:
         self._on_rank_zero(self._read_tokenizer)  # before anything is built
         first_weights = None if resume_from else self._on_rank_zero(self._weights_before)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
+        if self.recipe.lora:
+            self._load_base(engine, resume_from or first_weights)
         position = None
         if resume_from and description:
             position = load_training_state(resume_from, description, engine.state(), self.groups)
         elif first_weights:
-            load_weights(first_weights, engine.state().modules)
+            load_weights(first_weights, engine.state().modules, "adapters" if self.recipe.lora else "base")
             engine.reload_optimizer()
         self.evaluation = self._open_evaluation(stage_folder)
         stream = self._open_stream(position, resume_from, description)
@@ -159,6 +164,13 @@ class StageRun:
             self._say_changes(description, "resumed with changes")
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
+
+    def _load_base(self, engine: Engine, adapters: Path | None) -> None:
+        """What adapters belong to, before they are loaded from a checkpoint, if there is one."""
+        copy = engine.encoder.copy if engine.encoder else None
+        self.base = load_base(self._on_rank_zero(lambda: base_checkpoint(self.recipe)), engine.models, copy)
+        if adapters:
+            require_adapters(adapters, self._on_rank_zero(lambda: read_description(adapters)), self.base)
 
     def _join(self) -> int | None:
         """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
@@ -395,6 +407,8 @@ class StageRun:
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
             recipe=recipe_values(self.recipe, self.stage),
+            base=self.base,
+            lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )
 
     def _peak_rss_bytes(self) -> int:
@@ -418,10 +432,15 @@ class StageRun:
 
     def _opening_line(self, engine: Engine, start: Path | None) -> str:
         layout, stage = self.recipe.stage_layout(self.stage), self.stage
+        lora = self.recipe.lora
         origin = "random weights" if start is None else str(start)
+        if lora:
+            drawn = self.recipe.model.initial_weights or "random weights"
+            origin = f"{start or 'new adapters'} on {drawn} ({self.base})"
         peak = stated_peak(self.platform.device)
+        what = f"{'adapters of ' if lora else ''}{', '.join(stage.trainable)}"
         return (
-            f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {', '.join(stage.trainable)} "
+            f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {what} "
             f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
             f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} encoder={layout.encoder} "
             f"on {self.platform.device.type}{f', MFU of {peak / 1e12:.0f} TFLOP/s' if peak else ''}"

@@ -24,6 +24,10 @@ NOTHING = "(nothing)"  # a key that one side does not have
 # ``stage.`` is the stage that continues. A key that is not here may change, and is said.
 REFUSED = {
     "stage.trainable": "the optimizer has moments of these parts only",
+    "lora.rank": "the adapters have this shape",
+    "lora.targets": "these layers have adapters",
+    "lora.alpha": "the adapters were trained with this scale",
+    "lora.rslora": "the adapters were trained with this scale",
     "stage.loss_normaliser": "the moments are those of the other objective",
 }
 # These two may change as long as the optimizer finds its own copy of the weights (``_master_weights``).
@@ -31,7 +35,11 @@ MASTER_WEIGHTS = {
     "precision": "the optimizer's own copy of the weights would be lost",
     "optimizer.distributed": "the optimizer's own copy of the weights would be lost",
 }
-WITHOUT_EFFECT = {"model.initial_weights": "the weights are the checkpoint's"}
+BASE = "model.initial_weights"
+WITHOUT_EFFECT = {
+    BASE: "the weights are the checkpoint's",
+    "lora.initial": "the adapters are the checkpoint's",
+}
 # The numbers that follow from these are compared, not how a recipe writes them.
 MODEL = ("model.preset", "model.tile_size", "model.encoders", "model.language")
 
@@ -44,6 +52,8 @@ def recipe_values(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     data = recipe_as_data(recipe)
     own = data.pop("stages")[recipe.stages.index(stage)]
     data["layout"] = own.pop("layout") or data["layout"]
+    if recipe.lora is None:
+        del data["lora"]
     return dict([*_flat(data, ""), *_flat(own, f"stages.{stage.name}.")])
 
 
@@ -68,7 +78,7 @@ def changes(description: Description, recipe: Recipe, stage: Stage) -> list[str]
     for key in sorted(saved.keys() | given.keys()) if saved else ():
         if saved.get(key, NOTHING) != given.get(key, NOTHING) and not _in(MODEL, key):
             line = f"{key} {_shown(saved.get(key, NOTHING))} -> {_shown(given.get(key, NOTHING))}"
-            why = WITHOUT_EFFECT.get(_table_key(key, stage.name))
+            why = None if recipe.lora and key == BASE else WITHOUT_EFFECT.get(_table_key(key, stage.name))
             lines.append(f"{line} (no effect: {why})" if why else line)
     return lines
 
@@ -80,6 +90,10 @@ def require_continuable(checkpoint: Path, description: Description, recipe: Reci
             f"{checkpoint} is at step {description.step}, stage '{stage.name}' has only {stage.steps} steps "
             f"(it had {description.steps})"
         )
+    if bool(description.base) != (recipe.lora is not None):
+        kinds = ("LoRA's adapters", "whole models")
+        here, there = kinds if description.base else kinds[::-1]
+        raise UserError(f"{checkpoint} holds {here}, the recipe trains {there}: start a stage or a run of its own")
     saved, given = description.recipe, recipe_values(recipe, stage)
     fp32 = saved.get("precision") == given["precision"] == "fp32"
     needed = None if fp32 and not given["optimizer.distributed"] else _master_weights(given)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eagle.checkpoint.files import find_good, find_latest, read_description, require_same_model
+from megatron_eagle.checkpoint.files import find_good, find_latest, read_description, require_same_model, require_whole
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 
@@ -18,14 +18,15 @@ class RunFolder:
         return self.path / "checkpoints" / stage_name
 
     def weights_before(self, recipe: Recipe, stage: Stage) -> Path | None:
-        """The checkpoint ``stage`` starts from: the last one of the stage before, or the recipe's initial weights.
+        """The checkpoint ``stage`` starts from: the last one of the stage before, or the recipe's initial weights, of
+        LoRA its initial adapters.
 
-        None for a first stage without initial weights. Raises UserError if it is missing, of another model, or of a
+        None for a first stage without. Raises UserError if it is missing, of another model, or of a
         stage that is not finished.
         """
         before = recipe.stage_before(stage)
         if before is None:
-            given = recipe.model.initial_weights
+            given = recipe.lora.initial if recipe.lora else recipe.model.initial_weights
             checkpoint = Path(given) if given else None
         else:
             checkpoint = find_latest(self.stage_checkpoints(before.name))
@@ -38,6 +39,8 @@ class RunFolder:
             return None
         description = read_description(checkpoint)
         require_same_model(checkpoint, description, recipe.model.eagle())
+        if recipe.lora is None:
+            require_whole(checkpoint, description)
         if before is not None and description.step < min(description.steps, before.steps):
             raise UserError(
                 f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"

@@ -102,5 +102,13 @@ class Step:
     def collect(self, result: StepResult, *, stop: bool = False, superseded: bool = False) -> StepStats:
         """The whole run's numbers of the step, on every process; ``stop`` and ``superseded`` are this one's."""
         config = self.engine.models[0].eagle
-        own = {"stop": stop, "superseded": superseded}
-        return collect_stats(result.loss, result.batches, config, self.stage.trainable, self.groups, **own)
+        return collect_stats(
+            result.loss,
+            result.batches,
+            config,
+            self.stage.trainable,
+            self.groups,
+            lora=self.engine.lora,
+            stop=stop,
+            superseded=superseded,
+        )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.cost import Parts
@@ -25,10 +26,12 @@ STATED_PEAKS = {
 }
 
 
-def useful_flops(config: EagleConfig, trainable: Sequence[str], batches: Sequence[PackedBatch]) -> float:
+def useful_flops(
+    config: EagleConfig, trainable: Sequence[str], batches: Sequence[PackedBatch], lora: LoraSettings | None = None
+) -> float:
     """Operations that ``batches`` need, forward and backward, on the whole model; for one that knows all tiles."""
     work = sum((Work.useful(batch) for batch in batches), Work(0, 0, 0))
-    return step_flops(config, Parts.of(trainable), work).total
+    return step_flops(config, Parts.of(trainable, lora), work).total
 
 
 def stated_peak(device: torch.device) -> float | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.data import BlendSource
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.weights import WeightSlice, weight_slices
@@ -28,7 +29,7 @@ from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.parallel.process_pool import World, WorldError
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.step import Step
-from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, with_tied_names
+from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, plain_name, with_tied_names
 from megatron_eagle.verification.rows import Row
 from megatron_eagle.verification.subject import STEPS, Subject, tables_subject
 
@@ -39,6 +40,7 @@ TIMEOUT = 300.0  # seconds for one row; a user's recipe at reduced width can tak
 # eps above the noise of fp32 gradients: key biases have a true gradient of zero, and Adam with 1e-8 would blow their
 # rounding noise up to steps of the size of the learning rate. Clipping is low enough to be active in every step.
 OPTIMIZER = OptimizerSettings(beta2=0.95, eps=1e-6, weight_decay=0.1, clip_grad=0.5)
+LORA = LoraSettings(rank=3, alpha=4.5, targets=("vision", "connector", "language"))
 TRAINABLE: dict[str, tuple[Any, ...]] = {"all": ("vision", "connector", "language"), "connector": ("connector",)}
 
 
@@ -97,7 +99,7 @@ class Verifier:
 
     def check(self, row: Row, measure: Callable[..., tuple[float, float, float]] | None = None) -> Result:
         """Run one row. measure: stands in for this module's ``measure``, for tests of the verifier itself."""
-        self._expect(row.trainable)
+        self._expect(row)
         world = self._worlds.setdefault(row.processes, World(row.processes))
         started = time.perf_counter()
         try:
@@ -118,12 +120,13 @@ class Verifier:
             after_each(results[-1])
         return results
 
-    def _expect(self, trainable: str) -> None:
+    def _expect(self, row: Row) -> None:
         """Run the reference, once for each choice of what trains."""
-        path = Path(self._folder.name) / f"{trainable}.pt"
+        path = Path(self._folder.name) / _expected_file(row.trainable, row.lora)
         if not path.exists():
             steps, config = self._subject.steps["packed"], self._subject.config
-            expected = expected_steps(config, SEED, steps, TRAINABLE[trainable], OPTIMIZER, LEARNING_RATE)
+            trainable, lora = TRAINABLE[row.trainable], LORA if row.lora else None
+            expected = expected_steps(config, SEED, steps, trainable, OPTIMIZER, LEARNING_RATE, lora)
             torch.save(asdict(expected), path)
 
 
@@ -132,15 +135,23 @@ def _load_subject(folder: str) -> Subject:
     return Subject.load(Path(folder) / SUBJECT)
 
 
-@functools.cache
-def _load_expected(folder: str, trainable: str) -> Expected:
-    return Expected(**torch.load(Path(folder) / f"{trainable}.pt", weights_only=True))
+def _expected_file(trainable: str, lora: bool) -> str:
+    return f"{trainable}{'-lora' if lora else ''}.pt"
 
 
 @functools.cache
-def _initial_weights(folder: str) -> tuple[dict[str, Tensor], hf_names.HfNames]:
+def _load_expected(folder: str, trainable: str, lora: bool) -> Expected:
+    return Expected(**torch.load(Path(folder) / _expected_file(trainable, lora), weights_only=True))
+
+
+@functools.cache
+def _initial_weights(folder: str, lora: bool) -> tuple[dict[str, Tensor], hf_names.HfNames]:
     reference = ReferenceEagle(_load_subject(folder).config, SEED)
-    return dict(reference.state_dict()), reference.sources()
+    sources = reference.sources()
+    if lora:
+        sources |= hf_names.adapter_sources(sources, LORA)
+        reference.add_adapters(LORA, SEED)
+    return {plain_name(name): tensor for name, tensor in reference.state_dict().items()}, sources
 
 
 def measure(row: Row, folder: str) -> tuple[float, float, float]:
@@ -150,12 +161,12 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     platform = install(local_rank=dist.get_rank())
-    subject, expected = _load_subject(folder), _load_expected(folder, row.trainable)
+    subject, expected = _load_subject(folder), _load_expected(folder, row.trainable, row.lora)
     recipe = _recipe(row, subject)
     stage = recipe.stages[0]
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
     engine = build_engine(recipe, stage, platform, groups)
-    load_reference(engine, *_initial_weights(folder))
+    load_reference(engine, *_initial_weights(folder, row.lora))
     step = Step(engine, groups, stage, platform.device)
     losses: list[float] = []
     gradient_distances: list[float] = []
@@ -163,13 +174,13 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
     def hold_gradients() -> None:
         if not losses:
             _gather_sharded_gradients(engine)
-            gradient_distances.append(_distance(engine, folder, expected.gradients, lambda p: p.main_grad))
+            gradient_distances.append(_distance(engine, folder, row.lora, expected.gradients, lambda p: p.main_grad))
 
     for packs in subject.steps[row.packing]:
         own = packs[groups.dp_rank :: groups.dp_size]
         result = step.run(partial(list, own), before_update=hold_gradients)
         losses.append(step.collect(result).loss)
-    weight_distance = _distance(engine, folder, expected.weights, lambda p: p.data)
+    weight_distance = _distance(engine, folder, row.lora, expected.weights, lambda p: p.data)
     loss_distance = max(abs(got - want) / abs(want) for got, want in zip(losses, expected.losses, strict=True))
     distances = [loss_distance, *gradient_distances, weight_distance]
     worst = torch.tensor(distances, dtype=torch.float64, device=platform.device)
@@ -207,6 +218,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
         layout=row.layout(),
         optimizer=replace(OPTIMIZER, distributed=row.distributed_optimizer, overlap=row.overlap),
         precision=row.precision,
+        lora=LORA if row.lora else None,
     )
 
 
@@ -235,10 +247,12 @@ def _gather_sharded_gradients(engine: Engine) -> None:
                     )
 
 
-def _distance(engine: Engine, folder: str, reference: dict[str, Tensor], take: Callable[[Any], Tensor]) -> float:
+def _distance(
+    engine: Engine, folder: str, lora: bool, reference: dict[str, Tensor], take: Callable[[Any], Tensor]
+) -> float:
     """Largest difference of any tensor this process holds, relative to the norm of the whole tensor."""
     named = with_tied_names(_load_subject(folder).config, reference)
-    _, sources = _initial_weights(folder)
+    _, sources = _initial_weights(folder, lora)
     worst = 0.0
     for weight in _slices(engine):
         names = sources[weight.name].names

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_eagle.config.encoders import EncoderConfig
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, encoder_configs, encoder_names, mixture_channels
 from megatron_eagle.config.recipe import OptimizerSettings
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
+from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.encoders import EncoderReference, encoder_hf_names, encoder_reference
 
@@ -83,8 +85,36 @@ class ReferenceEagle(nn.Module):
         features = [part.features(numbers, module, pixels) for (part, numbers), module in pairs]
         return cast(Tensor, self.mlp1(torch.cat(features, dim=-1)))
 
+    def add_adapters(self, lora: LoraSettings, seed: int) -> None:
+        """Put PEFT's adapters on the layers that ``lora`` wants; drawn from ``seed``, B too, so that A has a gradient.
+
+        Raises UserError where PEFT is not installed.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise UserError("adapters are held against PEFT, which is not installed: pip install '.[lora]'") from None
+        adapters = hf_names.adapter_sources(self.sources(), lora)
+        layers = [
+            name.removesuffix(".lora_A.weight")
+            for ours, source in adapters.items()
+            for name in source.names
+            if ours.endswith("lora_a")
+        ]
+        rank, alpha = lora.rank, lora.alpha
+        settings = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=lora.rslora, target_modules=layers)  # type: ignore[arg-type]
+        inject_adapter_in_model(settings, self)
+        self.to(torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if ".lora_" in name:  # B small, as in training: a large one makes float32's rounding large, too
+                    drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    size = 0.1 if ".lora_B." in name else 1.0
+                    parameter.copy_(drawn * size * parameter.shape[1] ** -0.5)
+
     def sources(self) -> hf_names.HfNames:
-        """Where each of Megatron's parameters comes from in this module's state dict."""
+        """Where each of Megatron's parameters comes from in this module's state dict, ``plain_name`` given."""
         sources = hf_names.qwen_sources(self.config.language, "language.") | hf_names.connector_sources("mlp1.")
         encoders = zip(self.config.encoders, self._parts, encoder_names(self.config), strict=True)
         for number, (settings, (_, numbers), name) in enumerate(encoders):
@@ -109,10 +139,20 @@ def expected_steps(
     trainable: Sequence[str],
     optimizer: OptimizerSettings,
     learning_rate: float,
+    lora: LoraSettings | None = None,
 ) -> Expected:
-    """Train the reference on ``steps`` (each the packs of one global batch) with AdamW and gradient clipping."""
+    """Train the reference on ``steps`` (each the packs of one global batch) with AdamW and gradient clipping.
+
+    lora: trains PEFT's adapters of the parts in ``trainable`` instead of their weights.
+    """
     model = ReferenceEagle(config, seed)
-    learning = {name: p for name, p in model.named_parameters() if part_of(name) in trainable}
+    if lora:
+        model.add_adapters(lora, seed)
+    learning = {
+        plain_name(name): p
+        for name, p in model.named_parameters()
+        if part_of(name) in trainable and (lora is None or ".lora_" in name)
+    }
     model.requires_grad_(False)
     for parameter in learning.values():
         parameter.requires_grad_(True)
@@ -136,7 +176,13 @@ def expected_steps(
         nn.utils.clip_grad_norm_(learning.values(), optimizer.clip_grad)
         adam.step()
         losses.append(float(loss.detach()))
-    return Expected(losses, gradients, {name: t.detach().clone() for name, t in model.state_dict().items()})
+    weights = {plain_name(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return Expected(losses, gradients, weights)
+
+
+def plain_name(name: str) -> str:
+    """The name of one of the reference's tensors without what PEFT puts into it."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def square_root_average(model: ReferenceEagle, packs: Sequence[PackedBatch]) -> Tensor:

@@ -39,6 +39,7 @@ class Row:
     trainable: Literal["all", "connector"] = "all"
     precision: Literal["fp32", "bf16"] = "fp32"
     kernels: Literal["torch", "triton"] = "torch"
+    lora: bool = False
 
     @property
     def processes(self) -> int:

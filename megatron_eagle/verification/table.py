@@ -29,22 +29,29 @@ def verify(
     processes: int | None,
     out: Path | None,
     kernels: Kernels = "torch",
+    lora: bool = False,
     sample: int | None = None,
     seed: int = 0,
 ) -> None:
     """Run the table on this machine, print it, write it to ``out``; UserError if any row is off.
 
-    sample: so many rows of the table instead of all, drawn with ``seed``.
+    lora: every row trains adapters, against PEFT's. sample: so many rows of the table instead of all, drawn with
+    ``seed``.
     """
     most = largest_world(processes or (QUICK_PROCESSES if quick else ALL_PROCESSES))
     rows = quick_table(most) if quick else whole_table(most)
     if sample is not None and sample < len(rows):
         rows = sorted(random.Random(seed).sample(rows, sample), key=lambda row: row.processes)
-    _run(_with_kernels(rows, kernels), None, out)
+    _run(_with_kernels([replace(row, lora=lora) for row in rows], kernels), None, out)
 
 
-def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, kernels: Kernels = "torch") -> None:
-    """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``)."""
+def verify_recipe(
+    recipe: Recipe, *, processes: int | None, out: Path | None, kernels: Kernels = "torch", lora: bool = False
+) -> None:
+    """The same for the layouts and the data of a user's recipe, at reduced width (``subject.py``).
+
+    lora: train adapters, of numbers of the table's own; a recipe that has ``lora`` does without being told.
+    """
     most = largest_world(processes or ALL_PROCESSES)
     stage = recipe.stages[0]
     rows = recipe_rows(recipe, packs_of_a_step(recipe, stage))
@@ -52,7 +59,9 @@ def verify_recipe(recipe: Recipe, *, processes: int | None, out: Path | None, ke
     if not fitting:
         smallest = min(row.processes for row in rows)
         raise UserError(f"the recipe's layouts need {smallest} processes, at most {most} are allowed; see --processes")
-    _run(_with_kernels(fitting, kernels), recipe_subject(recipe, stage), out)
+    adapted = lora or recipe.lora is not None
+    rows = _with_kernels([replace(row, lora=adapted) for row in fitting], kernels)
+    _run(rows, recipe_subject(recipe, stage), out)
 
 
 def largest_world(wanted: int) -> int:

@@ -13,7 +13,9 @@ from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.model.cost import Parts
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.flops import Work, encoder_flops, head_flops, layer_flops, step_flops
+from megatron_eagle.model.lora import attach
 from megatron_eagle.parallel.groups import initialise
+from megatron_eagle.training.engine import freeze_all_but
 
 EVERYTHING = ("vision", "connector", "language")
 FORWARD_ONLY = Parts(False, False, False)
@@ -50,12 +52,13 @@ COUNTERS = {
 }
 
 
-def count_operations(trainable, config=EAGLE):
+def count_operations(trainable, config=EAGLE, lora=None):
     """Forward and backward of one pack, counted by what PyTorch really runs; in a world of one process."""
     initialise(Layout(), install(), timeout=timedelta(seconds=60))
     model: EagleModel = build_eagle(config, Layout(), precision="fp32", pre_process=True, post_process=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.split(".")[0] in trainable
+    if lora:
+        attach(model, lora, model.tp_group, seed=0)
+    freeze_all_but([model], trainable, lora)
     batch = pack()
     totals = []
     for backward in (False, True):

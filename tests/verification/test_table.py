@@ -51,4 +51,4 @@ def test_a_gpu_holds_one_process(monkeypatch) -> None:
 
 
 def test_every_option_of_the_table_has_a_name_in_the_row() -> None:
-    assert [item.name for item in fields(Row)] == [*OPTIONS, "kernels"]  # the same for all rows of a table
+    assert [item.name for item in fields(Row)] == [*OPTIONS, "kernels", "lora"]  # the same for all rows of a table

@@ -23,13 +23,15 @@ def activations(vit: VitConfig, run: EncoderRun, scaled: int = 0) -> Held:
     pixels = run.pixels(3 * vit.image_size**2, PIXEL_COPIES)
     core = (3 * heads + heads) * run.number + 4 * vit.num_attention_heads / tp
     norm = 2 * hidden * run.number + 8
+    scaled *= not run.adapters
     layer = tokens * (2 * norm + core + (heads + 2 * inner + scaled * hidden) * run.number)
     moment = tokens * (2 * inner + hidden) * run.number
     kept = tokens * hidden * run.number if run.repeats_layers else layer
     if not run.trains:
         return Held(0.0, max(pixels.saved + pixels.forward, tokens * (3 * hidden + 3 * inner) * run.number))
     again = layer - kept
-    layers = Held(kept * vit.num_hidden_layers + tokens * hidden * run.number, again, again + moment)
+    around = tokens * hidden * run.number  # the last norm's input; the first norm's needs no gradient behind frozen patches
+    layers = Held(kept * vit.num_hidden_layers + around * (not run.adapters), again, again + moment)
     return pixels.then(layers)
 
 

@@ -24,14 +24,15 @@ def activations(convnext: Config, run: EncoderRun) -> Held:
     """From pixels to the last stage's map."""
     side, sizes, again = convnext.image_size // STEM, convnext.hidden_sizes, run.repeats_layers
     pixels = run.pixels(3 * convnext.image_size**2, PIXEL_COPIES)
-    total = pixels.then(Held(side**2 * sizes[0] * run.number))
+    # Without gradients of the stem, neither its norm's input is saved nor those of the first block in front of its products.
+    total = pixels.then(Held(side**2 * sizes[0] * run.number * (-2 if run.adapters and not again else not run.adapters)))
     largest = pixels.saved + pixels.forward
     for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
         if number:  # the norm's input and output
             total = total.then(Held(side**2 * sizes[number - 1] * run.number * (1 if again else 2)))
             side //= 2
         inner = side**2 * EXPANSION * size / run.tp * run.number
-        block = side**2 * (4 * size * run.number + 8) + 2 * inner
+        block = side**2 * ((4 - run.adapters) * size * run.number + 8) + 2 * inner  # no gradient of the scale
         largest = max(largest, block + inner)
         # The gradient of the block's output, of its second product's output and of its GELU's output.
         moment = 2 * side**2 * size * run.number + inner

@@ -1,0 +1,49 @@
+"""The base of a recipe with LoRA: loaded before the adapters, which belong to it alone."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_eagle.checkpoint.files import load_weights, read_description, require_same_model, require_whole
+from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.config.recipe import Recipe
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.base_digest import base_digest
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.lora import adapted_layers
+from megatron_eagle.model.tile_encoder import TileEncoder
+
+
+def base_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint of the recipe's base; None if the base is drawn from the seed. UserError if it is no base."""
+    if recipe.model.initial_weights is None:
+        return None
+    checkpoint = Path(recipe.model.initial_weights)
+    description = read_description(checkpoint)
+    require_same_model(checkpoint, description, recipe.model.eagle())
+    require_whole(checkpoint, description)
+    return checkpoint
+
+
+def load_base(checkpoint: Path | None, models: Sequence[EagleModel], copy: TileEncoder | None = None) -> str:
+    """Give ``models``, and a copy of spread encoders, their base; its digest, the same on every process.
+
+    None leaves what was drawn.
+    """
+    if checkpoint is not None:
+        load_weights(checkpoint, [*models, *([copy] if copy else [])])
+    return base_digest(models, parallel_state.get_model_parallel_group(), copy)
+
+
+def require_targets(lora: LoraSettings, modules: Sequence[MegatronModule]) -> None:
+    """UserError, on every process, names the first target that no layer of the whole model has."""
+    everywhere: list[Collection[str]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {layer for module in modules for layer in adapted_layers(module)})
+    found = {layer for layers in everywhere for layer in layers}
+    for target in lora.targets:
+        if not any(LoraSettings(targets=(target,)).wants(layer) for layer in found):
+            got = ", ".join(sorted(found)) or "none"
+            raise UserError(f"lora.targets: no layer is called {target}; adapters got {got}")

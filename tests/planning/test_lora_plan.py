@@ -1,0 +1,39 @@
+"""The plan of a run with LoRA: bytes and operations against what is measured, as for training all weights."""
+
+import pytest
+from eagle_cases import EAGLE, pack
+from test_flops import count_operations
+from test_memory import EVEN, RAGGED, compare
+
+from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.model.cost import Parts
+from megatron_eagle.model.flops import Work, step_flops
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["vision", "connector", "language"]}
+LANGUAGE = {"rank": 8, "alpha": 8, "dropout": 0.1}
+CASES = {
+    1: [
+        ({}, {"lora": LORA}, EVEN),
+        ({}, {"lora": LANGUAGE, "trainable": ["language"], "precision": "bf16"}, EVEN),
+        ({}, {"lora": {**LANGUAGE, "targets": ["language.qkv", "language.fc2"]}, "trainable": ["language"]}, EVEN),
+    ],
+    2: [
+        ({"tp": 2, "sequence_parallel": True}, {"lora": LORA, "recompute": "full"}, RAGGED),
+        ({"pp": 2, "layers_per_stage": [1, 2], "encoder": "spread"}, {"lora": LORA}, RAGGED),
+        ({"cp": 2}, {"lora": LANGUAGE, "trainable": ["language"]}, RAGGED),
+    ],
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_bytes_of_every_process(worlds, size):
+    for case in CASES[size]:
+        compare(worlds, size, *case)
+
+
+def test_operations_are_those_that_run(worlds):
+    lora, trainable = LoraSettings(rank=4, targets=("language", "connector.fc1")), ("connector", "language")
+    _, total = worlds(1).run(count_operations, trainable, EAGLE, lora)[0]
+    planned = step_flops(EAGLE, Parts.of(trainable, lora), Work.computed(pack())).total
+    assert planned == pytest.approx(total, rel=0.01)
+    assert planned != pytest.approx(step_flops(EAGLE, Parts.of(trainable), Work.computed(pack())).total, rel=0.1)
