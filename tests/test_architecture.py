@@ -29,6 +29,7 @@ ORDER = (
     "serving",
     "curation",
     "cluster",
+    "runs",
     "demo",
     "gpu_day",
     "cli",
