@@ -95,6 +95,7 @@ setup(
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
         "megatron_eagle.recipes": ["*/recipe.yaml", "curation/*.yaml"],
+        "megatron_eagle.runs": ["*.j2"],
         "megatron_eagle.slurm": ["*.sbatch", "*.bash", "profiles/*.yaml"],
     },
     install_requires=TRAINER,

@@ -30,6 +30,7 @@ ORDER = (
     "serving",
     "curation",
     "cluster",
+    "runs",
     "demo",
     "gpu_day",
     "cli",

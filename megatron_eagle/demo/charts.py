@@ -1,6 +1,5 @@
 """The report's charts: plain functions from records to SVG text, with no global matplotlib state and no display."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,40 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from megatron_eagle.demo.summary import TaskScore
+from megatron_eagle.runs.charts import BLUE, GREY, INK, MUTED, PALE_BLUE, STYLE, running_mean, svg
 from megatron_eagle.training.log import StepRecord
-
-BLUE, PALE_BLUE, GREY, INK, MUTED, LINE = "#1d5fa6", "#a9c7e8", "#98a2ad", "#1b2430", "#55606c", "#d9dee4"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.titleweight": "bold",
-    "grid.color": "#eceff2",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.pad": 6,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    # A task or stage may be called anything; without this a dollar sign would start a formula.
-    "text.parse_math": False,
-    # Letters become outlines, so that the page looks the same on a machine without the font; a fixed salt makes the
-    # same numbers give the same file.
-    "svg.fonttype": "path",
-    "svg.hashsalt": "megatron-eagle",
-}
 
 
 def loss_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
     """Loss of all stages on one time axis: every step pale, a running mean on top, a border where a stage begins."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.3), layout="constrained")
         axes = figure.subplots()
         start = 0
@@ -56,7 +28,7 @@ def loss_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
         axes.set_ylabel("loss")
         axes.set_xlabel("step, counted over all stages")
         axes.set_ylim(bottom=0)
-        return _svg(figure)
+        return svg(figure)
 
 
 def score_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str | None:
@@ -85,7 +57,7 @@ def score_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str | None:
 
 def rate_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
     """Learning rate, gradient norm and useful tokens a second, side by side."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 2.6), layout="constrained")
         learning_rate, grad_norm, speed = figure.subplots(1, 3)
         _by_stage(learning_rate, metrics, lambda record: record.learning_rate, smooth=False)
@@ -99,7 +71,7 @@ def rate_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
         for axes in (learning_rate, grad_norm, speed):
             axes.set_ylim(bottom=0)
             axes.set_xlabel("step")
-        return _svg(figure)
+        return svg(figure)
 
 
 def fill_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
@@ -107,7 +79,7 @@ def fill_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
     fills = [1 - record.padding_fraction for records in metrics.values() for record in records]
     lowest = min(0.9, math.floor(min(fills) * 20) / 20)
     bins = [lowest + (1 - lowest) * index / 20 for index in range(21)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axes = figure.subplots()
         axes.hist(fills, bins=bins, color=BLUE, edgecolor="white", linewidth=0.8)
@@ -117,12 +89,12 @@ def fill_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
         axes.set_xlabel("useful share of a step's tokens")
         axes.set_ylabel("steps")
         axes.grid(axis="x", visible=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def accuracy_chart(scores: Sequence[TaskScore]) -> str:
     """Two bars a task: right answers with the images, and with every image blanked."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 0.55 + 0.52 * len(scores)), layout="constrained")
         axes = figure.subplots()
         for row, score in enumerate(scores):
@@ -136,14 +108,7 @@ def accuracy_chart(scores: Sequence[TaskScore]) -> str:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="y", visible=False)
-        return _svg(figure)
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the ``window`` (odd) values around each; near the ends over those of them that exist."""
-    half = window // 2
-    parts = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
-    return [math.fsum(part) / len(part) for part in parts]
+        return svg(figure)
 
 
 def _by_stage(
@@ -164,9 +129,3 @@ def _by_stage(
     axes.set_xlim(0, start)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="x", visible=False)
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return text.getvalue()

@@ -83,7 +83,7 @@ class LayoutSummary:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """TileShards of right answers, 0 to 1, over the held-out split: all, by task, and all with every image blanked."""
+    """Shares of right answers, 0 to 1, over the held-out split: all, by task, and all with every image blanked."""
 
     overall: float
     per_task: dict[str, float]

@@ -1,6 +1,7 @@
 """Opens the dashboards that a training log also writes to: TensorBoard, and Weights & Biases if it is asked for."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ def open_tensorboard(folder: Path, resumed_at: int) -> Any:
     return SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
 
-def open_wandb(folder: Path, project: str, stage: str, resumed_at: int) -> Any:
-    """The W&B run of ``stage``, the same one as before if the stage was resumed; UserError without the package."""
+def open_wandb(folder: Path, project: str, stage: str, resumed_at: int, about: Mapping[str, Any]) -> Any:
+    """The W&B run of ``stage``, the same one as before if the stage was resumed; UserError without the package.
+
+    about: plain data that the run shows as its config.
+    """
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -28,6 +32,7 @@ def open_wandb(folder: Path, project: str, stage: str, resumed_at: int) -> Any:
     name = f"{folder.name}-{stage}"
     run = wandb.init(project=project, group=folder.name, name=name, dir=str(folder), id=identity, resume="allow")
     identity_file.write_text(run.id + "\n")
+    run.config.update(dict(about), allow_val_change=True)  # a start that goes on may say otherwise
     # A resumed run logs steps again; with a step axis of our own W&B takes them instead of refusing to go backwards.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

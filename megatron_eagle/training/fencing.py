@@ -48,8 +48,12 @@ class Start:
 
     def sign(self) -> None:
         """Say in the start's file that this process is the one that writes now."""
+        self.describe(_process())
+
+    def describe(self, more: dict[str, Any]) -> None:
+        """Add plain data to the start's file; UserError if it cannot be written."""
         try:
-            self._say(_process())
+            self._say(more)
         except OSError as error:
             raise UserError(f"cannot write {self.run_folder / STARTS}: {error.strerror}") from None
 
@@ -94,6 +98,11 @@ def claim_by_hand(run_folder: Path) -> Start:
     if newest.get("host") == socket.gethostname() and newest.get("ticks") == _ticks(newest.get("pid", 0)) is not None:
         raise UserError(f"another trainer is at work in {run_folder}: {_words(newest)}; end it first")
     return claim(run_folder)
+
+
+def read_starts(run_folder: Path) -> list[dict[str, Any]]:
+    """Who every start of the run was, from the first on; those without a readable file are left out."""
+    return [who for number in sorted(_numbers(run_folder)) if (who := _read(run_folder, number))]
 
 
 def _process() -> dict[str, Any]:

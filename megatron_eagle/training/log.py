@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,6 +165,7 @@ class TrainingLog:
     total_steps: steps of the stage.
     resumed_at: steps already in the checkpoint this process started from, 0 for a fresh start. Lines of later steps
         of this stage, left by the process that died, are dropped, so that no step is in the file twice.
+    about: what this start is made of (``training.origin``), which the dashboards show beside the curves.
 
     Raises UserError if the folder cannot be written or a package that was asked for is missing.
     """
@@ -178,6 +179,7 @@ class TrainingLog:
         tensorboard: bool,
         wandb_project: str | None,
         resumed_at: int,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self._stage = stage
         self._total_steps = total_steps
@@ -191,7 +193,11 @@ class TrainingLog:
         self._path = path
         self._append("")
         self._tensorboard = open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
-        self._wandb = open_wandb(folder, wandb_project, stage, resumed_at) if wandb_project is not None else None
+        if self._tensorboard is not None and about:
+            self._tensorboard.add_text("start", f"```\n{json.dumps(about, indent=1)}\n```", resumed_at)
+        self._wandb: Any = None
+        if wandb_project is not None:
+            self._wandb = open_wandb(folder, wandb_project, stage, resumed_at, about or {})
 
     def step(self, record: StepRecord) -> None:
         """Print, store and plot one step; UserError if the disk does not take the whole of its line."""

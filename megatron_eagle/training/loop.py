@@ -45,6 +45,7 @@ from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
+from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_folder import RunFolder
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
@@ -118,6 +119,7 @@ class StageRun:
         self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
         self.superseded_by = ""
         self.base: str | None = None  # digest of what adapters belong to
+        self.origin: dict[str, Any] = {}  # on rank 0, for the start's file and the dashboards
 
     def train(self) -> None:
         """Everything between joining the run and leaving it, as the newest start of the run.
@@ -162,6 +164,7 @@ class StageRun:
         stream = self._open_stream(position, resume_from, description)
         if description:
             self._say_changes(description, "resumed with changes")
+        self._on_rank_zero(self._explain_start)
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
 
@@ -181,6 +184,18 @@ class StageRun:
         elif self.fallback or not self._is_complete():
             self.start = claim_by_hand(self.run_folder.path)
         return self.start.number if self.start else None
+
+    def _explain_start(self) -> None:
+        write_recipe(self.run_folder.path, self.recipe)
+        self.origin = origin(
+            self.recipe,
+            self.stage,
+            step=self.step,
+            processes=self.groups.world_size,
+            device=self.platform.device,
+        )
+        if self.start is not None:
+            self.start.describe(self.origin)
 
     def _read_tokenizer(self) -> None:
         """Refuses one that does not fit the model; its files are for the checkpoints."""
@@ -428,6 +443,7 @@ class StageRun:
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
             resumed_at=self.step,
+            about=self.origin,
         )
 
     def _opening_line(self, engine: Engine, start: Path | None) -> str:

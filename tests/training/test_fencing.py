@@ -15,8 +15,9 @@ import pytest
 from train_cases import losses, metrics, train
 from worlds import WorldError
 
+from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import Superseded, UserError
-from megatron_eagle.training.fencing import STARTS, Start, claim, claim_by_hand
+from megatron_eagle.training.fencing import STARTS, Start, claim, claim_by_hand, read_starts
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -128,6 +129,15 @@ def test_a_start_leaves_when_a_newer_one_is_there_and_the_losses_are_those_of_on
     assert done.returncode == 0, done.stderr
     assert alone.wait(120) == 0 and 3 <= logged < 40
     assert losses(tmp_path / "runs") == losses(tmp_path / "alone") and len(losses(tmp_path / "alone")) == 40
+    explains_itself(run, recipe)
+
+
+def explains_itself(run: Path, recipe: Path) -> None:
+    """What the newest start says of itself, and the recipe beside it, which can be given again."""
+    newest = read_starts(run)[-1]
+    assert f"--start {len(read_starts(run))}" in newest["command"] and "torch" in newest["packages"]
+    assert newest["stage"] == "first" and newest["recipe"]["stages.first.steps"] == 40 and newest["ticks"] is None
+    assert load_recipe(run / "recipe.yaml") == load_recipe(recipe)
 
 
 def train_on_a_bad_disk(recipe_path: str, runs: str, failing: range) -> str | None:

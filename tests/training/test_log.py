@@ -249,10 +249,11 @@ def test_missing_dashboards_are_named_and_close_the_file(tmp_path, monkeypatch):
 
 
 def test_wandb_continues_the_same_run_after_a_resume_and_a_new_one_after_a_restart(tmp_path, monkeypatch):
-    started, logged = [], []
+    started, logged, configs = [], [], []
 
     class Run:
         id = "abc123"
+        config = types.SimpleNamespace(update=lambda values, allow_val_change: configs.append(values))
 
         def define_metric(self, *_, **__): ...
 

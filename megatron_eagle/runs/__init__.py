@@ -1,0 +1,1 @@
+"""Trained runs looked at from outside: which there are, and in what they differ."""
