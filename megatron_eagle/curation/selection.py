@@ -54,15 +54,16 @@ def cluster(vectors: Vectors, clusters: int, seed: int) -> Clusters:
         raise ValueError(f"{clusters} clusters of {many} vectors")
     means = faiss.Kmeans(dim, clusters, niter=ITERATIONS, seed=seed, spherical=True, min_points_per_centroid=1)
     means.train(vectors)
+    centroids: NDArray[np.float32] = np.asarray(means.centroids)
     index = faiss.IndexFlatIP(dim)
-    index.add(means.centroids)
+    index.add(centroids)
     of, own, other = np.empty(many, np.int64), np.empty(many, np.float32), np.empty(many, np.float32)
     near = min(2, clusters)
     for low in range(0, many, BLOCK):
         cosines, numbers = index.search(vectors[low : low + BLOCK], near)
         part = slice(low, low + len(cosines))
         of[part], own[part], other[part] = numbers[:, 0], cosines[:, 0], cosines[:, -1] if near > 1 else -1.0
-    return Clusters(means.centroids.copy(), of, own, other)
+    return Clusters(centroids.copy(), of, own, other)
 
 
 def balanced(sizes: NDArray[np.int64], target: int) -> NDArray[np.int64]:

@@ -42,7 +42,7 @@ def score_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str | None:
         start += records[-1].step
     if not points:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 2.6), layout="constrained")
         axes = figure.subplots()
         for name, line in points.items():
@@ -52,7 +52,7 @@ def score_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("step, counted over all stages")
         axes.legend(frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def rate_chart(metrics: Mapping[str, Sequence[StepRecord]]) -> str:
