@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 from contracts import the
+from private_names import Source, findings, own_names
 from project import ROOT
 
 from megatron_eagle.compat.cpu import REPLACED
@@ -33,6 +34,11 @@ GUARDED = [
         "fake_processes:a_process_group_with_nobody_in_it",
         "fake process group",
     ),
+    (
+        "torch.testing._internal.distributed.fake_pg:FakeStore",
+        "fake_processes:a_process_group_with_nobody_in_it",
+        "fake process group",
+    ),
     ("megatron.core.models.gpt:GPTModel._preprocess", "gpt_model:hooks_before_and_behind_the_layers", "_preprocess"),
     ("megatron.core.models.gpt:GPTModel._postprocess", "gpt_model:hooks_before_and_behind_the_layers", "_postprocess"),
     (
@@ -45,6 +51,11 @@ GUARDED = [
         "process_groups:levels_of_context_parallelism",
         "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
     ),
+    *(
+        (f"{STATE}:_INTRA_PARTIAL_{name}_GLOO", "process_groups:groups_over_gloo", "gloo groups of its optimizer")
+        for name in ("DATA_PARALLEL_GROUP_WITH_CP", "EXPERT_DATA_PARALLEL_GROUP")
+    ),
+    ("torch._C:ScriptObject._type", "torch_dispatch:group_of_a_collective", "a boxed ProcessGroup"),
     ("torch.utils._python_dispatch:TorchDispatchMode", "torch_dispatch:every_operation_is_seen", "TorchDispatchMode"),
     ("torch.utils._pytree:tree_leaves", "torch_dispatch:trees_of_tensors", "tree_leaves"),
     ("torch.utils._pytree:tree_map_only", "torch_dispatch:trees_of_tensors", "tree_map_only"),
@@ -71,6 +82,14 @@ def test_every_file_of_compat_has_a_name_that_is_taken_away():
     assert not guarding & NOT_GUARDED
 
 
+def test_every_private_name_of_compat_is_taken_away():
+    sources = [Source.of(file, file.read_text(encoding="utf-8"), {"megatron_eagle"}) for file in COMPAT.glob("*.py")]
+    touched = {what for source in sources for _, what in findings(source, own_names(sources), sources)}
+    taken = {name.replace(":", ".").rpartition(".")[2] for name, _, _ in GUARDED} | {"_cdata"}
+    assert {what for what in touched if what.rpartition(".")[2] not in taken} == set()
+    assert len(touched) > 10
+
+
 @pytest.mark.parametrize(("name", "contract", "words"), GUARDED, ids=[name for name, _, _ in GUARDED])
 def test_a_name_that_is_gone_is_said_in_the_contracts_words(monkeypatch, caplog, tmp_path, name, contract, words):
     install()
@@ -84,6 +103,15 @@ def test_a_name_that_is_gone_is_said_in_the_contracts_words(monkeypatch, caplog,
     with pytest.raises(pytest.fail.Exception, match=words) as failed:
         check(**{one: given[one] for one in asked_for})
     assert last in str(failed.value)
+
+
+def test_an_address_that_is_gone_is_said(monkeypatch):
+    """Of a class that nothing can be taken from: the class itself is another one."""
+    from test_torch_dispatch import test_contract_address_of_a_storage as check
+
+    monkeypatch.setattr("torch.UntypedStorage", type("UntypedStorage", (), {}))
+    with pytest.raises(pytest.fail.Exception, match=r"have their address in _cdata.*no attribute '_cdata'"):
+        check()
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in REPLACED.items() for name in names])

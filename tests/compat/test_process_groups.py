@@ -27,9 +27,9 @@ def test_contract_levels_of_context_parallelism():
     "which has no gloo, has its data-parallel group put there"
 )
 def test_contract_groups_over_gloo():
+    the(f"{STATE}:_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO")
+    the(f"{STATE}:_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO")
     with megatron_groups(2):
-        the(f"{STATE}:_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO")
-        the(f"{STATE}:_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO")
         process_groups.stand_in_for_gloo()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         of_optimizer = parallel_state.get_data_parallel_group_gloo(
