@@ -45,7 +45,7 @@ def test_contractions_are_those_of_the_official_table() -> None:
     from megatron_eagle.evaluation.scores.vqa import CONTRACTIONS
 
     try:
-        from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+        from lmms_eval.tasks.textvqa.utils import EvalAIAnswerProcessor
     except ImportError:
         assert CONTRACTIONS["couldnt've"] == CONTRACTIONS["couldn'tve"] == "couldn't've"
         assert CONTRACTIONS["somebody'd"] == "somebodyd" and "shes" not in CONTRACTIONS
