@@ -96,6 +96,6 @@ def test_lmms_eval_gets_the_accuracy_of_evaluate(
     scores = json.loads(results.read_text())["results"]["eagle_made"]
     assert 100 * scores["exact,none"] == pytest.approx(own["value"])
     (logged,) = (tmp_path / "out").rglob("*samples_eagle_made.jsonl")
-    said = [json.loads(line)["filtered_resps"][0] for line in logged.read_text().splitlines()]
+    said = [json.loads(line)["filtered_resps"] for line in logged.read_text().splitlines()]
     lines = map(json.loads, (tmp_path / "own" / "exact" / "predictions.jsonl").read_text().splitlines())
     assert sorted(said) == sorted(line["prediction"] for line in lines)
