@@ -21,6 +21,7 @@ from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.locate import parse_requests
 from megatron_eagle.evaluation.benchmarks.scoring import score
+from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.benchmarks.table import BENCHMARKS
 
 PICTURE = image_bytes((40, 30), (200, 10, 10))
@@ -81,7 +82,7 @@ def test_a_missing_column_is_said_for_every_row(tmp_path: Path) -> None:
     entries = entries_of("chartqa", tmp_path)
     assert all("no question in it" in entry.reason for entry in entries)
     result, _ = score(BENCHMARKS["chartqa"], entries, {})
-    assert (result.value, result.questions, result.unreadable) == (None, 3, 3)
+    assert (result.value, result.questions, result.unreadable) == (0.0, 3, 3)
 
 
 def test_a_question_that_got_no_answer_is_wrong(tmp_path: Path) -> None:
@@ -89,6 +90,31 @@ def test_a_question_that_got_no_answer_is_wrong(tmp_path: Path) -> None:
     entries = entries_of("exact", tmp_path)
     result, _ = score(BENCHMARKS["exact"], entries, {"0": "yes", "1": " yes\n", "2": "no"})
     assert (result.value, result.asked, result.unreadable) == (50.0, 3, 1)
+
+
+def test_withheld_answers_give_a_file_to_hand_in_and_no_score(tmp_path: Path) -> None:
+    rows = [{"index": n, "image": PNG, "question": "Who?"} for n in (49153, 24580)]
+    write_tsv(tmp_path / "DocVQA_TEST.tsv", [*rows, {**rows[0], "index": 7, "image": "!" * 99}])
+    entries = entries_of("docvqa", tmp_path)
+    result, scored = score(BENCHMARKS["docvqa"], entries, {"49153": "Bo", "24580": "ä"})
+    assert (result.value, result.questions, result.unreadable, result.undecided) == (None, 3, 1, 0)
+    path = write_submission(BENCHMARKS["docvqa"], scored, tmp_path)
+    assert path is not None and json.loads(path.read_text()) == [
+        {"questionId": 49153, "answer": "Bo"},
+        {"questionId": 24580, "answer": "ä"},
+        {"questionId": 7, "answer": ""},
+    ]
+
+
+def test_circular_counts_a_question_if_it_is_right_in_every_order(tmp_path: Path) -> None:
+    row = {"image": PNG, "question": "Which?", "A": "cat", "B": "dog", "answer": "A"}
+    turned = {**row, "image": "1", "A": "dog", "B": "cat", "answer": "B"}
+    write_tsv(tmp_path / "MMBench_DEV_EN_V11.tsv", [
+        {"index": 1, **row}, {"index": 2, **row}, {"index": 1_000_001, **turned}, {"index": 1_000_002, **turned},
+    ])  # fmt: skip
+    entries = entries_of("mmbench", tmp_path)
+    result, _ = score(BENCHMARKS["mmbench"], entries, right_answers(entries) | {"1000002": "A"})
+    assert (result.value, result.asked) == (50.0, 4)
 
 
 def test_eagles_words_stand_behind_a_question(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def _line(one: Scored, blank: Mapping[str, str]) -> dict[str, Any]:
 
 def _say(done: _Done) -> None:
     result, without = done.result, done.without
-    value = "answers are withheld" if result.value is None else f"{result.value:.1f}"
+    value = "no score, the file has no answers" if result.value is None else f"{result.value:.1f}"
     blank = f", {without:.1f} with blanked images" if without is not None else ""
     counts = f"{result.questions} questions = {result.asked} asked + {result.unreadable} unreadable"
     left = f"; {result.left_out} without a picture left out" if result.left_out else ""

@@ -87,18 +87,24 @@ def points(benchmark: Benchmark, entry: Entry, question: Question, answer: str) 
 def score(benchmark: Benchmark, entries: Sequence[Entry], answers: Mapping[str, str]) -> tuple[Result, list[Scored]]:
     """The result, and every entry that counts. answers: by entry; one without an answer is unreadable."""
     counted = [entry for entry in entries if not _left_out(benchmark, entry)]
-    withheld = not any(entry.question and entry.question.references for entry in counted)
+    withheld = _withheld(counted)
     scored = [_scored(benchmark, entry, answers, withheld) for entry in counted]
     return result_of(benchmark, scored, len(entries) - len(counted)), scored
 
 
 def result_of(benchmark: Benchmark, scored: Sequence[Scored], left_out: int) -> Result:
     """The result of scored entries; left_out: entries that are none of the benchmark's."""
-    withheld = not any(one.entry.question and one.entry.question.references for one in scored)
+    withheld = _withheld([one.entry for one in scored])
     unreadable = sum(not one.asked for one in scored)
     undecided = 0 if withheld else sum(one.points is None for one in scored)
     value, parts = (None, {}) if withheld or not scored else _value(benchmark, scored)
     return Result(benchmark.name, value, len(scored), len(scored) - unreadable, unreadable, left_out, undecided, parts)
+
+
+def _withheld(entries: Sequence[Entry]) -> bool:
+    """Whether there are questions, and none has a reference."""
+    questions = [entry.question for entry in entries if entry.question]
+    return bool(questions) and not any(question.references for question in questions)
 
 
 def _left_out(benchmark: Benchmark, entry: Entry) -> bool:
