@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from benchmark_files import (
     in_base64,
@@ -147,9 +149,6 @@ def test_pictures_are_shown_where_the_text_says(tmp_path: Path) -> None:
 
 
 def test_parquet_says_options_and_answers_in_its_own_way(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     picture = {"bytes": PICTURE, "path": None}
     rows = [
         {"question": "How many?", "options": ["1", "2", "3"], "answer": "2", "image": picture},
@@ -194,6 +193,16 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     assert result.left_out == 1 and result.questions == 4
     assert result.parts == {"aAcc": 75.0, "fAcc": 50.0, "qAcc": 50.0}
     assert result.value == pytest.approx(175 / 3)
+    picture = {"bytes": PICTURE, "path": None}
+    table = [
+        {"category": "VD", "subcategory": "map", "set_id": "1", "figure_id": str(figure), "question_id": str(question),
+         "question": "Is it?", "gt_answer": "1", "image": picture}
+        for figure in (0, 1) for question in (0, 1)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "hallusionbench-image-00000-of-00001.parquet")
+    entries = entries_of("hallusionbench=hallusionbench-image*.parquet", tmp_path)
+    answers = {entry.id: "Yes, it is." for entry in entries} | {"VD_map_1_1_1": "no"}
+    assert score(BENCHMARKS["hallusionbench"], entries, answers)[0].parts == result.parts
 
 
 def train(recipe_path: str, runs: str) -> None:
@@ -217,17 +226,13 @@ def ask_shards(recipe_path: str, runs: str, data: str, out: str) -> None:
 
 
 def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
-    from megatron_eagle.training.run_folder import RunFolder
+    from megatron_eagle.cli import main
 
-    recipe = load_recipe(Path(recipe_path))
-    run_folder = RunFolder(Path(runs) / recipe.name)
-    wishes = Wishes(answer_tokens=2, blank=True)
-    evaluate_benchmarks(
-        recipe, recipe.stages[0], run_folder, parse_requests(asked, Path(data)), Path(out), install(), wishes
-    )
+    arguments = ["--runs", runs, "--stage", "first", "--benchmarks", asked, "--data", data, "--out", out]
+    try:
+        main(["evaluate", recipe_path, *arguments, "--answer-tokens", "2", "--blank"])
+    except SystemExit as end:
+        assert end.code == 0
 
 
 def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, worlds, tmp_path: Path) -> None:
@@ -260,3 +265,20 @@ def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, w
     assert {(result["questions"], result["asked"]) for result in found.values()} == {(len(made), len(made))}
     blank = [json.loads(line)["blank_prediction"] for line in (out / "exact" / "predictions.jsonl").open()]
     assert len(blank) == len(made)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--limit", "3"], "--limit is for --benchmarks"),
+        (["--benchmarks", "exact", "--losses"], "--losses is of a data set's samples"),
+        (["--benchmarks", "exact"], "no file for exact"),
+        (["--judge", "ftp://x", "m"], "--judge is for --benchmarks"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: list[str], words: str, tmp_path: Path, capsys: Any) -> None:
+    from megatron_eagle.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["evaluate", "tiny", "--data", str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err

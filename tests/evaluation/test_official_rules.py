@@ -5,6 +5,7 @@ installed it is also asked again.
 """
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -28,6 +29,13 @@ def test_a_rule_answers_as_the_official_code_did(name: str) -> None:
         apart = [number * TOGETHER for number, (a, b) in enumerate(zip(own, entry["answers"], strict=True)) if a != b]
         assert not apart, f"{name}: another answer than {source} among the {TOGETHER} cases from {apart[:5]} on"
         assert entry["mean"] != 0, "cases that all fail compare nothing"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages(request: pytest.FixtureRequest) -> None:
+    """lmms-eval, where make test-lmms has put it."""
+    if folder := request.config.getoption("--lmms-packages"):
+        sys.path.append(folder)
 
 
 def test_a_rule_answers_as_the_installed_lmms_eval_does() -> None:
