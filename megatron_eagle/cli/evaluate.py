@@ -17,6 +17,7 @@ from megatron_eagle.cli.common import (
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_eagle.endpoint.settings import Endpoint
     from megatron_eagle.evaluation.benchmarks.locate import Request
 
 ANSWER_TOKENS = 16
@@ -50,6 +51,16 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--blank", action="store_true", help="with --benchmarks: ask once more with the images blanked")
     parser.add_argument(
+        "--judge",
+        nargs=2,
+        metavar=("URL", "MODEL"),
+        default=None,
+        help="with --benchmarks: an OpenAI-compatible endpoint that is asked what no rule can tell (MMVet, MathVista)",
+    )
+    parser.add_argument(
+        "--judge-key", metavar="FILE", default=None, help="file with the key of --judge, if it needs one"
+    )
+    parser.add_argument(
         "--stage", default=None, help="stage whose newest checkpoint is used (default: the recipe's last)"
     )
     parser.add_argument(
@@ -73,7 +84,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)  # before PyTorch: a typo is answered at once
     stage = recipe.stage(options.stage) if options.stage else recipe.stages[-1]
-    for name in ("limit", "blank"):
+    for name in ("limit", "blank", "judge"):
         if options.benchmarks is None and getattr(options, name):
             raise UserError(f"--{name} is for --benchmarks; a data set is asked whole, with and without its images")
     if options.losses and options.benchmarks is not None:
@@ -96,7 +107,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
 
-        wishes = Wishes(options.limit, options.answer_tokens, options.blank)
+        wishes = Wishes(options.limit, options.answer_tokens, options.blank, _judge(options))
         evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes)
     if options.trace_platform:
         print_once(platform.report())
@@ -108,3 +119,17 @@ def _requests(options: argparse.Namespace) -> "list[Request] | None":
     from megatron_eagle.evaluation.benchmarks.locate import parse_requests
 
     return parse_requests(options.benchmarks, options.data)
+
+
+def _judge(options: argparse.Namespace) -> "Endpoint | None":
+    if options.judge is None:
+        return None
+    from megatron_eagle.endpoint.client import check_installed
+    from megatron_eagle.endpoint.settings import Endpoint
+
+    check_installed()
+    url, model = options.judge
+    try:
+        return Endpoint(url, model, key_file=options.judge_key)
+    except ValueError as error:
+        raise UserError(f"--judge {url} {model}: {error}") from None

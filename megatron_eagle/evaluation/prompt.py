@@ -1,5 +1,6 @@
 """A question ready for the model, and how questions are shared out to packs."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,4 +61,8 @@ def prompt_of(question: StoredSample, planner: VisualPlanner, *, tiles: bool = T
     segment, plan = tokenise(question, planner, prompt=True)
     if tiles:
         segment = add_tiles(segment, question, plan, planner.settings)
-    return Prompt(segment.sample_id, segment.tokens.tolist(), segment.tiles, segment.tile_slots.tolist())
+    tokens = segment.tokens.tolist()
+    # Of a whole benchmark only these are kept in memory, so that they are packed.
+    return Prompt(
+        segment.sample_id, tokens if tiles else array("i", tokens), segment.tiles, segment.tile_slots.tolist()
+    )

@@ -36,8 +36,9 @@ def lmms_eval() -> dict[str, Official]:
         return float(rec.compute_iou(reference, rec.parse_float_sequence_within(answer)))
 
     def spans(answer: str, reference: list[float]) -> float:
-        result = {f"v>>>c>>>{reference}": answer}
-        return float(tasks["charades_sta.utils"]._temporal_grounding_compute_metrics([result])["mIOU"])
+        charades = tasks["charades_sta.utils"]
+        found = charades.extract_time(answer)
+        return 100 * float(charades.iou(reference, found[0])) if len(found) == 1 else 0.0
 
     return {
         "anls": lambda answer, references: float(metrics.anls(references, [answer])["anls"]),

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from benchmark_files import (
     in_base64,
@@ -21,6 +23,7 @@ from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.locate import parse_requests
 from megatron_eagle.evaluation.benchmarks.scoring import score
+from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.benchmarks.table import BENCHMARKS
 
 PICTURE = image_bytes((40, 30), (200, 10, 10))
@@ -81,7 +84,7 @@ def test_a_missing_column_is_said_for_every_row(tmp_path: Path) -> None:
     entries = entries_of("chartqa", tmp_path)
     assert all("no question in it" in entry.reason for entry in entries)
     result, _ = score(BENCHMARKS["chartqa"], entries, {})
-    assert (result.value, result.questions, result.unreadable) == (None, 3, 3)
+    assert (result.value, result.questions, result.unreadable) == (0.0, 3, 3)
 
 
 def test_a_question_that_got_no_answer_is_wrong(tmp_path: Path) -> None:
@@ -89,6 +92,31 @@ def test_a_question_that_got_no_answer_is_wrong(tmp_path: Path) -> None:
     entries = entries_of("exact", tmp_path)
     result, _ = score(BENCHMARKS["exact"], entries, {"0": "yes", "1": " yes\n", "2": "no"})
     assert (result.value, result.asked, result.unreadable) == (50.0, 3, 1)
+
+
+def test_withheld_answers_give_a_file_to_hand_in_and_no_score(tmp_path: Path) -> None:
+    rows = [{"index": n, "image": PNG, "question": "Who?"} for n in (49153, 24580)]
+    write_tsv(tmp_path / "DocVQA_TEST.tsv", [*rows, {**rows[0], "index": 7, "image": "!" * 99}])
+    entries = entries_of("docvqa", tmp_path)
+    result, scored = score(BENCHMARKS["docvqa"], entries, {"49153": "Bo", "24580": "ä"})
+    assert (result.value, result.questions, result.unreadable, result.undecided) == (None, 3, 1, 0)
+    path = write_submission(BENCHMARKS["docvqa"], scored, tmp_path)
+    assert path is not None and json.loads(path.read_text()) == [
+        {"questionId": 49153, "answer": "Bo"},
+        {"questionId": 24580, "answer": "ä"},
+        {"questionId": 7, "answer": ""},
+    ]
+
+
+def test_circular_counts_a_question_if_it_is_right_in_every_order(tmp_path: Path) -> None:
+    row = {"image": PNG, "question": "Which?", "A": "cat", "B": "dog", "answer": "A"}
+    turned = {**row, "image": "1", "A": "dog", "B": "cat", "answer": "B"}
+    write_tsv(tmp_path / "MMBench_DEV_EN_V11.tsv", [
+        {"index": 1, **row}, {"index": 2, **row}, {"index": 1_000_001, **turned}, {"index": 1_000_002, **turned},
+    ])  # fmt: skip
+    entries = entries_of("mmbench", tmp_path)
+    result, _ = score(BENCHMARKS["mmbench"], entries, right_answers(entries) | {"1000002": "A"})
+    assert (result.value, result.asked) == (50.0, 4)
 
 
 def test_eagles_words_stand_behind_a_question(tmp_path: Path) -> None:
@@ -121,9 +149,6 @@ def test_pictures_are_shown_where_the_text_says(tmp_path: Path) -> None:
 
 
 def test_parquet_says_options_and_answers_in_its_own_way(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     picture = {"bytes": PICTURE, "path": None}
     rows = [
         {"question": "How many?", "options": ["1", "2", "3"], "answer": "2", "image": picture},
@@ -168,6 +193,16 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     assert result.left_out == 1 and result.questions == 4
     assert result.parts == {"aAcc": 75.0, "fAcc": 50.0, "qAcc": 50.0}
     assert result.value == pytest.approx(175 / 3)
+    picture = {"bytes": PICTURE, "path": None}
+    table = [
+        {"category": "VD", "subcategory": "map", "set_id": "1", "figure_id": str(figure), "question_id": str(question),
+         "question": "Is it?", "gt_answer": "1", "image": picture}
+        for figure in (0, 1) for question in (0, 1)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "hallusionbench-image-00000-of-00001.parquet")
+    entries = entries_of("hallusionbench=hallusionbench-image*.parquet", tmp_path)
+    answers = {entry.id: "Yes, it is." for entry in entries} | {"VD_map_1_1_1": "no"}
+    assert score(BENCHMARKS["hallusionbench"], entries, answers)[0].parts == result.parts
 
 
 def train(recipe_path: str, runs: str) -> None:
@@ -191,17 +226,13 @@ def ask_shards(recipe_path: str, runs: str, data: str, out: str) -> None:
 
 
 def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
-    from megatron_eagle.training.run_folder import RunFolder
+    from megatron_eagle.cli import main
 
-    recipe = load_recipe(Path(recipe_path))
-    run_folder = RunFolder(Path(runs) / recipe.name)
-    wishes = Wishes(answer_tokens=2, blank=True)
-    evaluate_benchmarks(
-        recipe, recipe.stages[0], run_folder, parse_requests(asked, Path(data)), Path(out), install(), wishes
-    )
+    arguments = ["--runs", runs, "--stage", "first", "--benchmarks", asked, "--data", data, "--out", out]
+    try:
+        main(["evaluate", recipe_path, *arguments, "--answer-tokens", "2", "--blank"])
+    except SystemExit as end:
+        assert end.code == 0
 
 
 def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, worlds, tmp_path: Path) -> None:
@@ -234,3 +265,20 @@ def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, w
     assert {(result["questions"], result["asked"]) for result in found.values()} == {(len(made), len(made))}
     blank = [json.loads(line)["blank_prediction"] for line in (out / "exact" / "predictions.jsonl").open()]
     assert len(blank) == len(made)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--limit", "3"], "--limit is for --benchmarks"),
+        (["--benchmarks", "exact", "--losses"], "--losses is of a data set's samples"),
+        (["--benchmarks", "exact"], "no file for exact"),
+        (["--judge", "ftp://x", "m"], "--judge is for --benchmarks"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: list[str], words: str, tmp_path: Path, capsys: Any) -> None:
+    from megatron_eagle.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["evaluate", "tiny", "--data", str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err

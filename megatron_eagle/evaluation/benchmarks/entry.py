@@ -25,6 +25,7 @@ QUESTION = ("query", "question")
 ANSWERS = ("answers", "answer", "answer_option", "label", "gt_answer")
 OPTIONS = ("options", "choices")
 CATEGORY = ("category", "question_type", "split", "type", "task")
+HALLUSION = ("category", "subcategory", "set_id", "figure_id", "question_id")
 BY_LETTER = ("choice", "circular", "mmmu", "mathvista")  # rules whose reference may be an option's letter
 OTHERS = ("hint", "l2-category", "subcategory", "set_id", "figure_id", "answer_type", "visual_input")  # rules look at
 
@@ -89,8 +90,7 @@ class Entries:
         return entries
 
     def _entry(self, row: Row) -> Entry:
-        identity = _first(row.fields, ID) or row.place
-        named = "" if _first(row.fields, ID) else f"; no column {' or '.join(ID[:2])}"
+        identity = _identity(row)
         kept = {name: str(row.fields[name]) for name in OTHERS if row.fields.get(name) not in (None, "")}
         kept |= {"index": identity, "question_id": str(row.fields.get("question_id", ""))}
         entry = Entry(identity, _first(row.fields, CATEGORY) or "", kept, None)
@@ -99,7 +99,7 @@ class Entries:
             return replace(entry, id=f"{identity} ({row.place})", reason=again)
         self._seen[identity] = row.place
         if row.fault:
-            return entry.broken(row.fault + named)
+            return entry.broken(row.fault)
         try:
             return replace(entry, question=self._question(row))
         except (BrokenSample, ValueError) as error:
@@ -134,6 +134,13 @@ class Entries:
             texts = self.benchmark.rule == "mathvista"
             return tuple(_letter_of(answer, options, fields, texts=texts) for answer in found)
         return tuple(found)
+
+
+def _identity(row: Row) -> str:
+    """What a file calls the row, its place if nothing does; HallusionBench's Parquet has no such column."""
+    if all(row.fields.get(name) not in (None, "") for name in HALLUSION):
+        return "_".join(str(row.fields[name]) for name in HALLUSION)
+    return _first(row.fields, ID) or row.place
 
 
 def _letter_of(answer: str, options: Mapping[str, str], fields: Mapping[str, Any], *, texts: bool) -> str:

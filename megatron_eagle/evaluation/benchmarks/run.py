@@ -14,33 +14,43 @@ from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.endpoint.queue import Queue
+from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.answer_log import AnswerLog
 from megatron_eagle.evaluation.asking import Answers, Asking, check_answer_tokens, planner_to_ask
 from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
+from megatron_eagle.evaluation.benchmarks.judge import judged
 from megatron_eagle.evaluation.benchmarks.locate import Request
 from megatron_eagle.evaluation.benchmarks.page import Section, section_of, write_page
-from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, score
+from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_of, score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
 from megatron_eagle.evaluation.prompt import Prompt, prompt_of
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
-PREDICTIONS, SCORES, PAGE, PICTURES = "predictions.jsonl", "scores.json", "benchmarks.html", "pictures"
+PREDICTIONS, SCORES, PAGE, PICTURES, JUDGE = (
+    "predictions.jsonl",
+    "scores.json",
+    "benchmarks.html",
+    "pictures",
+    "judge",
+)
 
 
 @dataclass(frozen=True)
 class Wishes:
     """How to ask. limit: the first so many questions of each. answer_tokens: None is the benchmark's own.
 
-    blank: ask once more with the pictures blanked.
+    blank: ask once more with the pictures blanked. judge: is asked what no rule can tell.
     """
 
     limit: int | None = None
     answer_tokens: int | None = None
     blank: bool = False
+    judge: Endpoint | None = None
 
 
 def evaluate_benchmarks(
@@ -64,11 +74,11 @@ def evaluate_benchmarks(
     for request in requests:
         check_answer_tokens(stage, _tokens(request, wishes))
     checkpoint = newest_checkpoint(recipe, stage, run_folder)
+    done: list[_Done] = []
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
         tokenizer = recipe_tokenizer(recipe)
         model = load_model(recipe, checkpoint, layout, platform)
-        sections = []
         for request in requests:
             folder = out / request.benchmark.name
             entries, notes = _entries(request, folder, groups.rank, wishes.limit)
@@ -95,12 +105,17 @@ def evaluate_benchmarks(
             answers = asking.ask(prompts, run, blank=wishes.blank)
             if groups.rank == 0:
                 whole = [one.broken(asking.broken[one.id]) if one.id in asking.broken else one for one in entries]
-                sections.append(_finish(request, whole, answers, notes, folder))
-                asking.log.remove()
-        if groups.rank == 0:
-            _write_all(out, sections, checkpoint)
+                done.append(_scores(request, whole, answers, notes, folder, asking.log))
+                for entry in whole:
+                    if entry.question is None:
+                        print(f"unreadable: {request.benchmark.name}: {entry.id}: {entry.reason}")
+                _say(done[-1])
     finally:
         destroy()
+    if done:  # on rank 0; the others do not wait for the judge
+        if wishes.judge is not None and any(one.result.undecided for one in done):
+            done = _judged(done, wishes.judge, out / JUDGE)
+        _write(done, out, checkpoint)
 
 
 def _tokens(request: Request, wishes: Wishes) -> int:
@@ -148,10 +163,24 @@ class _Filler:
         return prompt_of(self._entries[prompt.identity].stored(), self._planner)
 
 
-def _finish(
-    request: Request, entries: Sequence[Entry], answers: Answers, notes: tuple[str, ...], folder: Path
-) -> Section:
-    """Write what one benchmark gave, and say it."""
+@dataclass(frozen=True)
+class _Done:
+    """A benchmark that was asked. blank: answers without seeing, none if that was not asked."""
+
+    request: Request
+    scored: Sequence[Scored]
+    result: Result
+    blank: Mapping[str, str]
+    without: float | None
+    notes: tuple[str, ...]
+    folder: Path
+    log: AnswerLog
+
+
+def _scores(
+    request: Request, entries: Sequence[Entry], answers: Answers, notes: tuple[str, ...], folder: Path, log: AnswerLog
+) -> _Done:
+    """What one benchmark gave, by rule alone."""
     said = {identity: answer.text for (identity, looking), answer in answers.items() if looking}
     blank = {identity: answer.text for (identity, looking), answer in answers.items() if not looking}
     cut_off = sum(not answer.complete for (_, looking), answer in answers.items() if looking)
@@ -159,16 +188,46 @@ def _finish(
         notes = (*notes, f"{cut_off} answers were cut off at their limit of tokens (--answer-tokens)")
     result, scored = score(request.benchmark, entries, said)
     without = score(request.benchmark, entries, blank)[0].value if blank else None
+    return _Done(request, scored, result, blank, without, notes, folder, log)
+
+
+def _judged(done: Sequence[_Done], judge: Endpoint, folder: Path) -> list[_Done]:
+    """The same with what ``judge`` says of those that are undecided; its answers lie in ``folder``."""
+    finished = []
+    with Queue(judge, folder) as queue:
+        for one in done:
+            if one.result.undecided:
+                benchmark = one.request.benchmark
+                scored = judged(benchmark, one.scored, queue)
+                result = result_of(benchmark, scored, one.result.left_out)
+                one = replace(one, scored=scored, result=result, notes=(*one.notes, f"judged by {judge.model}"))
+                _say(one)
+            finished.append(one)
+        print(f"judge {judge.model}: {queue.counts}")
+    return finished
+
+
+def _write(done: Sequence[_Done], out: Path, checkpoint: Path) -> None:
+    """Predictions and submissions of each, the scores and the page of all; what was kept for them goes."""
+    results = {one.request.benchmark.name: asdict(replace(one.result, parts=dict(one.result.parts))) for one in done}
     try:
-        with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(_line(one, blank), ensure_ascii=False) + "\n" for one in scored)
-        submission = write_submission(request.benchmark, scored, folder) if result.value is None else None
-        section = section_of(request.benchmark, result, without, scored, notes, submission)
-        (folder / PICTURES).unlink()
+        sections = [_write_one(one) for one in done]
+        scores = {"checkpoint": str(checkpoint), "benchmarks": results}
+        (out / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_page(out / PAGE, sections, checkpoint)
+        for one in done:
+            (one.folder / PICTURES).unlink()
+            one.log.remove()
     except OSError as error:
-        raise UserError(f"cannot write results to {folder}: {error.strerror}") from None
-    _say(result, scored, without)
-    return section
+        raise UserError(f"cannot write results to {out}: {error.strerror}") from None
+
+
+def _write_one(one: _Done) -> Section:
+    benchmark = one.request.benchmark
+    with (one.folder / PREDICTIONS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_line(each, one.blank), ensure_ascii=False) + "\n" for each in one.scored)
+    submission = write_submission(benchmark, one.scored, one.folder) if one.result.value is None else None
+    return section_of(benchmark, one.result, one.without, one.scored, one.notes, submission)
 
 
 def _line(one: Scored, blank: Mapping[str, str]) -> dict[str, Any]:
@@ -186,26 +245,11 @@ def _line(one: Scored, blank: Mapping[str, str]) -> dict[str, Any]:
     return line | ({} if question else {"unreadable": one.entry.reason})
 
 
-def _say(result: Result, scored: Sequence[Scored], without: float | None) -> None:
-    for one in scored:
-        if one.entry.question is None:
-            print(f"unreadable: {result.benchmark}: {one.entry.id}: {one.entry.reason}")
-    value = "answers are withheld" if result.value is None else f"{result.value:.1f}"
+def _say(done: _Done) -> None:
+    result, without = done.result, done.without
+    value = "no score, the file has no answers" if result.value is None else f"{result.value:.1f}"
     blank = f", {without:.1f} with blanked images" if without is not None else ""
     counts = f"{result.questions} questions = {result.asked} asked + {result.unreadable} unreadable"
     left = f"; {result.left_out} without a picture left out" if result.left_out else ""
     undecided = f"; partial: {result.undecided} need a judge and count as wrong" if result.undecided else ""
     print(f"{result.benchmark}: {value}{blank} ({counts}{left}{undecided})", flush=True)
-
-
-def _write_all(out: Path, sections: Sequence[Section], checkpoint: Path) -> None:
-    scores = {
-        "checkpoint": str(checkpoint),
-        "benchmarks": {section.result.benchmark: asdict(replace(section.result, parts=dict(section.result.parts)))
-                       for section in sections},
-    }  # fmt: skip
-    try:
-        (out / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-        write_page(out / PAGE, sections, checkpoint)
-    except OSError as error:
-        raise UserError(f"cannot write results to {out}: {error.strerror}") from None

@@ -17,11 +17,15 @@ from megatron_eagle.evaluation.scores.yes_no import YesNo, hallusion, yes_or_no
 
 @dataclass(frozen=True)
 class Scored:
-    """An entry with its answer. points: in [0, 1]; None if only a judge can tell, which counts as 0."""
+    """An entry with its answer. points: in [0, 1]; None if only a judge can tell, which counts as 0.
+
+    asked: whether there is an answer.
+    """
 
     entry: Entry
     answer: str
     points: float | None
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,24 @@ def points(benchmark: Benchmark, entry: Entry, question: Question, answer: str) 
 def score(benchmark: Benchmark, entries: Sequence[Entry], answers: Mapping[str, str]) -> tuple[Result, list[Scored]]:
     """The result, and every entry that counts. answers: by entry; one without an answer is unreadable."""
     counted = [entry for entry in entries if not _left_out(benchmark, entry)]
-    withheld = not any(entry.question and entry.question.references for entry in counted)
+    withheld = _withheld(counted)
     scored = [_scored(benchmark, entry, answers, withheld) for entry in counted]
-    asked = sum(one.entry.id in answers for one in scored)
+    return result_of(benchmark, scored, len(entries) - len(counted)), scored
+
+
+def result_of(benchmark: Benchmark, scored: Sequence[Scored], left_out: int) -> Result:
+    """The result of scored entries; left_out: entries that are none of the benchmark's."""
+    withheld = _withheld([one.entry for one in scored])
+    unreadable = sum(not one.asked for one in scored)
     undecided = 0 if withheld else sum(one.points is None for one in scored)
     value, parts = (None, {}) if withheld or not scored else _value(benchmark, scored)
-    result = Result(
-        benchmark.name, value, len(scored), asked, len(scored) - asked, len(entries) - len(counted), undecided, parts
-    )
-    return result, scored
+    return Result(benchmark.name, value, len(scored), len(scored) - unreadable, unreadable, left_out, undecided, parts)
+
+
+def _withheld(entries: Sequence[Entry]) -> bool:
+    """Whether there are questions, and none has a reference."""
+    questions = [entry.question for entry in entries if entry.question]
+    return bool(questions) and not any(question.references for question in questions)
 
 
 def _left_out(benchmark: Benchmark, entry: Entry) -> bool:
@@ -100,7 +113,7 @@ def _left_out(benchmark: Benchmark, entry: Entry) -> bool:
 
 def _scored(benchmark: Benchmark, entry: Entry, answers: Mapping[str, str], withheld: bool) -> Scored:
     if entry.question is None or entry.id not in answers:
-        return Scored(entry, "", 0.0)
+        return Scored(entry, "", 0.0, asked=False)
     answer = answers[entry.id]
     return Scored(entry, answer, None if withheld else points(benchmark, entry, entry.question, answer))
 

@@ -43,24 +43,25 @@ class MegatronEagle(lmms):
         super().__init__()
         folder = exported_folder(Path(model), print, tokenizer=Path(tokenizer) if tokenizer else None)
         limits = Limits(images=1024, tiles=8192)  # questions of a benchmark, not of strangers
-        self._answerer: Answerer = load_answerer(folder, device=device, limits=limits, trust=trust_code)
-        self._batch = int(batch_size)
+        self.answerer: Answerer = load_answerer(folder, device=device, limits=limits, trust=trust_code)
+        self.together = int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """An answer for every request, in order."""
         answers: dict[int, str] = {}
         for options, places in _by_options(requests).items():
-            for start in tqdm(range(0, len(places), self._batch), desc="answering", disable=self.rank != 0):
-                some = places[start : start + self._batch]
-                prompts = [self._prompt(requests[place], options) for place in some]
-                said = self._answerer.answer_all(prompts, options)
+            for start in tqdm(range(0, len(places), self.together), desc="answering", disable=self.rank != 0):
+                some = places[start : start + self.together]
+                prompts = [self.prompt_of(requests[place], options) for place in some]
+                said = self.answerer.answer_all(prompts, options)
                 answers |= {place: answer.text for place, answer in zip(some, said, strict=True)}
         return [_until(answers[place], request.args[2]) for place, request in enumerate(requests)]
 
-    def _prompt(self, request: Any, options: Options) -> Prompt:
+    def prompt_of(self, request: Any, options: Options) -> Prompt:
+        """The question of a request as the model reads it."""
         _, to_messages, _, number, task, split = request.args
         doc = self.task_dict[task][split][number]
-        return self._answerer.prepare(_messages(to_messages(doc)), options)
+        return self.answerer.prepare(_messages(to_messages(doc)), options)
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refused."""
