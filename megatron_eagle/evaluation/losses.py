@@ -62,8 +62,7 @@ def measure_losses(
     """Write the losses of all samples of ``data`` into ``out``; every process of the run calls this.
 
     The model is the newest checkpoint of ``stage``, in the stage's layout. ``losses.jsonl`` has a SampleLoss a line,
-    ``losses_rejected.jsonl`` the id and the reason of every sample that has none: broken media, too long for a pack,
-    nothing learned.
+    ``losses_rejected.jsonl`` the id and the reason of every sample that has none: broken media, too long for a pack.
 
     Raises UserError if no sample has a loss.
     """
@@ -98,8 +97,6 @@ def _packs(samples: Iterable[StoredSample], planner: VisualPlanner, rejected: Re
     for stored in samples:
         try:
             segment, plan = tokenise(stored, planner)
-            if not (segment.labels[1:] != IGNORE_LABEL).any():
-                raise BrokenSample("it teaches no token")
         except BrokenSample as reason:
             rejected.append((stored.conversation.id, str(reason)))
             continue

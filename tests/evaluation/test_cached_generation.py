@@ -78,9 +78,14 @@ def best_stop(whole: Said) -> int:
     return max(lengths, key=lambda token: (len(lengths[token]), token))
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def case(request, worlds, tmp_path_factory) -> Case:
-    return make_case(tmp_path_factory.mktemp("generation"), worlds, *MODELS[request.param], count=16)
+@pytest.fixture(scope="module")
+def case(worlds, tmp_path_factory) -> Case:
+    return make_case(tmp_path_factory.mktemp("generation"), worlds, *MODELS["mixture"], count=16)
+
+
+@pytest.fixture(scope="module")
+def single(worlds, tmp_path_factory) -> Case:
+    return make_case(tmp_path_factory.mktemp("single"), worlds, *MODELS["single encoder, tied"], count=16)
 
 
 def answers(worlds, case: Case, layout: Layout, **options) -> Said:
@@ -101,6 +106,12 @@ def test_without_a_cache_it_is_what_transformers_says(case: Case) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_with_a_cache_it_is_the_same_in_every_layout(worlds, case: Case, layout: str) -> None:
     assert answers(worlds, case, LAYOUTS[layout]) == case.expected
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp, sequence parallel", "pp, uneven, spread"])
+def test_of_a_single_encoder_and_tied_embeddings_too(worlds, single: Case, layout: str) -> None:
+    assert single.uncached == single.expected
+    assert answers(worlds, single, LAYOUTS[layout]) == single.expected
 
 
 @pytest.mark.parametrize("in_flight", [0, 260, 1000], ids=["one at a time", "some", "half of them"])
