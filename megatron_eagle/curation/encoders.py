@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.vectors import Vectors, unit
 from megatron_eagle.errors import UserError
 
@@ -87,13 +86,6 @@ def check_model(path: str, needs: Literal["pictures", "texts", "both"]) -> None:
         if kind not in ("clip", "siglip"):
             more = " and, for texts alone, sentence-transformers" if needs != "pictures" else ""
             raise UserError(f"model {path} is of the kind {kind!r}; known are clip, siglip{more}")
-
-
-def resources_of(device: Device) -> Resources:
-    """What a process with a model on this device takes up: a GPU where one is asked for, or 'auto' finds one."""
-    import torch
-
-    return Resources(gpus=float(device == "cuda" or (device == "auto" and torch.cuda.is_available())))
 
 
 def _device(device: Device) -> str:

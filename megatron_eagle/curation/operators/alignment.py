@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Positive, Range
 from megatron_eagle.curation.embedding import Embedder
-from megatron_eagle.curation.encoders import Device, check_model, image_encoder, resources_of, text_encoder
-from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
+from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
+from megatron_eagle.curation.operator import UNREADABLE, SampleOperator
 from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.errors import BrokenSample
 
@@ -40,11 +40,6 @@ class Operator(SampleOperator):
     cache: str = "vectors"
     batch: Positive = 32
     device: Device = "auto"
-
-    @property
-    def resources(self) -> Resources:
-        """A GPU, if the models are on one."""
-        return resources_of(self.device)
 
     def prepare(self, folder: Path) -> None:
         """UserError if the model is not there or of another kind."""

@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive
 from megatron_eagle.curation.embedding import Embedder
-from megatron_eagle.curation.encoders import Device, check_model, image_encoder, resources_of, text_encoder
-from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
+from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
+from megatron_eagle.curation.operator import UNREADABLE, SampleOperator
 from megatron_eagle.curation.sample import Finding, Sample, plain_text
 from megatron_eagle.errors import BrokenSample
 
@@ -41,11 +41,6 @@ class Operator(SampleOperator):
     def __post_init__(self) -> None:
         if self.images is None and self.texts is None:
             raise ValueError("images and texts are both null: a model is needed for one of them")
-
-    @property
-    def resources(self) -> Resources:
-        """A GPU, if the models are on one."""
-        return resources_of(self.device)
 
     def prepare(self, folder: Path) -> None:
         """UserError if a model is not there or of no known kind."""
