@@ -34,7 +34,12 @@ class Operator(AskingOperator):
     def asks(self, sample: Sample) -> Iterator[Ask]:
         """One for each exchange."""
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
-            yield Ask(one.turn, WORDS.format(question=one.question, answer=one.answer), places_of(sample))
+            yield Ask(
+                one.turn,
+                WORDS.format(question=one.question, answer=one.answer),
+                places_of(sample),
+                {"question": one.question, "answer": one.answer},
+            )
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """A rejection, if the model says false."""
@@ -42,5 +47,7 @@ class Operator(AskingOperator):
         if data["right"] is True:
             return Draft("nothing", "a model finds it right", "", ask.turn)
         if data["right"] is False:
-            return Draft("reject", "a model finds it wrong", str(data.get("why", ""))[:150], ask.turn)
+            return Draft(
+                "reject", "a model finds it wrong", str(data.get("why", ""))[:150], ask.turn, **(ask.about or {})
+            )
         return Draft("nothing", "no use of the answer: neither true nor false", str(data["right"])[:80], ask.turn)
