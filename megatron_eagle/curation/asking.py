@@ -164,7 +164,7 @@ def give_key(steps: tuple[Step, ...], key: str) -> None:
             object.__setattr__(step.operator, "_given_key", key)
 
 
-def places_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
+def pictures_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
     """Where the sample's first images lie."""
     return tuple((str(one.path), one.offset, one.size) for one in sample.images[:MOST_PICTURES])
 

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, places_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tasks import TASKS, Task
 from megatron_eagle.endpoint.question import Reply
@@ -37,7 +37,7 @@ class Operator(AskingOperator):
             yield Ask(
                 one.turn,
                 WORDS.format(question=one.question, answer=one.answer),
-                places_of(sample),
+                pictures_of(sample),
                 {"question": one.question, "answer": one.answer},
             )
 
