@@ -61,7 +61,8 @@ class Draft:
     """What a model's answer would do: change a turn, add exchanges, reject one, be noted, or nothing, for a reason.
 
     changes: new words by turn. question, answer: what is judged, and added by ``add``, with those of ``also``.
-    note: for later operators, in a list with those of the sample's other answers.
+    note: for later operators, in a list with those of the sample's other answers. A rejection stands if the judge finds
+    the answer wrong, too.
     """
 
     does: Literal["change", "add", "reject", "note", "nothing"]
@@ -79,7 +80,7 @@ class Draft:
 @dataclass(frozen=True, config=STRICT)
 class AskingOperator(SetOperator):
     """endpoint: YAML file with where the model is and how much may be asked. judge: the same of a second model, which
-    must approve of what is changed or added. answers: folder in which both models' answers are kept."""
+    must agree before anything is done. answers: folder in which both models' answers are kept."""
 
     holds: ClassVar[int] = 3000  # an answer of 2 000 characters, the texts before and after
     keys: ClassVar[tuple[str, ...] | None] = None  # of the JSON that is asked for
@@ -126,6 +127,10 @@ class AskingOperator(SetOperator):
                 drafts = ((row, ask, _judgement(draft, reply)) for (row, ask, draft), reply in judged)
                 yield from _verdicts(drafts, models[0][0].model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings alone: the key stays in the process that asks."""
+        return {name: value for name, value in self.__dict__.items() if name != "_given_key"}
+
     def _models(self) -> list[tuple[Endpoint, Path]]:
         folder = Path(self.answers)
         given = [(self.endpoint, folder), *([(self.judge, folder / "judge")] if self.judge else [])]
@@ -139,7 +144,7 @@ class AskingOperator(SetOperator):
         return _asked(ask, ask.words, self.keys, self.most_tokens)
 
     def _judging(self, ask: Ask, draft: Draft) -> Question | Reply:
-        if draft.does not in ("change", "add"):
+        if draft.does == "nothing":
             return Reply("")
         words = JUDGE.format(question=draft.question, answer=draft.answer)
         return _asked(ask, words, ("good",), 200)
@@ -159,7 +164,7 @@ def give_key(steps: tuple[Step, ...], key: str) -> None:
             object.__setattr__(step.operator, "_given_key", key)
 
 
-def places_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
+def pictures_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
     """Where the sample's first images lie."""
     return tuple((str(one.path), one.offset, one.size) for one in sample.images[:MOST_PICTURES])
 
@@ -207,14 +212,14 @@ def _shown(queue: Queue, answers: Iterable[tuple[Tag, Reply]]) -> Iterator[tuple
 
 
 def _judgement(draft: Draft, reply: Reply) -> Draft:
-    """The draft, or nothing if the judge refuses it or says nothing of use."""
-    if draft.does not in ("change", "add"):
+    """The draft, or nothing if the judge does not agree or says nothing of use."""
+    if draft.does == "nothing":
         return draft
     fault = reply.fault(("good",))
     if fault:
         return replace(draft, does="nothing", reason="the judge says nothing of use", detail=fault)
     data = reply.data or {}
-    if data["good"] is True:
+    if data["good"] is (draft.does != "reject"):
         return draft
     return replace(draft, does="nothing", reason="refused by the judge", detail=str(data.get("why", ""))[:200])
 

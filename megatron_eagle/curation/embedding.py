@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from megatron_eagle.curation.encoders import Encoder
 from megatron_eagle.curation.vectors import VectorStore, key_of
 from megatron_eagle.data.media.file_slice import FileSlice
@@ -43,6 +45,13 @@ class Embedder:
         by_key = {key: picture for key, picture in zip(keys, pictures, strict=True) if isinstance(key, int)}
         broken = self._make(self.store.missing(list(by_key)), lambda key: decode_image(by_key[key].read()))
         return [broken.get(key, key) if isinstance(key, int) else key for key in keys]
+
+    def frames(self, frames: Sequence[Image.Image]) -> list[int]:
+        """A key of each picture that is decoded already."""
+        keys = [key_of(repr(one.size).encode() + one.tobytes()) for one in frames]
+        by_key = dict(zip(keys, frames, strict=True))
+        self._make(self.store.missing(keys), by_key.__getitem__)
+        return keys
 
     def _make(self, keys: Sequence[int], content: Callable[[int], Any]) -> dict[int, BrokenSample]:
         """Vectors of these keys; returns those whose content is broken."""

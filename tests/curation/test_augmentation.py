@@ -1,6 +1,7 @@
 """Operators that add and change turns: by rule from what a record knows, and by a model behind a real HTTP endpoint."""
 
 import json
+import pickle
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from endpoint_server import KEY, Act, Server, asked_text, endpoint_server
 from samples import image_bytes, question, write_jsonl
 
 from megatron_eagle.cli import main
+from megatron_eagle.curation.asking import give_key
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.ledger import explain
 from megatron_eagle.curation.operator import make_operator
@@ -237,6 +239,13 @@ def test_steps_are_kept_where_they_come_to_the_answer_and_wrong_answers_go(tmp_p
     assert found["reasoning: the model comes to another answer (noted)"] == 1
 
 
+def test_a_rejection_needs_the_judges_agreement(tmp_path: Path) -> None:
+    """The judge finds everything right but the answer to number 4, which the model does not doubt."""
+    with endpoint_server(model) as server:
+        out = curated(tmp_path, server, [{"use": "verify", "judge": str(tmp_path / "judge.yaml")}], "out")
+    assert len(kept(out)) == RECORDS and reasons(out)["verify: refused by the judge (noted)"] == 5
+
+
 def test_descriptions_are_added_as_an_exchange(tmp_path: Path) -> None:
     words = "A red picture with nothing on it. " * 4
     with endpoint_server(lambda body, before: Act(words)) as server:
@@ -281,6 +290,9 @@ def test_the_key_comes_from_a_variable_that_the_command_names(
             main(command)
         assert "--key-variable SOME_KEY: the environment has no such variable" in capsys.readouterr().err
         monkeypatch.setenv("SOME_KEY", KEY)
+        plan = load_plan(tmp_path / "plan.yaml")
+        give_key(plan.steps, KEY)
+        assert KEY.encode() not in pickle.dumps(plan), "workers do not ask"
         with pytest.raises(SystemExit, match="0"):
             main(command)
     assert len(kept(tmp_path / "out")) == 7

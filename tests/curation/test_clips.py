@@ -8,7 +8,9 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from encoder_models import write_torchscript
 from endpoint_server import KEY, Act, asked_text, endpoint_server
 from PIL import Image
 from samples import frame_number, write_jsonl, write_video
@@ -22,6 +24,7 @@ from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.video import read_info
+from megatron_eagle.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,72 @@ def test_chapters_that_are_none_are_not_taken() -> None:
         [{"start": float("nan"), "title": "a"}],
     ):  # fmt: skip
         assert chapters_of(wrong, 12.0) == [], wrong
+
+
+def colour_films(folder: Path) -> tuple[Path, Path]:
+    """Two sources: what is trained on is red and blue; of the candidates one is half green, and one is blue."""
+    paths = folder / "trained", folder / "new"
+    for path in paths:
+        path.mkdir(parents=True)
+    coloured(paths[0] / "a.mp4", [("red", 10), ("blue", 10)])
+    coloured(paths[1] / "mixed.mp4", [("red", 10), ("lime", 10)])
+    coloured(paths[1] / "same.mp4", [("blue", 12)])
+    write_jsonl(paths[0], [record("old")])
+    write_jsonl(paths[1], [record("mixed", "mixed.mp4"), record("same", "same.mp4"), record("again", "mixed.mp4")])
+    return paths
+
+
+def novelty_plan(folder: Path, trained: Path, new: Path, **settings: Any) -> Plan:
+    small = {"side": 32, "batch": 8}
+    plan = {
+        "name": "new", "block": 2,
+        "sources": [
+            {"name": "new", "path": str(new / "samples.jsonl")},
+            {"name": "trained", "path": str(trained / "samples.jsonl"), "benchmark": True},
+        ],
+        "operators": [
+            {"use": "clips"},
+            {"use": "novelty", "images": str(folder / "sscd.pt"), "cache": str(folder / "v"), **small, **settings},
+        ],
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return load_plan(folder / "plan.json")
+
+
+def test_films_without_anything_new_are_left(tmp_path: Path) -> None:
+    trained, new = colour_films(tmp_path / "films")
+    write_torchscript(tmp_path / "sscd.pt")
+    curate(novelty_plan(tmp_path, trained, new), tmp_path / "out", progress=False)
+    rows = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
+    found = {row["sample"]: row for row in rows if row["operator"] == "novelty"}
+    assert {name: (row["decision"], dict(row["scores"])["new"]) for name, row in found.items()} == {
+        "mixed": ("noted", 1), "same": ("left", 0), "again": ("noted", 1)
+    }  # fmt: skip
+    assert found["same"]["detail"] == "0 of 2 clips are new, one is like trained/old"
+    assert dict(found["same"]["scores"])["cosine"] > 0.95
+    curate(novelty_plan(tmp_path, trained, new, most=1.0), tmp_path / "all", progress=False)
+    lines = (tmp_path / "all" / "kept" / "new" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 3, "a cosine of 1 is not reached by frames that were encoded anew"
+    with pytest.raises(UserError, match="model .*none.pt does not exist"):
+        curate(novelty_plan(tmp_path, trained, new, images=str(tmp_path / "none.pt")), tmp_path / "x", progress=False)
+
+
+def test_only_new_clips_are_asked_about(tmp_path: Path) -> None:
+    trained, new = colour_films(tmp_path / "films")
+    write_torchscript(tmp_path / "sscd.pt")
+    novelty_plan(tmp_path, trained, new)
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    with endpoint_server(lambda body, before: Act('{"question": "What?", "answer": "a", "context": "b"}')) as server:
+        (tmp_path / "model.yaml").write_text(f"{{url: '{server.url}', model: m, key_file: '{tmp_path / 'key'}'}}")
+        (tmp_path / "key").write_text(KEY)
+        asking = {"endpoint": str(tmp_path / "model.yaml"), "answers": str(tmp_path / "answers")}
+        raw["operators"].append({"use": "clip_questions", **asking, "anchors": ["time"]})
+        (tmp_path / "plan.json").write_text(json.dumps(raw))
+        curate(load_plan(tmp_path / "plan.json"), tmp_path / "out", progress=False)
+    lines = map(json.loads, (tmp_path / "out" / "kept" / "new" / "samples.jsonl").read_text().splitlines())
+    asked = {one["id"]: [turn["value"] for turn in one["conversations"][2::2]] for one in lines}
+    assert asked == {name: ["From 10.0 to 20.0 seconds: what?"] for name in ("mixed", "again")}
 
 
 # --- a model ---
@@ -193,5 +262,10 @@ def test_an_operator_that_needs_anothers_output_says_so(tmp_path: Path) -> None:
             Exception, match=f"operator '{use}' reads what '{missing}' notes, which must come before it"
         ):
             films_plan(tmp_path, "http://127.0.0.1:9/v1", [{"use": use}], [record("a")])
+    sources = [{"name": "a", "path": "a.jsonl"}]
+    use = [{"use": "clips"}, {"use": "novelty", "images": "x"}]
+    (tmp_path / "plan.json").write_text(json.dumps({"name": "n", "sources": sources, "operators": use}))
+    with pytest.raises(UserError, match="nothing to compare with: no source .of films trained on. is a benchmark"):
+        load_plan(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="least is 3 s, more than the 2 s that a clip has"):
         make_operator("clips", {"seconds": 2, "least": 3})

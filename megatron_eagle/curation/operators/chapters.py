@@ -55,7 +55,8 @@ class Operator(AskingOperator):
         """A note: start, end, title, description."""
         about = ask.about or {}
         note = [*about["clip"], about["title"], reply.text.strip()]
-        return Draft("note", "chapters described", note=note)
+        question = f"What happens in the part of the video that is called {about['title']}?"
+        return Draft("note", "chapters described", question=question, answer=reply.text.strip(), note=note)
 
 
 def chapters_of(given: Any, end: float) -> list[tuple[float, float, str]]:

@@ -5,6 +5,7 @@ about it. The question becomes one about the film by a time anchor, or by a cont
 """
 
 import random
+import re
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -27,6 +28,7 @@ TYPES = (
     "what a text that can be seen says", "where a text stands", "the order of two events",
 )  # fmt: skip
 OFFERED = 5
+LOWERED = re.compile(r"(?:what|which|who|where|when|how|is|are|does|do|did|was|were|why|can)\b", re.I)
 WORDS = (
     "These are frames of a short clip of a longer video, in their order. Write one question about the clip with a "
     "short answer that can be seen in it, of one of these types: {types}. Also describe in a few words what else "
@@ -75,7 +77,7 @@ class Operator(AskingOperator):
         said = f" {normal(context)} | {normal(question)} "
         if normal(answer) not in ("yes", "no") and f" {normal(answer)} " in said:
             return Draft("nothing", "the context or the question gives the answer away", f"{context}: {answer}"[:150])
-        asked = question[0].lower() + question[1:] if question.split()[0].lower() in LOWERED else question
+        asked = question[0].lower() + question[1:] if LOWERED.match(question) else question
         anchored = {
             "time": f"From {start:.1f} to {end:.1f} seconds: {asked}",
             "context": f"In the part of the video in which {context.rstrip('.')}: {asked}",
@@ -83,22 +85,3 @@ class Operator(AskingOperator):
         (first, *others) = [(anchored[anchor], answer) for anchor in self.anchors]
         scores = (("start", round(start, 3)), ("end", round(end, 3)))
         return Draft("add", "question about a clip added", context, None, *first, (), tuple(others), None, scores)
-
-
-LOWERED = (
-    "what",
-    "which",
-    "who",
-    "where",
-    "when",
-    "how",
-    "is",
-    "are",
-    "does",
-    "do",
-    "did",
-    "was",
-    "were",
-    "why",
-    "can",
-)

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive, Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn, places_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn, pictures_of
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tasks import task_of
 from megatron_eagle.endpoint.question import Reply
@@ -41,7 +41,7 @@ class Operator(AskingOperator):
         wanted = len(sample.images) == 1 and not sample.videos and turns[-1].role == "assistant" and not described
         if wanted and drawn(self.share, self.name, sample.conversation.id):
             asked = random.Random(sample.conversation.id).choice(QUESTIONS)
-            yield Ask(0, WORDS, places_of(sample), {"question": asked})
+            yield Ask(0, WORDS, pictures_of(sample), {"question": asked})
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """The description, if it is one."""

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, places_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
 from megatron_eagle.curation.operators.formats import states_format
 from megatron_eagle.curation.questions import normal
 from megatron_eagle.curation.sample import Sample
@@ -40,7 +40,7 @@ class Operator(AskingOperator):
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
             if len(one.answer.split()) <= SHORT and not states_format(one.question):
                 words = WORDS.format(question=one.question, answer=one.answer)
-                yield Ask(one.turn, words, places_of(sample), {"question": one.question, "answer": one.answer})
+                yield Ask(one.turn, words, pictures_of(sample), {"question": one.question, "answer": one.answer})
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """The sentence, if the answer is in it."""

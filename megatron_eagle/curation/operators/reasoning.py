@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive, Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, places_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
 from megatron_eagle.curation.questions import chosen_letter, normal, options_of
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tables import number_of
@@ -45,7 +45,7 @@ class Operator(AskingOperator):
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
             if turns[one.turn - 2].role == "user":
                 about = {"question": one.question, "answer": one.answer, "asked": turns[one.turn - 2].text}
-                yield Ask(one.turn, WORDS.format(question=one.question), places_of(sample), about)
+                yield Ask(one.turn, WORDS.format(question=one.question), pictures_of(sample), about)
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """Steps and answer, if it is the known one."""

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, places_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tasks import TASKS, Task
 from megatron_eagle.endpoint.question import Reply
@@ -34,7 +34,12 @@ class Operator(AskingOperator):
     def asks(self, sample: Sample) -> Iterator[Ask]:
         """One for each exchange."""
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
-            yield Ask(one.turn, WORDS.format(question=one.question, answer=one.answer), places_of(sample))
+            yield Ask(
+                one.turn,
+                WORDS.format(question=one.question, answer=one.answer),
+                pictures_of(sample),
+                {"question": one.question, "answer": one.answer},
+            )
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """A rejection, if the model says false."""
@@ -42,5 +47,7 @@ class Operator(AskingOperator):
         if data["right"] is True:
             return Draft("nothing", "a model finds it right", "", ask.turn)
         if data["right"] is False:
-            return Draft("reject", "a model finds it wrong", str(data.get("why", ""))[:150], ask.turn)
+            return Draft(
+                "reject", "a model finds it wrong", str(data.get("why", ""))[:150], ask.turn, **(ask.about or {})
+            )
         return Draft("nothing", "no use of the answer: neither true nor false", str(data["right"])[:80], ask.turn)
