@@ -89,7 +89,7 @@ setup(
         "megatron_eagle.curation": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
-        "megatron_eagle.recipes": ["*/recipe.yaml", "*/plan.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml", "finetune/*/recipe.yaml", "*/plan.yaml"],
         "megatron_eagle.slurm": ["*.sbatch", "profiles/*.yaml"],
     },
     install_requires=TRAINER,
