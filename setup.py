@@ -94,7 +94,7 @@ setup(
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
-        "megatron_eagle.recipes": ["*/recipe.yaml", "curation/*.yaml"],
+        "megatron_eagle.recipes": ["*/recipe.yaml", "finetune/*/recipe.yaml", "curation/*.yaml"],
         "megatron_eagle.runs": ["*.j2"],
         "megatron_eagle.slurm": ["*.sbatch", "*.bash", "profiles/*.yaml"],
     },

@@ -1,10 +1,12 @@
-"""Writes docs/plans.md: what the published models need on 8 to 256 H100, and their published hours.
+"""Writes docs/plans.md: what the published models need on 8 to 256 H100, their published hours, and fine-tuning.
 
     python benchmarks/plans.py docs/plans.md
 
-Of a few layouts, each with and without recomputation, the fastest that fits is shown.
+Of a few layouts, each with and without recomputation, the fastest that fits is shown. The plans of the recipes for
+fine-tuning are also written into their heads.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -43,6 +45,57 @@ def best(recipe, stage, gpus, hardware, mix):
             if plan.fits and (fastest is None or plan.seconds < fastest.seconds):
                 fastest = plan
     return fastest, smallest
+
+
+CARDS = {"eagle2-1b-lora-24gb": "rtx4090"}  # of the recipes for fine-tuning; the others are for H100
+
+
+def finetune():
+    """The plan of each recipe of examples/finetune, (its file, its plan)."""
+    from megatron_eagle.config.recipe import load_recipe
+    from megatron_eagle.planning.hardware import load_hardware
+    from megatron_eagle.planning.plan import plan_stage
+    from megatron_eagle.planning.samples import Mix
+
+    for file in sorted(Path("examples/finetune").glob("*/recipe.yaml")):
+        recipe = load_recipe(file)
+        (stage,) = recipe.stages
+        yield file, plan_stage(recipe, stage, stage.gpus, load_hardware(CARDS.get(recipe.name, "h100")), Mix())
+
+
+def finetune_section():
+    """The table of these plans."""
+    from megatron_eagle.planning.plan import describe_layout
+    from megatron_eagle.planning.report import markdown
+
+    header = ["recipe", "trains", "pack", "cards", "layout", "recompute", "GB", "s a step", "MFU", "checkpoint GB"]
+    rows = []
+    for file, plan in finetune():
+        lora = "\nlora:" in file.read_text(encoding="utf-8")
+        rows.append(
+            [
+                file.parent.name,
+                f"{'adapters of ' if lora else ''}{', '.join(plan.stage.trainable)}",
+                f"{plan.stage.pack_length:,}",
+                f"{plan.gpus} {plan.hardware.name}",
+                describe_layout(plan.layout),
+                plan.recompute,
+                f"{plan.peak / 1e9:.1f}",
+                f"{plan.seconds:.1f}",
+                f"{plan.mfu:.0%}",
+                f"{plan.checkpoint_bytes / 1e9:.2f}",
+            ]
+        )
+    return f"## Fine-tuning\n\nThe recipes of `examples/finetune/`, as they are.\n\n{markdown(header, rows)}\n"
+
+
+def write_heads():
+    """Put each plan into its recipe's head."""
+    from megatron_eagle.planning.report import one_line
+
+    for file, plan in finetune():
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub("# Plan: .*", f"# Plan: {one_line(plan)}", text), encoding="utf-8")
 
 
 def page():
@@ -90,6 +143,7 @@ def page():
             print(model, stage.name, flush=True)
         header = ["stage", "pack", "GPUs", "layout", "recompute", "GB", "MFU", "tokens/s/GPU", "hours", "GPU-hours"]
         yield f"## {model}\n\n{markdown(header, rows)}\n"
+    yield finetune_section()
     recipe = load_recipe(Path("examples/eagle2-9b/recipe.yaml"))
     stages = {name: recipe.stage(name) for name in PUBLISHED}
     rows = []
@@ -158,6 +212,7 @@ def page():
 def main():
     """Write the page to the path that was given."""
     install()
+    write_heads()
     text = "\n".join(page())
     Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
 

@@ -27,7 +27,9 @@ def shipped_folder(name: Folder) -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """name -> recipe file, of the recipes that come with the package (``eagle2-9b``, ``tiny``, ...)."""
-    return {file.parent.name: file for file in sorted(shipped_folder("recipes").glob("*/recipe.yaml"))}
+    folder = shipped_folder("recipes")
+    files = sorted([*folder.glob("*/recipe.yaml"), *folder.glob("finetune/*/recipe.yaml")])
+    return {file.parent.name: file for file in files}
 
 
 def file_or_name(given: str | Path, kind: str, shipped: Mapping[str, Path]) -> Path:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_eagle.checkpoint.files import find_latest, model_of, read_description
+from megatron_eagle.checkpoint.files import find_latest, model_of, read_description, require_whole
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.conversion.proof import Comparison, compare
@@ -47,7 +47,9 @@ def _released_dialect(path: Path) -> Dialect | None:
 
 
 def _rename(stored: TorchDist, dialect: Dialect | None) -> AsHuggingFace:
-    config = model_of(stored.folder, read_description(stored.folder))
+    description = read_description(stored.folder)
+    require_whole(stored.folder, description)
+    config = model_of(stored.folder, description)
     return AsHuggingFace(stored, config, dialect or dialect_of(stored.folder, config, None))
 
 

@@ -105,8 +105,9 @@ class EncoderRun:
 
     number: bytes of one activation. tp: processes that share its weights. trains: whether it does; if not, nothing is
     saved. repeats_layers: whole layers are computed again in the backward pass. in_kernel: its pixels are prepared by a
-    kernel, without copies in float32. adapters: LoRA's alone train, so that what the weights' gradients need, and all in
-    front of the first adapter, is not saved.
+    kernel, without copies in float32. adapters: it has LoRA's, which alone train, so that what the weights'
+    gradients need, and all in front of the first adapter, is not saved; but a layer's output is there three times for a
+    moment, as is its input's gradient: the base's, the adapter's, and their sum.
     """
 
     number: int

@@ -9,6 +9,7 @@ layers: a row of B is multiplied with the A of its own matrix.
 """
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -144,6 +145,14 @@ def adapted_layers(model: nn.Module) -> set[str]:
     """The layers of ``model`` that have an adapter, by their names among targets."""
     names = (layer_name(name) for name, module in model.named_modules() if isinstance(module, _Adapted))
     return {name for name in names if name}
+
+
+def check_targets(settings: LoraSettings, found: Collection[str]) -> None:
+    """UserError names the first target that is none of ``found``, the layers of a whole model that got an adapter."""
+    for target in settings.targets:
+        if not any(LoraSettings(targets=(target,)).wants(layer) for layer in found):
+            got = ", ".join(sorted(found)) or "none"
+            raise UserError(f"lora.targets: no layer is called {target}; adapters got {got}")
 
 
 def _adapt(module: Any, settings: LoraSettings, name: str, tp_group: Any) -> _Adapted:

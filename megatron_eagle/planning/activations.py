@@ -296,7 +296,7 @@ class Activations:
             trains=self.parts.vision,
             repeats_layers=self._repeats_layers,
             in_kernel=self.kernels == "triton" and kernels_take(self.config),
-            adapters=self.parts.vision and not self.parts.learns_weights("vision"),
+            adapters=self.parts.lora is not None and "vision" in self.parts.lora.parts,
         )
         total = Held()
         for settings in self.config.encoders:

@@ -157,7 +157,7 @@ def _model_weights(key: str, lora: LoraSettings | None) -> tuple[tuple[str, int,
 
     from megatron_eagle.model.build_context import BuildContext
     from megatron_eagle.model.eagle import EagleModel, _Alone
-    from megatron_eagle.model.lora import attach
+    from megatron_eagle.model.lora import adapted_layers, attach, check_targets
     from megatron_eagle.model.weights import weight_slices
 
     config = _from_key(key)
@@ -167,6 +167,7 @@ def _model_weights(key: str, lora: LoraSettings | None) -> tuple[tuple[str, int,
         model = EagleModel(config, BuildContext(Layout(), groups), pre_process=True, post_process=True)
         if lora:
             attach(model, lora, alone, seed=None)
+            check_targets(lora, adapted_layers(model))
     return tuple((w.name, w.parameter.numel(), w.dim is not None) for w in weight_slices(model, alone))
 
 

@@ -37,6 +37,14 @@ def refusal(plan: StagePlan, fitting: StagePlan | None) -> str:
     )
 
 
+def one_line(plan: StagePlan) -> str:
+    """A plan as it stands in the head of a recipe."""
+    return (
+        f"{plan.peak / GB:.1f} of {plan.hardware.usable_bytes / GB:.1f} GB on {plan.gpus} {plan.hardware.name}, "
+        f"{plan.seconds:.1f} s a step, MFU {plan.mfu:.0%}, checkpoint {plan.checkpoint_bytes / GB:.2f} GB"
+    )
+
+
 def stage_table(plans: Sequence[StagePlan]) -> str:
     """One row a stage."""
     header = [

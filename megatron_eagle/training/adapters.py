@@ -10,10 +10,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_eagle.checkpoint.files import load_weights, read_description, require_same_model, require_whole
 from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.recipe import Recipe
-from megatron_eagle.errors import UserError
 from megatron_eagle.model.base_digest import base_digest
 from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.model.lora import adapted_layers
+from megatron_eagle.model.lora import adapted_layers, check_targets
 from megatron_eagle.model.tile_encoder import TileEncoder
 
 
@@ -42,8 +41,4 @@ def require_targets(lora: LoraSettings, modules: Sequence[MegatronModule]) -> No
     """UserError, on every process, names the first target that no layer of the whole model has."""
     everywhere: list[Collection[str]] = [()] * dist.get_world_size()
     dist.all_gather_object(everywhere, {layer for module in modules for layer in adapted_layers(module)})
-    found = {layer for layers in everywhere for layer in layers}
-    for target in lora.targets:
-        if not any(LoraSettings(targets=(target,)).wants(layer) for layer in found):
-            got = ", ".join(sorted(found)) or "none"
-            raise UserError(f"lora.targets: no layer is called {target}; adapters got {got}")
+    check_targets(lora, {layer for layers in everywhere for layer in layers})

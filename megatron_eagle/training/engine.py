@@ -130,7 +130,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
         copy = _build_copy(recipe, platform, groups)
         freeze_all_but([copy], stage.trainable, recipe.lora)
         encoder = SpreadEncoder.of(copy, config, gradient_buckets(settings, overlap=False), groups, layout)
-    if recipe.lora:
+    if recipe.lora and platform.device.type != "meta":  # where one process walks for all, as the plan has done it
         require_targets(recipe.lora, [*models, *([encoder.copy] if encoder else [])])
     optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder)
     config.grad_scale_func = optimizer.scale_loss

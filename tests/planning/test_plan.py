@@ -126,7 +126,7 @@ def test_a_search_finds_what_fits_and_its_first_line_can_be_pasted():
 
 
 def test_profiles_explain_every_number(tmp_path):
-    assert list(shipped_hardware()) == ["a100", "b200", "cpu", "h100", "h200"]
+    assert list(shipped_hardware()) == ["a100", "b200", "cpu", "h100", "h200", "rtx4090"]
     for name in list(shipped_hardware()):
         assert load_hardware(name).usable_bytes > 0
     own = tmp_path / "own.yaml"

@@ -109,6 +109,25 @@ def test_what_does_not_belong_together_is_refused(trained, worlds, tmp_path, sta
     assert words in refusal(worlds, trained / "r.yaml", stage, tmp_path / "runs", *overrides)
 
 
+def score(recipe_path: str, runs: str, data: str, out: str) -> None:
+    """Runs in a world of one."""
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.config.recipe import load_recipe
+    from megatron_eagle.evaluation.score import evaluate
+    from megatron_eagle.training.run_folder import RunFolder
+
+    recipe = load_recipe(Path(recipe_path))
+    stage = recipe.stage("second")
+    evaluate(recipe, stage, RunFolder(Path(runs) / recipe.name), Path(data), Path(out), install(), 4)
+
+
+def test_evaluation_answers_with_base_and_adapters(trained: Path, small_run, worlds, tmp_path: Path) -> None:
+    worlds(1).run(
+        score, str(trained / "r.yaml"), str(trained / "runs"), str(small_run.folder / "heldout"), str(tmp_path)
+    )
+    assert (tmp_path / "accuracy.json").is_file()
+
+
 def test_adapters_are_no_initial_weights(trained: Path, worlds, tmp_path: Path) -> None:
     given = f"model.initial_weights={checkpoint(trained, 'second', 4)}"
     for lora in ((), ("lora=null",)):

@@ -25,12 +25,12 @@ def activations(vit: VitConfig, run: EncoderRun, scaled: int = 0) -> Held:
     norm = 2 * hidden * run.number + 8
     scaled *= not run.adapters
     layer = tokens * (2 * norm + core + (heads + 2 * inner + scaled * hidden) * run.number)
-    moment = tokens * (2 * inner + hidden) * run.number
+    moment = tokens * ((2 + run.adapters) * inner + hidden) * run.number
     kept = tokens * hidden * run.number if run.repeats_layers else layer
     if not run.trains:
         return Held(0.0, max(pixels.saved + pixels.forward, tokens * (3 * hidden + 3 * inner) * run.number))
     again = layer - kept
-    around = tokens * hidden * run.number  # the last norm's input; the first norm's needs no gradient behind frozen patches
+    around = tokens * hidden * run.number  # the last norm's input; with adapters the first one's is not saved
     layers = Held(kept * vit.num_hidden_layers + around * (not run.adapters), again, again + moment)
     return pixels.then(layers)
 

@@ -24,8 +24,10 @@ def activations(convnext: Config, run: EncoderRun) -> Held:
     """From pixels to the last stage's map."""
     side, sizes, again = convnext.image_size // STEM, convnext.hidden_sizes, run.repeats_layers
     pixels = run.pixels(3 * convnext.image_size**2, PIXEL_COPIES)
-    # Without gradients of the stem, neither its norm's input is saved nor those of the first block in front of its products.
-    total = pixels.then(Held(side**2 * sizes[0] * run.number * (-2 if run.adapters and not again else not run.adapters)))
+    # Without gradients of the stem, neither its norm's input nor what is in front of the first products is saved.
+    total = pixels.then(
+        Held(side**2 * sizes[0] * run.number * (-2 if run.adapters and not again else not run.adapters))
+    )
     largest = pixels.saved + pixels.forward
     for number, (depth, size) in enumerate(zip(convnext.depths, sizes, strict=True)):
         if number:  # the norm's input and output
@@ -35,13 +37,14 @@ def activations(convnext: Config, run: EncoderRun) -> Held:
         block = side**2 * ((4 - run.adapters) * size * run.number + 8) + 2 * inner  # no gradient of the scale
         largest = max(largest, block + inner)
         # The gradient of the block's output, of its second product's output and of its GELU's output.
-        moment = 2 * side**2 * size * run.number + inner
+        moment = 2 * side**2 * size * run.number + inner * (1 + run.adapters)
         if again:
             kept = side**2 * size * run.number
             total = total.then(Held(depth * kept, block - kept, block - kept + moment))
         else:
             total = total.then(Held(depth * block, inner, moment))
-    return total if run.trains else Held(0.0, largest)
+    held = 3 * convnext.image_size**2 * run.number * run.adapters  # the pixels, while the first products run
+    return total if run.trains else Held(0.0, largest + held)
 
 
 def layers(convnext: Config) -> int:
