@@ -129,7 +129,7 @@ class AskingOperator(SetOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings alone: the key stays in the process that asks."""
-        return {name: value for name, value in self.__dict__.items() if name != "_given_key"}
+        return {name: value for name, value in self.__dict__.items() if name != "given_key"}
 
     def _models(self) -> list[tuple[Endpoint, Path]]:
         folder = Path(self.answers)
@@ -137,7 +137,7 @@ class AskingOperator(SetOperator):
         return [(checked(Endpoint, read_yaml(Path(file), "endpoint"), file), place) for file, place in given]
 
     def _key(self) -> str | None:
-        key: str | None = getattr(self, "_given_key", None)
+        key: str | None = getattr(self, "given_key", None)
         return key
 
     def _question(self, ask: Ask) -> Question | Reply:
@@ -161,7 +161,7 @@ def give_key(steps: tuple[Step, ...], key: str) -> None:
     """Who asks uses this key where their endpoint has no file of its own. It is no setting, nor written down."""
     for step in steps:
         if isinstance(step.operator, AskingOperator):
-            object.__setattr__(step.operator, "_given_key", key)
+            object.__setattr__(step.operator, "given_key", key)
 
 
 def pictures_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
