@@ -180,6 +180,21 @@ def test_files_are_found_by_name_and_never_guessed(tmp_path: Path) -> None:
         parse_requests("docvqa=DocVQA_TEST.tsv,docvqa=DocVQA_VAL.tsv", tmp_path)
 
 
+def test_options_within_a_question_are_read_and_a_word_is_compared_as_one(tmp_path: Path) -> None:
+    star = "Which?\nOptions: A: On it., B: Below, perhaps., C: Beside"
+    real = "Where to?\nA. Left\nB. Up. Then on\nAnswer with the letter."
+    rows = [(star, "B"), (real, "A"), ("How many A. b?", "Two"), (real, "C")]
+    write_tsv(tmp_path / "RealWorldQA.tsv", [
+        {"index": n, "image": PNG, "question": question, "answer": answer} for n, (question, answer) in enumerate(rows)
+    ])  # fmt: skip
+    entries = entries_of("realworldqa", tmp_path)
+    found = [dict(entry.question.options) if entry.question else entry.reason for entry in entries]
+    assert found[0] == {"A": "On it.", "B": "Below, perhaps.", "C": "Beside"}
+    assert found[1:] == [{"A": "Left", "B": "Up. Then on"}, {}, "its answer 'C' is none of the options A, B"]
+    result, _ = score(BENCHMARKS["realworldqa"], entries, {"0": "(B)", "1": "F", "2": " two."})
+    assert (result.value, result.unreadable) == (50.0, 1)
+
+
 def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     rows = [
         {"index": f"VD_map_0_1_{figure}_{question}", "image": PNG, "question": "Is it?", "answer": "Yes",

@@ -173,12 +173,12 @@ def _options(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _options_in(text: str) -> dict[str, str]:
-    """Options that a question itself lists, in order from A."""
+    """Two options or more that a question itself lists, in order from A."""
     found: dict[str, str] = {}
     for letter, words in _IN_TEXT.findall(text):
         if letter == ascii_uppercase[len(found)]:
             found[letter] = words.strip()
-    return found
+    return found if len(found) > 1 else {}
 
 
 def _placed(text: str, pictures: Sequence[FileSlice]) -> tuple[str, tuple[FileSlice, ...]]:
