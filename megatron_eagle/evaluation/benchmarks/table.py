@@ -2,7 +2,7 @@
 
 How each is asked is what NVlabs/Eagle's own lmms-eval tasks say (783f656, ``Eagle/lmms_eval/tasks``), and that of
 VLMEvalKit where they have none (MMStar, RealWorldQA). Published values: the result tables of NVlabs/Eagle's README of
-2025 for Eagle 2, and table 3 of arXiv 2504.15271 for Eagle 2.5.
+mid-2025 for Eagle 2, and table 3 of arXiv 2504.15271 for Eagle 2.5.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PHRASE = "\nAnswer the question using a single word or phrase."
 WORD = "\nAnswer the question with a single word."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 PUBLISHED = ("Eagle2-1B", "Eagle2-2B", "Eagle2-9B", "Eagle2.5-8B")
-PUBLISHED_IN = "NVlabs/Eagle README (2025-04) and arXiv 2504.15271, table 3"
+PUBLISHED_IN = "the README of NVlabs/Eagle of mid-2025 (Eagle 2) and arXiv 2504.15271, table 3 (Eagle 2.5)"
 
 
 @dataclass(frozen=True)
