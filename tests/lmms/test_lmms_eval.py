@@ -98,4 +98,4 @@ def test_lmms_eval_gets_the_accuracy_of_evaluate(
     (logged,) = (tmp_path / "out").rglob("*samples_eagle_made.jsonl")
     said = [json.loads(line)["filtered_resps"] for line in logged.read_text().splitlines()]
     lines = map(json.loads, (tmp_path / "own" / "exact" / "predictions.jsonl").read_text().splitlines())
-    assert sorted(said) == sorted(line["prediction"] for line in lines)
+    assert sorted(said) == sorted(line["prediction"].strip() for line in lines), "lmms-eval strips answers"
