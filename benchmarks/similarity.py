@@ -20,7 +20,7 @@ from megatron_eagle.curation.similarity import POOL_BLOCK, Pairs, best_matches
 from megatron_eagle.curation.vectors import unit
 
 DIMS = {"images": 512, "texts": 384}
-CHUNK = 100_000  # rows of the pool between two measurements
+CHUNK = 50_000  # rows of the pool between two measurements
 
 
 def write(path: Path, rows: int, dim: int, seed: int) -> None:

@@ -194,7 +194,7 @@ class Operator(SetOperator):
                 yield from equal_pairs(ranks.astype(np.uint64) * np.uint64(len(sets) + 1) + _ranked(sets), kinds)
             if hashes is None or self.image_distance is None:
                 continue
-            for part in parts(hashes, self.image_distance):
+            for part in parts(hashes, self.image_distance + 1):
                 _, key = np.unique(part, return_inverse=True)
                 both = ranks.astype(np.uint64) * np.uint64(len(key)) + key.astype(np.uint64)
                 for first, second in equal_pairs(both, kinds):
