@@ -49,7 +49,7 @@ class Pairs:
 
     def read(self, low: int, high: int) -> tuple[Vectors, Vectors]:
         """Rows from ``low`` on."""
-        images, texts = (np.ascontiguousarray(one[low:high], np.float32) for one in (self.images, self.texts))
+        images, texts = (np.array(one[low:high], np.float32) for one in (self.images, self.texts))  # writable, in order
         return images, texts
 
 
