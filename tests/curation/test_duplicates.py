@@ -283,3 +283,23 @@ def test_clusters_by_vectors_are_those_of_brute_force(
     expected = {number: f"of s/n{first}" for number, first in enumerate(leader) if first != number}
     assert len(expected) > 30
     assert found == expected
+
+
+def test_pictures_like_a_benchmarks_go_by_vector(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    middle = rng.normal(size=(3, 16))
+    vectors = unit(np.concatenate([middle, middle[:2] + 0.1 * rng.normal(size=(2, 16))]).astype(np.float32))
+    store = VectorStore(tmp_path)
+    store.add([1, 2, 3, 4, 5], vectors)
+    operator = make_operator("contamination", {"embedding_similarity": 0.9})
+    assert isinstance(operator, SetOperator) and operator.reads() == ("image_hashes", "embeddings")
+    rows_of = [("bench", 0, [1]), ("bench", 1, [2]), ("a", 0, [3]), ("a", 1, [3, 4]), ("a", 2, [2]), ("a", 3, [5])]
+    given = [Row((name, number), f"{number}", "c", [[], [], keys, str(tmp_path)], name == "bench")
+             for name, number, keys in rows_of]  # fmt: skip
+    found = {one.key[1]: (one.finding.detail, one.finding.scores) for one in operator.decide(iter(given))}
+    assert {number: detail for number, (detail, _) in found.items()} == {
+        1: "image 2 is like that of bench/0",
+        2: "image 1 is like that of bench/1",
+        3: "image 1 is like that of bench/1",
+    }
+    assert found[2][1] == {"embedding_similarity": 1.0}
