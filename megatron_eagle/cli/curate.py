@@ -112,6 +112,7 @@ def _add_admit(actions: Verbs) -> None:
         "--cache", default="vectors", help="folder of vectors, found again by content (default: vectors)"
     )
     admit.add_argument("--batch", type=positive_int, default=32, help="contents a model is given at once (default: 32)")
+    admit.add_argument("--side", type=positive_int, default=320, help="pixels a TorchScript file takes (default: 320)")
     admit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     admit.add_argument("--workers", type=positive_int, default=1, help="processes that make vectors (default: 1)")
     admit.set_defaults(run=_admit)
@@ -173,7 +174,7 @@ def _run(options: argparse.Namespace) -> None:
 def _admit(options: argparse.Namespace) -> None:
     from megatron_eagle.curation.admission import Admission, admit
 
-    embeddings = {name: getattr(options, name) for name in ("images", "texts", "cache", "batch", "device")}
+    embeddings = {name: getattr(options, name) for name in ("images", "texts", "cache", "batch", "side", "device")}
     similarity = {name: getattr(options, name) for name in ("redundant", "top", "shown", "negative")}
     asked = Admission(options.new, tuple(options.pool), embeddings, similarity, tuple(options.category))
     for source in admit(asked, options.out, workers=options.workers).sources:

@@ -69,6 +69,10 @@ class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
     on_benchmarks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def reads(self) -> tuple[str, ...]:
+        """``needs``, where settings have no say in it."""
+        return self.needs
+
     def check(self, categories: Mapping[str, str], benchmarks: Sequence[str]) -> None:  # noqa: B027
         """When a plan is read: ValueError if settings do not fit its sources.
 

@@ -112,7 +112,7 @@ class Plan:
                     [(("sources",), f"source {shown(one)} does not exist; there are {', '.join(names)}{hint}")]
                 )
         operator = make_operator(operator_name, settings)
-        missing = [name for name in operator.needs if name not in earlier]
+        missing = [name for name in operator.reads() if name not in earlier]
         if missing:
             raise ValueError(f"operator '{operator.name}' reads what '{missing[0]}' notes, which must come before it")
         if operator.name in earlier:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Negative = Literal["zero", "literal"]
 NEW_BLOCK, POOL_BLOCK = 16_384, 8_192  # rows that are held
+NEAR_ROWS = 1024  # of a block whose products with another are held
 TILES = {"cpu": (512, 1024), "cuda": (8_192, 8_192)}  # products that are held: half a cache of the second level, each
 
 
@@ -49,7 +50,7 @@ class Pairs:
 
     def read(self, low: int, high: int) -> tuple[Vectors, Vectors]:
         """Rows from ``low`` on."""
-        images, texts = (np.ascontiguousarray(one[low:high], np.float32) for one in (self.images, self.texts))
+        images, texts = (np.array(one[low:high], np.float32) for one in (self.images, self.texts))  # writable, in order
         return images, texts
 
 
@@ -191,21 +192,31 @@ def near_vectors(vectors: RowsLike, least: float, device: str = "auto") -> Itera
 
     Work grows with the square of the vectors: 2 x dim x N x N / 2 operations.
     """
+    for first, second in near_across(vectors, vectors, least, device, later=True):
+        if (wanted := first < second).any():
+            yield first[wanted], second[wanted]
+
+
+def near_across(
+    vectors: RowsLike, others: RowsLike, least: float, device: str = "auto", later: bool = False
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Indices of all pairs, one of either side, with a cosine of at least ``least``.
+
+    later: blocks of ``others`` before that of ``vectors`` are left out, for the sides are the same.
+    """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    block = POOL_BLOCK
-    for low in range(0, len(vectors), block):
-        own = torch.from_numpy(np.ascontiguousarray(vectors[low : low + block])).to(device)
-        for start in range(low, len(vectors), block):
-            other = (
-                own
-                if start == low
-                else torch.from_numpy(np.ascontiguousarray(vectors[start : start + block])).to(device)
-            )
-            for upper in range(0, len(own), 1024):
-                first, second = torch.nonzero(own[upper : upper + 1024] @ other.T >= least, as_tuple=True)
-                one, two = first.cpu().numpy() + low + upper, second.cpu().numpy() + start
-                if (wanted := one < two).any():
-                    yield one[wanted], two[wanted]
+
+    def block(side: RowsLike, start: int) -> "torch.Tensor":
+        return torch.from_numpy(np.array(side[start : start + POOL_BLOCK], np.float32)).to(device)
+
+    for low in range(0, len(vectors), POOL_BLOCK):
+        own = block(vectors, low)
+        for start in range(low if later else 0, len(others), POOL_BLOCK):
+            other = block(others, start)
+            for upper in range(0, len(own), NEAR_ROWS):
+                first, second = torch.nonzero(own[upper : upper + NEAR_ROWS] @ other.T >= least, as_tuple=True)
+                if len(first):
+                    yield first.cpu().numpy() + low + upper, second.cpu().numpy() + start

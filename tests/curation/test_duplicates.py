@@ -17,6 +17,7 @@ from megatron_eagle.curation.hashing import bands, grams, jaccard, near_pairs, p
 from megatron_eagle.curation.operator import Row, SetOperator, make_operator
 from megatron_eagle.curation.operators.duplicates import BANDS, ROWS
 from megatron_eagle.curation.plan import Plan
+from megatron_eagle.curation.vectors import VectorStore, unit
 from megatron_eagle.errors import UserError
 
 
@@ -216,3 +217,89 @@ def test_what_it_needs_and_what_it_cannot_be() -> None:
         Plan("p", source, ({"use": "image_hashes"}, {"use": "contamination"}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing is compared"):
         make_operator("duplicates", {"image_distance": None, "text_similarity": None})
+
+
+@pytest.mark.parametrize("distance", [6, None])
+@pytest.mark.parametrize("text_similarity", [0.8, None])
+def test_clusters_by_vectors_are_those_of_brute_force(
+    distance: int | None, text_similarity: float | None, tmp_path: Path
+) -> None:
+    """Pictures in groups of which some are near by hash, some by vector, some by both; several pictures a sample."""
+    rng = random.Random(5)
+    random_vectors = np.random.default_rng(5)
+    store, vectors, values = VectorStore(tmp_path), {}, []
+    for group in range(50):
+        many = rng.choice((1, 1, 2))
+        hashes = [rng.getrandbits(64) for _ in range(many)]
+        middle = random_vectors.normal(size=(many, 16))
+        words = " ".join(f"word{rng.randrange(400)}" for _ in range(30))
+        for copy in range(rng.randint(1, 5)):
+            own, keys = [], []
+            for number in range(many):
+                own.append(hashes[number] if rng.random() < 0.5 else rng.getrandbits(64))
+                key = group * 100 + copy * 10 + number + 1 if rng.random() < 0.8 else group * 100 + number + 1
+                if key not in vectors:
+                    scale = rng.choice((0.05, 0.3))
+                    vectors[key] = unit(
+                        (middle[number] + scale * random_vectors.normal(size=16)).astype(np.float32)[None]
+                    )[0]
+                keys.append(key)
+            text = words if rng.random() < 0.6 else words.replace(rng.choice(words.split()), "another", 1)
+            values.append((own, text, keys))
+    rng.shuffle(values)
+    store.add(list(vectors), np.stack(list(vectors.values())))
+    operator = make_operator(
+        "duplicates",
+        {"image_distance": distance, "text_similarity": text_similarity, "embedding_similarity": 0.95},
+    )
+    assert isinstance(operator, SetOperator)
+    assert operator.reads() == (("image_hashes", "embeddings") if distance is not None else ("embeddings",))
+
+    def row(number: int, value: Any) -> Row:
+        hashes, text, keys = value
+        packed = pack(grams(text)) if text_similarity is not None else ""
+        return Row(
+            ("s", number), f"n{number}", "c", [hashes if distance is not None else [], packed, keys, str(tmp_path)]
+        )
+
+    verdicts = list(operator.decide(row(number, value) for number, value in enumerate(values)))
+    found = {one.key[1]: one.finding.detail for one in verdicts if one.finding.decision == "left"}
+
+    def alike(first: Any, second: Any) -> bool:
+        if len(first[0]) != len(second[0]):
+            return False
+        for number in range(len(first[0])):
+            by_hash = distance is not None and (first[0][number] ^ second[0][number]).bit_count() <= distance
+            one, other = (vectors[value[2][number]].astype(float) for value in (first, second))
+            if not by_hash and first[2][number] != second[2][number] and one @ other < 0.95:
+                return False
+        return text_similarity is None or jaccard(grams(first[1]), grams(second[1])) >= text_similarity
+
+    leader = list(range(len(values)))
+    for a, b in itertools.combinations(range(len(values)), 2):
+        if alike(values[a], values[b]) and leader[a] != leader[b]:
+            low, high = sorted((leader[a], leader[b]))
+            leader = [low if one == high else one for one in leader]
+    expected = {number: f"of s/n{first}" for number, first in enumerate(leader) if first != number}
+    assert len(expected) > 30
+    assert found == expected
+
+
+def test_pictures_like_a_benchmarks_go_by_vector(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    middle = rng.normal(size=(3, 16))
+    vectors = unit(np.concatenate([middle, middle[:2] + 0.1 * rng.normal(size=(2, 16))]).astype(np.float32))
+    store = VectorStore(tmp_path)
+    store.add([1, 2, 3, 4, 5], vectors)
+    operator = make_operator("contamination", {"embedding_similarity": 0.9})
+    assert isinstance(operator, SetOperator) and operator.reads() == ("image_hashes", "embeddings")
+    rows_of = [("bench", 0, [1]), ("bench", 1, [2]), ("a", 0, [3]), ("a", 1, [3, 4]), ("a", 2, [2]), ("a", 3, [5])]
+    given = [Row((name, number), f"{number}", "c", [[], [], keys, str(tmp_path)], name == "bench")
+             for name, number, keys in rows_of]  # fmt: skip
+    found = {one.key[1]: (one.finding.detail, one.finding.scores) for one in operator.decide(iter(given))}
+    assert {number: detail for number, (detail, _) in found.items()} == {
+        1: "image 2 is like that of bench/0",
+        2: "image 1 is like that of bench/1",
+        3: "image 1 is like that of bench/1",
+    }
+    assert found[2][1] == {"embedding_similarity": 1.0}

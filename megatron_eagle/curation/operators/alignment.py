@@ -15,7 +15,7 @@ from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Positive, Range
 from megatron_eagle.curation.embedding import Embedder
 from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
-from megatron_eagle.curation.operator import UNREADABLE, SampleOperator
+from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
 from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.errors import BrokenSample
 
@@ -40,6 +40,11 @@ class Operator(SampleOperator):
     cache: str = "vectors"
     batch: Positive = 32
     device: Device = "auto"
+
+    @property
+    def resources(self) -> Resources:
+        """A GPU of its own for each process where one is asked for; with ``auto`` it is whatever is there."""
+        return Resources(gpus=1 if self.device == "cuda" else 0)
 
     def prepare(self, folder: Path) -> None:
         """UserError if the model is not there or of another kind."""

@@ -13,7 +13,7 @@ from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive
 from megatron_eagle.curation.embedding import Embedder
 from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
-from megatron_eagle.curation.operator import UNREADABLE, SampleOperator
+from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
 from megatron_eagle.curation.sample import Finding, Sample, plain_text
 from megatron_eagle.errors import BrokenSample
 
@@ -41,6 +41,11 @@ class Operator(SampleOperator):
     def __post_init__(self) -> None:
         if self.images is None and self.texts is None:
             raise ValueError("images and texts are both null: a model is needed for one of them")
+
+    @property
+    def resources(self) -> Resources:
+        """A GPU of its own for each process where one is asked for; with ``auto`` it is whatever is there."""
+        return Resources(gpus=1 if self.device == "cuda" else 0)
 
     def prepare(self, folder: Path) -> None:
         """UserError if a model is not there or of no known kind."""
