@@ -18,7 +18,7 @@ KINDS = ("bar", "horizontal bar", "grouped bar", "line", "pie")
 PALETTES = (
     ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"),
     ("#332288", "#88ccee", "#44aa99", "#117733", "#ddcc77", "#cc6677", "#882255"),
-    ("#222222", "#777777", "#444444", "#999999", "#5a5a5a", "#888888", "#333333"),
+    ("#222222", "#888888", "#cccccc", "#555555", "#aaaaaa", "#3a3a3a", "#dddddd"),
 )
 
 
@@ -86,9 +86,9 @@ def _bars(axes: Any, table: Table, values: list[list[float]], colours: tuple[str
         drawn = axes.bar(shifted, one, width, color=colours[number], label=table.columns[number + 1])
         axes.bar_label(drawn, _said(table, number), fontproperties=words)
     axes.set_xticks(list(places), _names(table))
-    if len(values) > 1:
-        axes.legend(prop=words)
-    axes.margins(y=0.15)
+    if len(values) > 1:  # in the room above the bars; looking for the best place takes long
+        axes.legend(prop=words, loc="upper right", ncols=len(values))
+    axes.margins(y=0.15 * len(values))
 
 
 def _flat_bars(axes: Any, table: Table, values: list[list[float]], colours: tuple[str, ...], words: Any) -> None:
