@@ -91,7 +91,7 @@ test-te: setup
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TE_FOLDER) \
 	    --requirement constraints/transformer-engine.txt transformer-engine==$(TE) && touch $(TE_FOLDER)/ready; }
 	@echo "test-te: megatron-core $(MEGATRON), Transformer Engine $(TE)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/te --transformer-engine $(TE_FOLDER) $(RECORD)
+	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/te --transformer-engine $(TE_FOLDER) $(RECORD)
 
 test-page: setup
 	@[ -f .page/ready ] || { echo "test-page: Gradio and Selenium into .page, 220 MB" && rm -rf .page && \
