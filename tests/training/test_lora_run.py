@@ -121,7 +121,7 @@ def test_adapters_to_start_from(trained: Path, worlds, tmp_path: Path) -> None:
     assert float(theirs.abs().max()) > 0 and float((ours - theirs).abs().max()) < 1e-7
     for change, words in {
         "lora.alpha=8": "holds adapters with lora.alpha=4.0, the recipe says 8.0",
-        "lora.targets=[language]": "holds adapters of connector.fc1, connector.fc2, vision.convnext.fc1, ",
+        "lora.targets=[language, connector.fc1, vision.siglip]": "adapters of connector.fc2, vision.convnext.fc1, ",
     }.items():
         assert words in refusal(worlds, trained / "r.yaml", "first", tmp_path / "b", *given, change)
 
