@@ -9,7 +9,6 @@ from megatron_eagle.checkpoint.files import (
     find_latest,
     load_weights,
     read_description,
-    require_adapters,
     require_same_model,
 )
 from megatron_eagle.compat.platform import Platform
@@ -17,7 +16,7 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.training.adapters import base_checkpoint, load_base
+from megatron_eagle.training.adapters import base_checkpoint, load_base, require_fitting
 from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -47,7 +46,7 @@ def load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platf
     """This process's part of the model in eval mode; its process groups must exist already."""
     models = build_chunks(recipe, layout, platform)
     if recipe.lora:
-        require_adapters(checkpoint, read_description(checkpoint), load_base(base_checkpoint(recipe), models))
+        require_fitting(checkpoint, recipe.lora, load_base(base_checkpoint(recipe), models))
     load_weights(checkpoint, models, "adapters" if recipe.lora else "base")
     model = models[0].eval()
     return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model

@@ -7,9 +7,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_eagle.checkpoint.files import load_weights, read_description, require_same_model, require_whole
-from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.checkpoint.files import (
+    load_weights,
+    read_description,
+    require_adapters,
+    require_same_model,
+    require_whole,
+)
+from megatron_eagle.checkpoint.safe_index import read_index
+from megatron_eagle.config.lora import LoraSettings, is_adapter, layer_name
 from megatron_eagle.config.recipe import Recipe
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.base_digest import base_digest
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.model.lora import adapted_layers, check_targets
@@ -35,6 +43,23 @@ def load_base(checkpoint: Path | None, models: Sequence[EagleModel], copy: TileE
     if checkpoint is not None:
         load_weights(checkpoint, [*models, *([copy] if copy else [])])
     return base_digest(models, parallel_state.get_model_parallel_group(), copy)
+
+
+def require_fitting(checkpoint: Path, lora: LoraSettings, base: str) -> None:
+    """UserError unless ``checkpoint`` holds adapters of the base with this digest that are a recipe's own; one process.
+
+    Of layers that the checkpoint lacks loading speaks; those that the recipe lacks would be left out unseen.
+    """
+    description = read_description(checkpoint)
+    require_adapters(checkpoint, description, base)
+    for key in ("rank", "alpha", "rslora"):
+        theirs, ours = description.lora.get(key), getattr(lora, key)
+        if theirs != ours:
+            raise UserError(f"{checkpoint} holds adapters with lora.{key}={theirs}, the recipe says {ours}")
+    names = [name for name in read_index(checkpoint).state_dict_metadata if is_adapter(name)]
+    stored = {layer_name(name.rpartition(".")[0]) for name in names if not name.startswith("optimizer.")}
+    if left := sorted(layer for layer in stored if layer and not lora.wants(layer)):
+        raise UserError(f"{checkpoint} holds adapters of {', '.join(left)}, which the recipe's lora.targets leave out")
 
 
 def require_targets(lora: LoraSettings, modules: Sequence[MegatronModule]) -> None:

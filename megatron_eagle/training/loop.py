@@ -28,18 +28,18 @@ from megatron_eagle.checkpoint.files import (
     load_weights,
     own_file,
     read_description,
-    require_adapters,
     require_same_model,
 )
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
 from megatron_eagle.data.stream.streams import Stream, open_stage_stream
 from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
-from megatron_eagle.training.adapters import base_checkpoint, load_base
+from megatron_eagle.training.adapters import base_checkpoint, load_base, require_fitting
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
@@ -153,7 +153,7 @@ class StageRun:
         first_weights = None if resume_from else self._on_rank_zero(self._weights_before)
         engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
         if self.recipe.lora:
-            self._load_base(engine, resume_from or first_weights)
+            self._load_base(self.recipe.lora, engine, resume_from or first_weights)
         position = None
         if resume_from and description:
             position = load_training_state(resume_from, description, engine.state(), self.groups)
@@ -168,12 +168,13 @@ class StageRun:
         self._say(self._opening_line(engine, resume_from or first_weights))
         self._train(engine, stream, stage_folder)
 
-    def _load_base(self, engine: Engine, adapters: Path | None) -> None:
+    def _load_base(self, lora: LoraSettings, engine: Engine, adapters: Path | None) -> None:
         """What adapters belong to, before they are loaded from a checkpoint, if there is one."""
         copy = engine.encoder.copy if engine.encoder else None
-        self.base = load_base(self._on_rank_zero(lambda: base_checkpoint(self.recipe)), engine.models, copy)
+        base = load_base(self._on_rank_zero(lambda: base_checkpoint(self.recipe)), engine.models, copy)
         if adapters:
-            require_adapters(adapters, self._on_rank_zero(lambda: read_description(adapters)), self.base)
+            self._on_rank_zero(lambda: require_fitting(adapters, lora, base))
+        self.base = base
 
     def _join(self) -> int | None:
         """Become a start of the run, on the process that writes for it, unless there is nothing to do."""

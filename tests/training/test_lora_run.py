@@ -12,6 +12,7 @@ from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.conversion.torch_dist import TorchDist
 
 LORA = {"rank": 2, "alpha": 4, "targets": ["language", "vision.siglip.qkv", "vision.*.fc*", "connector"]}
+FIRST = Path("small/checkpoints/first/step_00000002")
 ALL = ["vision", "connector", "language"]
 
 
@@ -107,6 +108,22 @@ def test_what_does_not_belong_together_is_refused(trained, worlds, tmp_path, sta
     if overrides == ("model.initial_weights=null",):
         overrides = (*overrides, "stages.second.steps=8")
     assert words in refusal(worlds, trained / "r.yaml", stage, tmp_path / "runs", *overrides)
+
+
+def test_adapters_to_start_from(trained: Path, worlds, tmp_path: Path) -> None:
+    """lora.initial: taken as they are, or refused by what differs."""
+    given = ("stages.first.learning_rate=1e-9", f"lora.initial={checkpoint(trained, 'second', 4)}")
+    worlds(1).run(train, str(trained / "r.yaml"), "first", str(tmp_path / "a"), given)
+    name = "language.decoder.layers.1.mlp.linear_fc1.lora_b"
+    ours, theirs = (
+        TorchDist(folder).read(name) for folder in (checkpoint(trained, "second", 4), tmp_path / "a" / FIRST)
+    )
+    assert float(theirs.abs().max()) > 0 and float((ours - theirs).abs().max()) < 1e-7
+    for change, words in {
+        "lora.alpha=8": "holds adapters with lora.alpha=4.0, the recipe says 8.0",
+        "lora.targets=[language, connector.fc1, vision.siglip]": "adapters of connector.fc2, vision.convnext.fc1, ",
+    }.items():
+        assert words in refusal(worlds, trained / "r.yaml", "first", tmp_path / "b", *given, change)
 
 
 def score(recipe_path: str, runs: str, data: str, out: str) -> None:
