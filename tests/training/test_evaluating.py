@@ -15,11 +15,11 @@ from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.errors import UserError
 
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "two replicas, overlapped reduction": ({}, {"overlap": True}),
-    "pp, spread": ({"pp": 2, "encoder": "spread"}, {"overlap": True}),
-    "tp, sequence parallel": ({"tp": 2, "sequence_parallel": True}, {}),
-    "cp": ({"cp": 2}, {}),
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "two replicas, overlapped reduction": ({}, {"overlap": True}, "fp32"),
+    "pp, spread, bf16": ({"pp": 2, "encoder": "spread"}, {"overlap": True}, "bf16"),
+    "tp, sequence parallel": ({"tp": 2, "sequence_parallel": True}, {}, "fp32"),
+    "cp": ({"cp": 2}, {}, "fp32"),
 }
 
 
@@ -53,8 +53,8 @@ def write(small_run, file: Path, evaluation: dict[str, Any] | None, **changes: A
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_does_not_notice_that_it_is_evaluated(small_run, worlds, tmp_path: Path, layout: str) -> None:
-    shape, optimizer = LAYOUTS[layout]
-    changes = {"layout": shape, "optimizer": optimizer, "log": {"tensorboard": layout == "cp"}}
+    shape, optimizer, precision = LAYOUTS[layout]
+    changes = {"layout": shape, "precision": precision, "optimizer": optimizer, "log": {"tensorboard": layout == "cp"}}
     asked = {"every": 2, "data": [str(small_run.folder / "heldout")], "limit": 6, "answer_tokens": 3}
     drawn, lines = {}, {}
     for name, evaluation in (("on", asked), ("off", None)):
