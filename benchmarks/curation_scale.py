@@ -84,8 +84,6 @@ def planted_vectors(many: int, dim: int, centres: int) -> Any:
 def clusters(many: int, wanted: int) -> None:
     """faiss, as 'subset' uses it: training and assignment."""
     vectors = planted_vectors(many, 512, wanted)
-    with clocked(f"{many} vectors of 512 made"):
-        pass
     with clocked(f"{many} vectors of 512 in {wanted} clusters"):
         found = cluster(vectors, wanted, 0)
     print(f"| {len(np.unique(found.of))} clusters have members, separation {found.separation:.3f} | | | |", flush=True)
