@@ -100,7 +100,7 @@ test-page: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
 
 test-lmms: setup
-	@[ -f .lmms/ready ] || { echo "test-lmms: lmms-eval into .lmms, 300 MB" && rm -rf .lmms && \
+	@[ -f .lmms/ready ] || { echo "test-lmms: lmms-eval into .lmms, 230 MB" && rm -rf .lmms && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .lmms \
 	    --requirement constraints/lmms.txt && touch .lmms/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/lmms tests/evaluation/test_official_rules.py --lmms-packages .lmms
