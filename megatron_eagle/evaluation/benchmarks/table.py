@@ -1,8 +1,8 @@
 """The benchmarks of Eagle 2's paper, one row each, and ``exact``, which is any file of questions with one right answer.
 
 How each is asked is what NVlabs/Eagle's own lmms-eval tasks say (783f656, ``Eagle/lmms_eval/tasks``); MMStar and
-RealWorldQA, which are not among them, are asked like those with options. Published values: the result tables of NVlabs/Eagle's README of
-mid-2025 for Eagle 2, and table 3 of arXiv 2504.15271 for Eagle 2.5.
+RealWorldQA, which are not among them, are asked like those with options. Published values: the result tables of
+NVlabs/Eagle's README of mid-2025 for Eagle 2, and table 3 of arXiv 2504.15271 for Eagle 2.5.
 """
 
 from collections.abc import Mapping
