@@ -53,7 +53,7 @@ def made(tmp_path: Path) -> Plan:
     write_planted(tmp_path / "planted", 240, seed=5)
     plan = {
         "name": "test",
-        "block": 10,
+        "block": 5,
         "sources": [{"name": "all", "path": str(tmp_path / "planted" / "samples.jsonl")}],
         "operators": [{"use": name} for name in RULES],
     }
@@ -94,7 +94,7 @@ def test_a_node_that_is_killed_in_mid_run_changes_no_byte(nodes: Any, tmp_path: 
         state = tmp_path / ".out.partial" / ".state"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
-            time.sleep(0.05)
+            time.sleep(0.005)
             if len(list(state.glob("segment-0-*"))) < 3:
                 continue
             working = busy(psutil.Process(raylet.process.pid))
