@@ -5,6 +5,7 @@ base's layers behind ``base_model.model.``. Ours also names the digest of its ba
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, []),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
+    # The others (pissa, olora, corda, loftq) take from the base what they start with: they are adapters of another one.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -207,6 +210,10 @@ def _layers_of(
     of_layer = {name: layer_name(ours.rpartition(".")[0]) for ours, source in every.items() for name in source.names}
     if unknown := sorted(tensors.keys() - of_layer.keys()):
         raise UserError(f"{folder / TENSORS}: {unknown[0]} is of no layer of the base that can have an adapter")
+    swap = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    others = {name: re.sub("lora_[AB]", lambda half: swap[half[0]], name) for name in tensors}
+    if alone := sorted(name for name, other in others.items() if other not in tensors):
+        raise UserError(f"{folder / TENSORS} has {alone[0]} without {others[alone[0]]}")
     targets = sorted({layer for name in tensors if (layer := of_layer[name])})
     if not targets:
         raise UserError(f"{folder / TENSORS} holds no adapter")

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_eagle.training.log import StepRecord, format_duration
 
 LOSS_WINDOW = 20  # last steps that a stage's loss is the mean of
 NOTHING = "-"
+LONGEST = 60  # characters of a value that are shown
 STAGE_HEADER = ("stage", "run", "steps", "loss", "useful tokens", "tokens/s", "padding", "time", "GB")
 
 
@@ -83,8 +85,8 @@ def write_page(found: Comparison, out: Path) -> None:
 def _differences(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
     facts = [run.facts() for run in runs]
     keys = sorted({key for one in facts for key in one} - {"name"})
-    rows = [(key, tuple(_shown(one[key]) if key in one else NOTHING for one in facts)) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [(key, [_written(one[key]) if key in one else NOTHING for one in facts]) for key in keys]
+    return [(key, tuple(_cut(values))) for key, values in rows if len(set(values)) > 1]
 
 
 def _stage_row(stage: str, run: Run) -> tuple[str, ...]:
@@ -105,9 +107,21 @@ def _stage_row(stage: str, run: Run) -> tuple[str, ...]:
     )
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _cut(values: Sequence[str]) -> list[str]:
+    """Each on ``LONGEST`` characters, from a little before where they begin to differ."""
+    common = len(os.path.commonprefix(list(values)))
+    if max(map(len, values)) <= LONGEST:
+        return list(values)
+    begin = max(0, common - LONGEST // 2)
+    cut = [value[begin : begin + LONGEST] for value in values]
+    return [
+        f"{'...' * bool(begin)}{part}{'...' * (begin + LONGEST < len(value))}"
+        for part, value in zip(cut, values, strict=True)
+    ]
 
 
 def _share(share: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.checkpoint.best import read_best
 from megatron_eagle.checkpoint.files import find_latest, read_description
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.fencing import read_starts
@@ -57,15 +58,17 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def old_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints of a run that no stage goes on from: those older than the newest whole one of their stage.
+    """Checkpoints of a run that no stage goes on from: those older than the newest whole one of their stage, without
+    the one that ``evaluation.keep: best`` keeps.
 
     Newer ones may just be written, so that deleting what is found here disturbs no trainer at work.
     """
     for stage in sorted((folder / "checkpoints").glob("*/")):
         newest = find_latest(stage)
         if newest is not None:
-            older = [path for path in stage.glob("step_*") if _step(path) < _step(newest)]
-            yield from sorted(older, key=_step)
+            best = read_best(stage)
+            older = [path for path in stage.glob("step_*[0-9]") if _step(path) < _step(newest)]
+            yield from sorted((path for path in older if not best or path.name != best.name), key=_step)
 
 
 def size_of(folder: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint_cases as cases
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizer_folder import QWEN_TOKENS, write_qwen_like
 
 from megatron_eagle.checkpoint.files import DESCRIPTION, read_description
@@ -156,8 +157,15 @@ def test_another_base_and_what_is_not_understood_are_refused(made, tmp_path: Pat
     with pytest.raises(UserError, match="holds adapters of the base"):
         peft_to_megatron(tmp_path / "out", tmp_path / "other", tmp_path / "x")
     said = json.loads((tmp_path / "out" / CONFIG).read_text())
-    (tmp_path / "out" / CONFIG).write_text(json.dumps({**said, "use_dora": True}))
-    with pytest.raises(UserError, match="use_dora=True"):
+    for key, value in (("use_dora", True), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora")):
+        (tmp_path / "out" / CONFIG).write_text(json.dumps({**said, key: value}))
+        with pytest.raises(UserError, match=f"{key}={value!r}"):
+            peft_to_megatron(tmp_path / "out", folder / "base", tmp_path / "x")
+    (tmp_path / "out" / CONFIG).write_text(json.dumps(said))
+    tensors = load_file(tmp_path / "out" / TENSORS)
+    half = next(name for name in tensors if "lora_B" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != half}, tmp_path / "out" / TENSORS)
+    with pytest.raises(UserError, match="without .*lora_B"):
         peft_to_megatron(tmp_path / "out", folder / "base", tmp_path / "x")
     assert not (tmp_path / "x").exists() and (tmp_path / "out" / TENSORS).is_file()
     shutil.copytree(folder / "in", tmp_path / "in")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eagle.checkpoint.best import note_best
 from megatron_eagle.checkpoint.files import DESCRIPTION, Description
 from megatron_eagle.cli import main
 from megatron_eagle.errors import UserError
@@ -64,6 +65,15 @@ def test_what_differs_is_named_and_nothing_else(pair: list[Path]) -> None:
     )
 
 
+def test_long_values_that_differ_late_are_told_apart(tmp_path: Path) -> None:
+    paths = [f"/data/{'x' * 80}/v{number}/samples" for number in (1, 2)]
+    made = [
+        made_run(tmp_path / path[-9], loss=1.0, recipe={"stages.s1.blend.0.path": path}, packages={}) for path in paths
+    ]
+    ((key, values),) = compare([read_run(folder) for folder in made]).differences
+    assert key == "stages.s1.blend.0.path" and values[0] != values[1] and "/v1/samples" in values[0]
+
+
 def test_what_came_out_is_counted(pair: list[Path]) -> None:
     text = as_text(compare([read_run(folder) for folder in pair]))
     last_twenty = sum(1 / step for step in range(21, 41)) / 20
@@ -90,10 +100,12 @@ def test_one_run_is_not_compared_with_itself(pair: list[Path], names: list[str])
 
 def test_runs_are_listed_and_only_older_checkpoints_are_cleaned(pair: list[Path], tmp_path: Path, capsys) -> None:
     assert find_runs(tmp_path) == pair
-    stage = pair[0] / "checkpoints" / "s1"
+    stage, kept = pair[0] / "checkpoints" / "s1", {"step_00000005", "step_30", "step_40"}
+    note_best(make(stage), step=5, score=0.5)
     for step in (10, 20, 30, 40):
         (stage / f"step_{step}").mkdir(parents=True)
         (stage / f"step_{step}" / "weights").write_bytes(b"x" * 1000)
+    (stage / "step_50.partial").mkdir()  # of a trainer at work
     (stage / "latest").write_text("step_30\n")
     newest = Description("s1", 30, 40, {}, {}, 1, peak_rss_bytes=2_500_000_000)
     (stage / "step_30" / DESCRIPTION).write_text(json.dumps(asdict(newest)))
@@ -101,9 +113,15 @@ def test_runs_are_listed_and_only_older_checkpoints_are_cleaned(pair: list[Path]
     assert read_run(pair[0]).peak_bytes == {"s1": 2_500_000_000}
     said = run("runs", "clean", str(pair[0]), capsys=capsys)
     assert "2 checkpoints" in said and "--yes deletes them" in said
-    assert {path.name for path in stage.glob("step_*")} == {"step_10", "step_20", "step_30", "step_40"}
+    assert {path.name for path in stage.glob("step_*[0-9]")} == kept | {"step_10", "step_20"}
     run("runs", "clean", str(pair[0]), "--yes", capsys=capsys)
-    assert {path.name for path in stage.glob("step_*")} == {"step_30", "step_40"}
+    assert {path.name for path in stage.glob("step_*[0-9]")} == kept
+
+
+def make(stage: Path) -> Path:
+    """A stage's folder with the checkpoint of step 5, by the name that checkpoints have."""
+    (stage / "step_00000005").mkdir(parents=True)
+    return stage
 
 
 def run(*arguments: str, capsys) -> str:
