@@ -172,6 +172,30 @@ def test_one_question_that_always_fails_is_unanswered_and_the_others_go_on(tmp_p
     assert counts.faults == {"unanswered after 3 attempts": 1}
 
 
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("poison", [(0,), (4,), (1, 2, 3, 5, 6)], ids=["first", "last", "five"])
+def test_questions_that_always_fail_end_no_run_for_ever(poison: tuple[int, ...], at_once: int, tmp_path: Path) -> None:
+    """Alone in flight, in every run after the first, and several in a row: after some runs at the latest it is done."""
+    many = max(5, max(poison) + 1)
+
+    def act(body: dict[str, Any], before: int) -> Act:
+        return Act(status=500) if int(asked_text(body).split()[1]) in poison else Act("fine")
+
+    with endpoint_server(act) as server:
+        where = endpoint(server, attempts=2, at_once=at_once)
+        for number in range(3):
+            try:
+                got, counts = run(where, tmp_path, many)
+            except UserError:
+                assert len(poison) > 1 and number == 0
+            else:
+                assert [tag for tag, reply in got if reply.unanswered] == list(poison)
+        assert counts.known == many - len(poison), "and what failed was tried again"
+        server.act = lambda body, before: Act("at last")
+        got, counts = run(where, tmp_path, many)
+    assert counts.asked == len(poison) and not any(reply.unanswered for _, reply in got)
+
+
 def test_no_minute_has_more_requests_or_tokens_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_eagle.endpoint.rate.WINDOW", 0.5)
     with endpoint_server(echo) as server:
