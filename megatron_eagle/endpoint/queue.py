@@ -3,7 +3,8 @@
 Answers come in the order of the questions, of which no more than a few beyond those in flight are held. A question that
 fails is asked again after a while. One that fails every time is unanswered and says so. If nobody listens any more, or
 several in a row are unanswered, the run ends in one line, and the same run goes on where it was: questions that were
-unanswered before do not end it again, so that it comes to an end however many there are. A kill loses what is in flight.
+unanswered before do not end it again, so that it is done some time, however many they are. A kill loses what is in
+flight.
 """
 
 import random
@@ -18,12 +19,13 @@ from typing import TypeVar
 from megatron_eagle.endpoint.cache import AnswerCache
 from megatron_eagle.endpoint.client import Again, ChatClient
 from megatron_eagle.endpoint.question import Question, Reply
-from megatron_eagle.endpoint.rate import RateLimits, Sent, Stopped
+from megatron_eagle.endpoint.rate import RateLimits, Sent, Stopped, window_of
 from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.errors import UserError
 
 AHEAD = 4  # questions read for each that may be in flight
 REFUSED_AT_FIRST = 20  # questions, with none answered, after which it is no matter of the question
+LONGEST_HELD = 3600.0  # seconds, of what an endpoint may ask for
 SILENT = 5  # questions in a row, none of them unanswered in a run before, after which it is none either
 Tag = TypeVar("Tag")
 
@@ -62,9 +64,11 @@ class Queue:
 
     def __init__(self, endpoint: Endpoint, folder: Path, key: str | None = None) -> None:
         self.endpoint, self.counts = endpoint, Counts()
-        self._client = ChatClient(endpoint, endpoint.key(key))
+        sent_key = endpoint.key(key)
+        self._client = ChatClient(endpoint, sent_key)
         self._folder, self._stop, self._guard = folder, threading.Event(), threading.Lock()
-        self._rates = RateLimits(endpoint.requests_a_minute, endpoint.tokens_a_minute, self._stop)
+        limits, window = (endpoint.requests_a_minute, endpoint.tokens_a_minute), window_of(endpoint.url, sent_key)
+        self._rates = RateLimits(*limits, self._stop, window=window)
         self._running: dict[str, Future[Reply]] = {}
         self._reserved, self._silent, self._refused = 0.0, 0, 0
         self._error: BaseException | None = None
@@ -157,7 +161,7 @@ class Queue:
                 with self._guard:
                     self.counts.failed[error.reason] += 1
                 if error.after is not None:
-                    self._rates.hold(min(error.after, endpoint.longest_wait))
+                    self._rates.hold(min(error.after, LONGEST_HELD))
                 if attempt + 1 < endpoint.attempts:
                     self._stop.wait(pause * random.uniform(0.75, 1.25))  # apart from the others that failed with it
                 pause = min(2 * pause, endpoint.longest_wait)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoint_server import KEY, Act, Server, asked_text, endpoint_server
+from samples import image_bytes
 
 from megatron_eagle.endpoint.cache import ANSWERS_FILE
 from megatron_eagle.endpoint.client import ChatClient
@@ -300,3 +302,41 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Endpoint("http://x/v1", "m", most_cost=1.0)
     with pytest.raises(ValueError, match="an endpoint has a url"):
         Endpoint("localhost:8000", "m")
+
+
+def test_a_key_that_an_endpoint_repeats_is_not_kept(tmp_path: Path) -> None:
+    said = json.dumps({"error": {"message": f"bad: Authorization: Bearer {KEY} \ud83d"}}).encode()
+    for act in (Act(status=400, body=said), Act(status=500, body=said), Act(body=json.dumps({"id": KEY}).encode())):
+        with endpoint_server(lambda body, before, act=act: act) as server:
+            ((_, reply),), _ = run(endpoint(server, attempts=2), tmp_path / str(act.status), 1)
+        assert KEY not in reply.unanswered and "***" in reply.unanswered, reply.unanswered
+        reply.unanswered.encode()
+
+
+def test_tokens_are_not_guessed_too_few() -> None:
+    """Of Chinese there is about a token a character, and of a picture one for 750 pixels in some models."""
+    assert Question(ask_about("河流早晨" * 150)).tokens >= 600
+    assert Question(ask_about("river " * 100)).tokens == 204
+    sizes = {size: Question(ask_about("", image_bytes(size, "red"))).tokens for size in ((80, 60), (3000, 2000))}
+    assert 1500 <= sizes[80, 60] < 1600 and 8000 <= sizes[3000, 2000] < 8100
+    assert 1500 <= Question(ask_about("", b"none")).tokens < 1600
+
+
+def test_queues_of_one_key_share_its_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator after another, or a model and its judge, may not ask twice as much."""
+    monkeypatch.setattr("megatron_eagle.endpoint.rate.WINDOW", 0.5)
+    with endpoint_server(echo) as server:
+        for name in ("one", "two", "three"):
+            run(endpoint(server, requests_a_minute=5), tmp_path / name, 4)
+    times = sorted(server.times)
+    assert len(times) == 12 and all(later - sooner > 0.45 for sooner, later in zip(times, times[5:], strict=False))
+
+
+def test_retry_after_is_kept_to_whatever_its_form(tmp_path: Path) -> None:
+    def act(body: dict[str, Any], before: int) -> Act:
+        date = formatdate(time.time() + 2, usegmt=True)
+        return Act(status=503, headers={"retry-after": date}) if not before else Act("fine")
+
+    with endpoint_server(act) as server:
+        run(endpoint(server, attempts=2, longest_wait=0.02), tmp_path, 1)
+    assert server.times[1] - server.times[0] > 0.9, "a date has whole seconds; longest_wait is of our own waits"
