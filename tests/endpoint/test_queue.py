@@ -205,6 +205,7 @@ def test_no_minute_has_more_requests_or_tokens_than_allowed(tmp_path: Path, monk
         times = sorted(server.times)
         assert all(later - sooner > 0.45 for sooner, later in zip(times, times[5:], strict=False))
         server.times.clear()
+        time.sleep(0.5)  # the window is the key's: what it holds would count
         # about 7 tokens are read and at most 93 written until the answer says 15
         run(endpoint(server, tokens_a_minute=230, at_once=1), tmp_path / "tokens", 24, most_tokens=93)
     spread = max(server.times) - min(server.times)
