@@ -114,7 +114,7 @@ def endpoint_server(act: Callable[[dict[str, Any], int], Act]) -> Iterator[Serve
             if act.status == 0:
                 self.send(200, body, act.headers, act.cut)
             elif act.status != 200:
-                self.send(act.status, b'{"error": {"message": "told so"}}', act.headers)
+                self.send(act.status, act.body or b'{"error": {"message": "told so"}}', act.headers)
             else:
                 with state.guard:
                     state.answered[asked] += 1

@@ -9,7 +9,7 @@ before it becomes a finding.
 import hashlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -23,9 +23,11 @@ from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.yaml_file import read_yaml
 from megatron_eagle.curation.clips import frames_of
 from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
-from megatron_eagle.curation.sample import Exchange, Finding, Sample, added_exchanges
+from megatron_eagle.curation.sample import Exchange, Finding, Sample, added_exchanges, plain_text
 from megatron_eagle.curation.tasks import Task, task_of
 from megatron_eagle.data.media.file_slice import FileSlice
+from megatron_eagle.data.sample.conversation import Turn
+from megatron_eagle.data.sample.markers import MARKERS, count_markers
 from megatron_eagle.endpoint.client import ChatClient, check_installed
 from megatron_eagle.endpoint.question import Question, Reply, ask_about
 from megatron_eagle.endpoint.queue import Queue
@@ -33,9 +35,9 @@ from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.errors import BrokenSample
 
 JUDGE = (
-    "Judge this about the pictures above, if there are any.\nQuestion: {question}\nAnswer: {answer}\n"
-    "Is the answer right, and does it follow from the pictures and the question alone? Reply with JSON alone: "
-    '{{"good": true or false, "why": "a few words"}}'
+    "Judge this about all that stands above: pictures, if there are any, and text.\nQuestion: {question}\n"
+    "Answer: {answer}\nIs the answer right, and does it follow from that and the question alone? Reply with JSON "
+    'alone: {{"good": true or false, "why": "a few words"}}'
 )
 MOST_PICTURES = 8
 Tag = TypeVar("Tag")
@@ -45,6 +47,8 @@ Tag = TypeVar("Tag")
 class Ask:
     """What is asked about a sample. turn: that it is about, 0 for none. words: of the prompt.
 
+    context: text that stands before the words, and before those of the judge. refused: why nothing is asked, which is
+        noted; empty otherwise.
     pictures: path, offset and size of each. times: seconds of frames that are shown instead, the only picture being a
         film. about: what is needed to make use of the answer.
     """
@@ -54,6 +58,8 @@ class Ask:
     pictures: tuple[tuple[str, int, int], ...] = ()
     about: dict[str, Any] | None = None
     times: tuple[float, ...] = ()
+    context: str = ""
+    refused: str = ""
 
 
 @plain_dataclass(frozen=True)
@@ -95,8 +101,8 @@ class AskingOperator(SetOperator):
         """What to ask about a sample."""
 
     @abstractmethod
-    def draft(self, ask: Ask, reply: Reply) -> Draft:
-        """What an answer in the right form would do."""
+    def draft(self, ask: Ask, reply: Reply) -> Draft | tuple[Draft, ...]:
+        """What an answer in the right form would do; each of several is judged on its own. May raise NoText."""
 
     def prepare(self, folder: Path) -> None:
         """UserError if openai or a settings file is missing, nobody listens, or a key is refused."""
@@ -118,7 +124,7 @@ class AskingOperator(SetOperator):
         models = self._models()
         with Queue(*models[0], self._key()) as queue:
             asked = _shown(queue, queue.ask(((row, ask), self._question(ask)) for row, ask in _each(rows)))
-            drafts = ((*tag, self._drafted(tag[1], reply)) for tag, reply in asked)
+            drafts = ((*tag, one) for tag, reply in asked for one in self._drafted(tag[1], reply))
             if len(models) == 1:
                 yield from _verdicts(drafts, models[0][0].model)
                 return
@@ -141,7 +147,7 @@ class AskingOperator(SetOperator):
         return key
 
     def _question(self, ask: Ask) -> Question | Reply:
-        return _asked(ask, ask.words, self.keys, self.most_tokens)
+        return Reply("") if ask.refused else _asked(ask, ask.words, self.keys, self.most_tokens)
 
     def _judging(self, ask: Ask, draft: Draft) -> Question | Reply:
         if draft.does == "nothing":
@@ -149,12 +155,18 @@ class AskingOperator(SetOperator):
         words = JUDGE.format(question=draft.question, answer=draft.answer)
         return _asked(ask, words, ("good",), 200)
 
-    def _drafted(self, ask: Ask, reply: Reply) -> Draft:
+    def _drafted(self, ask: Ask, reply: Reply) -> tuple[Draft, ...]:
+        if ask.refused:
+            return (Draft("nothing", f"not asked: {ask.refused}", "", ask.turn or None),)
         fault = reply.fault(self.keys)
         if fault:
             reason, _, detail = fault.partition(": ")
-            return Draft("nothing", f"no use of the answer: {reason}", detail, ask.turn or None)
-        return self.draft(ask, reply)
+            return (Draft("nothing", f"no use of the answer: {reason}", detail, ask.turn or None),)
+        try:
+            found = self.draft(ask, reply)
+        except NoText as error:
+            return (Draft("nothing", f"no use of the answer: {error}", reply.text[:150], ask.turn or None),)
+        return found if isinstance(found, tuple) else (found,)
 
 
 def give_key(steps: tuple[Step, ...], key: str) -> None:
@@ -165,8 +177,53 @@ def give_key(steps: tuple[Step, ...], key: str) -> None:
 
 
 def pictures_of(sample: Sample) -> tuple[tuple[str, int, int], ...]:
-    """Where the sample's first images lie."""
-    return tuple((str(one.path), one.offset, one.size) for one in sample.images[:MOST_PICTURES])
+    """Where the sample's images lie."""
+    return tuple((str(one.path), one.offset, one.size) for one in sample.images)
+
+
+def ask_of(sample: Sample, one: Exchange, words: str, about: dict[str, Any]) -> Ask:
+    """What is asked about an exchange: with the turns before it, and the pictures that are shown up to it.
+
+    words: of the prompt; ``{picture}`` in them becomes what there is to see. Refused if a video, or more pictures than
+    a model is shown, belong to it.
+    """
+    turns = sample.conversation.turns[: one.turn]
+    images, videos = (sum(count_markers(turn.text, kind) for turn in turns) for kind in MARKERS)
+    if videos:
+        return Ask(one.turn, "", refused="a video belongs to it")
+    if images > MOST_PICTURES:
+        return Ask(one.turn, "", refused=f"more than {MOST_PICTURES} pictures belong to it")
+    seen = {0: "conversation", 1: "picture"}.get(images, "pictures")
+    return Ask(one.turn, words.format(picture=seen, **about), pictures_of(sample)[:images], about, (), _before(turns))
+
+
+def _before(turns: Sequence[Turn]) -> str:
+    """The conversation before the last answer and its question, as text; empty if there is none."""
+    first = len(turns) - 1
+    while first and turns[first - 1].role != "assistant":
+        first -= 1
+    before = [*turns[:first], *(turn for turn in turns[first:] if turn.role == "system")]
+    lines = [f"{turn.role.capitalize()}: {plain_text(turn.text)}" for turn in before]
+    return "The conversation before:\n" + "\n".join(lines) + "\n\n" if lines else ""
+
+
+class NoText(ValueError):
+    """What a model gives under a key is not what can become text."""
+
+
+def text_of(data: Mapping[str, Any] | None, key: str, *, lines: bool = False, number: bool = False) -> str:
+    """The text under a key of a model's JSON. lines: a list of texts will do, too, one a line; number: a number.
+
+    Raises NoText if it is anything else: what Python calls it is no text to learn.
+    """
+    found = (data or {}).get(key)
+    if lines and isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+        found = "\n".join(one.strip() for one in found)
+    if number and isinstance(found, int | float) and not isinstance(found, bool):
+        found = str(found)
+    if not isinstance(found, str):
+        raise NoText(f"'{key}' is no text")
+    return found.strip()
 
 
 def drawn(share: float, *names: Any) -> bool:
@@ -189,7 +246,7 @@ def _asked(ask: Ask, words: str, keys: tuple[str, ...] | None, most: int) -> Que
         pictures = frames_of(files[0], ask.times) if ask.times else [file.read() for file in files]
     except (OSError, BrokenSample) as error:
         return Reply("", unanswered=f"a picture cannot be read: {error}"[:200])
-    return Question(ask_about(words, *pictures), keys, most)
+    return Question(ask_about(ask.context + words, *pictures), keys, most)
 
 
 def _each(rows: Iterator[Row]) -> Iterator[tuple[Row, Ask]]:

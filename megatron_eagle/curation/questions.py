@@ -7,12 +7,17 @@ a rule built on it rather misses a fault than removes what is right.
 import re
 import string
 from collections.abc import Collection
+from decimal import Decimal
 
 NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )  # fmt: skip
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+_TOKEN = re.compile(
+    r"((?:(?<![\w.,)-])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)|[^\W\d_]+|(?<=\d)[:–-](?=\d)|(?<!\w)-(?=\S)"
+    r"|[+/%°^=<>$€£#&]"
+)
 _OPTION = re.compile(r"(?:^|[\n\s])\(?([A-Z])(?:[.):]|\s-)\s*(?=\S)")
 _LETTER_ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
 _LETTER_FIRST = re.compile(r"^\W*([A-Z])[.):]\s*(?=\S)")
@@ -109,3 +114,14 @@ def works_on_text(question: str) -> bool:
 def normal(text: str) -> str:
     """Lower case, words only, for comparing."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def exact(text: str) -> tuple[Decimal | str, ...]:
+    """Lower case, words, numbers with their signs and decimals, and signs that mean something, for comparing.
+
+    "-5 °C" and "5 °C", "1/2" and "1 2", "C++" and "C" differ; "1,000" is 1000.
+    """
+    found: list[Decimal | str] = []
+    for match in _TOKEN.finditer(text.casefold().replace("−", "-")):
+        found.append(Decimal(match[1].replace(",", "")) if match[1] else match[0])
+    return tuple(found)

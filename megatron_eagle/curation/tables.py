@@ -6,12 +6,13 @@ Answers are computed in decimal, with no more digits than the table has, so that
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, get_args
 
 Kind = Literal["lookup", "largest", "smallest", "difference", "total", "above"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SUMMARY = ("total", "grand total", "subtotal", "sum", "all", "overall", "average", "mean", "median")  # names of rows
 _RULE = re.compile(r"\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)*\|?")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
 
@@ -29,6 +30,9 @@ class Table:
             raise ValueError(
                 f"a table of {len(self.columns)} columns has rows of {sorted({len(r) for r in self.rows})}"
             )
+        columns = {column.casefold() for column in self.columns}
+        if len(columns) != len(self.columns):
+            raise ValueError(f"a table of {len(self.columns)} columns, {len(columns)} different names among them")
         if not names or len(set(names)) != len(names) or not all(names) or not all(self.columns):
             raise ValueError(f"a table of {len(self.rows)} rows, {len(set(names))} different names among them")
 
@@ -36,6 +40,17 @@ class Table:
         """A column as numbers; None if a cell is none."""
         found = [number_of(row[column]) for row in self.rows]
         return None if None in found else [one for one in found if one is not None]
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Names of rows that sum the others up."""
+        return tuple(row[0] for row in self.rows if row[0].casefold().strip(" :*.") in SUMMARY)
+
+    @property
+    def own(self) -> "Table":
+        """Without the rows that sum the others up; itself if there are no others."""
+        rows = tuple(row for row in self.rows if row[0] not in self.summary)
+        return replace(self, rows=rows) if rows else self
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -104,6 +119,7 @@ def _lookup(table: Table, column: int, choose: random.Random) -> tuple[str, str]
 
 def _extreme(word: str, best: Callable[[list[Decimal]], Decimal]) -> Callable[..., tuple[str, str] | None]:
     def ask(table: Table, column: int, choose: random.Random) -> tuple[str, str] | None:
+        table = table.own
         values = table.numbers(column)
         if values is None or values.count(best(values)) != 1 or len(values) < 2:
             return None
@@ -126,19 +142,24 @@ def _difference(table: Table, column: int, choose: random.Random) -> tuple[str, 
 
 
 def _total(table: Table, column: int, choose: random.Random) -> tuple[str, str] | None:
-    values = table.numbers(column)
+    values = table.own.numbers(column)
     if values is None or len(values) < 2:
         return None
-    return f"What is the sum of {table.columns[column]} over all rows?", _plain(sum(values, Decimal(0)))
+    question = f"What is the sum of {table.columns[column]} over all rows{_but(table)}?"
+    return question, _plain(sum(values, Decimal(0)))
 
 
 def _above(table: Table, column: int, choose: random.Random) -> tuple[str, str] | None:
-    values = table.numbers(column)
+    values = table.own.numbers(column)
     if values is None or len(values) < 3:
         return None
     border = choose.choice(values)
-    question = f"How many rows have a {table.columns[column]} above {_plain(border)}?"
+    question = f"How many rows{_but(table)} have a {table.columns[column]} above {_plain(border)}?"
     return question, str(sum(one > border for one in values))
+
+
+def _but(table: Table) -> str:
+    return f" but {' and '.join(table.summary)}" if table.summary else ""
 
 
 def _plain(value: Decimal) -> str:

@@ -1,7 +1,8 @@
 """Answers on disk: one file of JSON lines, appended to as answers come, looked up by what was asked.
 
 A line is there whole or not at all: one that a kill has torn is read as if it were not there, and its question is asked
-again. One process at a time has a folder. In memory: the place of every line, about 200 bytes an answer.
+again. A question that was asked as often as is allowed and not answered has a line, too, and may be asked again. One
+process at a time has a folder. In memory: the place of every line, about 200 bytes an answer.
 """
 
 import fcntl
@@ -37,6 +38,7 @@ class AnswerCache:
                 raise UserError(f"another process is asking with the answers in {folder}") from None
         except OSError as error:
             raise UserError(f"answers cannot be kept in {folder}: {error.strerror or error}") from None
+        self._failed: set[bytes] = set()  # no answer yet
         self._places = self._read(each)
 
     def _read(self, each: Callable[[str, Reply], None]) -> dict[bytes, tuple[int, int]]:
@@ -47,11 +49,14 @@ class AnswerCache:
             whole = line.endswith(b"\n")
             try:
                 entry = json.loads(line)
-                digest, reply, model = bytes.fromhex(entry["digest"]), _reply(entry), entry["model"]
+                digest, model = bytes.fromhex(entry["digest"]), entry["model"]
+                reply = None if "failed" in entry else _reply(entry)
             except (ValueError, KeyError, TypeError):  # torn, or empty
                 pass
             else:
-                if whole and digest not in places:
+                if whole and reply is None:
+                    self._failed.add(digest)
+                elif whole and reply is not None and digest not in places:
                     places[digest] = (at, len(line))
                     each(model, reply)
             at += len(line)
@@ -74,15 +79,28 @@ class AnswerCache:
         """Keeps an answer; UserError if the disk is full."""
         entry: dict[str, Any] = {"digest": digest, "model": model, "text": reply.text, "finish": reply.finish}
         entry |= {"in": reply.tokens_in, "out": reply.tokens_out}
-        line = json.dumps(entry).encode() + b"\n"
         with self._guard:
-            try:
-                at = self._file.seek(0, os.SEEK_END)
-                self._file.write(line)
-                self._file.flush()
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
-            self._places[bytes.fromhex(digest)] = (at, len(line))
+            self._places[bytes.fromhex(digest)] = self._append(entry)
+
+    def put_failed(self, digest: str, model: str) -> None:
+        """Keeps that a question was not answered; UserError if the disk is full."""
+        with self._guard:
+            self._append({"digest": digest, "model": model, "failed": True})
+
+    def failed_before(self, digest: str) -> bool:
+        """Whether this question was not answered before the folder was opened."""
+        return bytes.fromhex(digest) in self._failed
+
+    def _append(self, entry: dict[str, Any]) -> tuple[int, int]:
+        """Place and length of the new line."""
+        line = json.dumps(entry).encode() + b"\n"
+        try:
+            at = self._file.seek(0, os.SEEK_END)
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        return at, len(line)
 
     def close(self) -> None:
         """Everything is on the disk, and the folder is free."""

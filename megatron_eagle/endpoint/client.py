@@ -4,10 +4,13 @@ The client's own retries are off: they would be neither counted nor held to the 
 """
 
 import importlib.util
+import math
+import time
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 
 from megatron_eagle.endpoint.question import Question, Reply
-from megatron_eagle.endpoint.settings import Endpoint
+from megatron_eagle.endpoint.settings import NO_KEY, Endpoint
 from megatron_eagle.errors import UserError
 
 REFUSED = (400, 413, 422)  # this question, not the next one
@@ -20,6 +23,10 @@ class Again(Exception):
     def __init__(self, reason: str, after: float | None = None, detail: str = "") -> None:
         super().__init__(f"{reason}{': ' * bool(detail)}{detail}")
         self.reason, self.after = reason, after
+
+
+class _NoCompletion(Exception):
+    """A body that is none."""
 
 
 def check_installed() -> None:
@@ -37,7 +44,7 @@ class ChatClient:
         check_installed()
         import openai
 
-        self._endpoint = endpoint
+        self._endpoint, self._key = endpoint, key
         # Everything that the client would otherwise look for in the environment is given, but for proxies.
         headers = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         self._client = openai.OpenAI(
@@ -71,45 +78,56 @@ class ChatClient:
         except openai.APITimeoutError:
             raise Again(f"no answer within {self._endpoint.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise Again("the connection failed", detail=str(error.__cause__ or error)[:100]) from None
+            raise Again("the connection failed", detail=self._plain(error.__cause__ or error)[:100]) from None
         except openai.APIStatusError as error:
             return self._status(error)
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON raises that of json
-            raise Again("the body is not JSON", detail=str(error)[:100]) from None
-        return _reply(response)
+            raise Again("the body is not JSON", detail=self._plain(error)[:100]) from None
+        try:
+            return _reply(response)
+        except _NoCompletion as error:
+            raise Again("the body is no chat completion", detail=self._plain(error)[:100]) from None
+
+    def _plain(self, said: Any) -> str:
+        """Words of an endpoint on one line, without the key, which some repeat: they are kept and shown to others."""
+        words = " ".join(str(said).split()).encode(errors="replace").decode()
+        return words if self._key == NO_KEY else words.replace(self._key, "***")
+
+    def _words(self, error: Any) -> str:
+        """What the endpoint says of it."""
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        return self._plain(said or error.message)[:150]
 
     def _status(self, error: Any) -> Reply:
         """What an error that the endpoint tells of means."""
         status = error.status_code
         if status in REFUSED:
-            return Reply("", unanswered=f"refused by the endpoint ({status}): {_words(error)}")
+            return Reply("", unanswered=f"refused by the endpoint ({status}): {self._words(error)}")
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
-            raise UserError(f"{self._endpoint.url}: the quota of the key is used up: {_words(error)}")
+            raise UserError(f"{self._endpoint.url}: the quota of the key is used up: {self._words(error)}")
         if status in TWICE or status >= 500:
-            raise Again(f"status {status}", _seconds(error.response.headers.get("retry-after")), _words(error))
+            raise Again(f"status {status}", _seconds(error.response.headers.get("retry-after")), self._words(error))
         raise self._refusal(error)
 
     def _refusal(self, error: Any) -> UserError:
         what = {401: "refuses the key", 403: "refuses the key", 404: f"has no model '{self._endpoint.model}'"}
         told = what.get(error.status_code, "refuses what is asked")
-        return UserError(f"{self._endpoint.url} {told} ({error.status_code}): {_words(error)}")
+        return UserError(f"{self._endpoint.url} {told} ({error.status_code}): {self._words(error)}")
 
     def _missing(self, error: Exception) -> UserError:
-        return UserError(f"no endpoint at {self._endpoint.url}: {str(error.__cause__ or error)[:150]}")
-
-
-def _words(error: Any) -> str:
-    """What the endpoint says of it, on one line; servers repeat the key only with its middle blanked."""
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    return " ".join(str(said or error.message).split())[:150]
+        return UserError(f"no endpoint at {self._endpoint.url}: {self._plain(error.__cause__ or error)[:150]}")
 
 
 def _seconds(header: str | None) -> float | None:
-    """Of a retry-after header; None if it is a date or none."""
-    try:
-        return None if header is None else max(0.0, float(header))
-    except ValueError:
+    """Of a retry-after header, which may be a date; None if it is neither, or there is none."""
+    if header is None:
         return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        date = parsedate_tz(header)
+        seconds = math.nan if date is None else mktime_tz(date) - time.time()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _reply(response: Any) -> Reply:
@@ -120,9 +138,9 @@ def _reply(response: Any) -> Reply:
         usage = getattr(response, "usage", None)
         tokens = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
     except (AttributeError, TypeError, IndexError, KeyError):
-        raise Again("the body is no chat completion", detail=str(response)[:100]) from None
+        raise _NoCompletion(str(response)) from None
     if not isinstance(text, str | None):
-        raise Again("the body is no chat completion", detail=f"content is a {type(text).__name__}")
+        raise _NoCompletion(f"content is a {type(text).__name__}")
     finish = "refusal" if refusal and not text else str(choice.finish_reason)
     read, written = (one if isinstance(one, int) else 0 for one in tokens)
     return Reply(text or "", finish, read, written)

@@ -6,6 +6,7 @@ answer of the wrong form is on record, counted by its reason, and not paid for a
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -13,9 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from PIL import Image
+
 from megatron_eagle.data.media.sniff import HEAD, sniff
 
-CHARACTERS, PICTURE = 3, 1500  # a token at the least, tokens of a picture: for what is not known before it is asked
+# For what is not known before it is asked: characters of ASCII and bytes of others that are a token; tokens of a
+# picture, and pixels that are one. Models take one for 750 to 1 550 pixels; those that enlarge pictures, up to 3 300.
+CHARACTERS, BYTES, PICTURE, PIXELS = 3, 2, 1500, 750
 _FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
 
 
@@ -52,7 +57,7 @@ class Question:
         for message in self.messages:
             content = message.get("content") or ""
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            found += sum(len(p["text"]) // CHARACTERS + 4 if p.get("type") == "text" else PICTURE for p in parts)
+            found += sum(_text_tokens(p["text"]) if p.get("type") == "text" else _picture_tokens(p) for p in parts)
         return found
 
 
@@ -79,11 +84,15 @@ class Reply:
             return "withheld by the endpoint"
         if not self.text.strip():
             return "empty"
+        if not _is_unicode(self.text):
+            return "not valid Unicode"
         if keys is None:
             return ""
         data = self.data
         if data is None:
             return "not the JSON asked for"
+        if not _is_unicode(json.dumps(data, ensure_ascii=False)):
+            return "not valid Unicode"
         missing = [key for key in keys if key not in data]
         return f"JSON without '{missing[0]}'" if missing else ""
 
@@ -97,6 +106,29 @@ class Reply:
         except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
+
+
+def _text_tokens(text: str) -> int:
+    ascii_only = sum(map(str.isascii, text))
+    return ascii_only // CHARACTERS + (len(text.encode(errors="replace")) - ascii_only) // BYTES + 4
+
+
+def _picture_tokens(part: Mapping[str, Any]) -> int:
+    """By its pixels, which its first bytes say."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))) as image:
+            return max(PICTURE, image.width * image.height // PIXELS)
+    except (KeyError, TypeError, OSError, ValueError, Image.DecompressionBombError):
+        return PICTURE
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON can spell half a character, as in an emoji that was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def picture_part(image: bytes) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Many questions, a few at a time, each asked once: what was answered before is read from the disk.
 
 Answers come in the order of the questions, of which no more than a few beyond those in flight are held. A question that
-fails is asked again after a while. One that fails every time is unanswered and says so, as long as others are answered;
-if none is, the run ends in one line, and the same run goes on where it was. A kill loses what is in flight.
+fails is asked again after a while. One that fails every time is unanswered and says so. If nobody listens any more, or
+several in a row are unanswered, the run ends in one line, and the same run goes on where it was: questions that were
+unanswered before do not end it again, so that it is done some time, however many they are. A kill loses what is in
+flight.
 """
 
 import random
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -18,12 +19,14 @@ from typing import TypeVar
 from megatron_eagle.endpoint.cache import AnswerCache
 from megatron_eagle.endpoint.client import Again, ChatClient
 from megatron_eagle.endpoint.question import Question, Reply
-from megatron_eagle.endpoint.rate import RateLimits, Sent, Stopped
+from megatron_eagle.endpoint.rate import RateLimits, Sent, Stopped, window_of
 from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.errors import UserError
 
 AHEAD = 4  # questions read for each that may be in flight
 REFUSED_AT_FIRST = 20  # questions, with none answered, after which it is no matter of the question
+LONGEST_HELD = 3600.0  # seconds, of what an endpoint may ask for
+SILENT = 5  # questions in a row, none of them unanswered in a run before, after which it is none either
 Tag = TypeVar("Tag")
 
 
@@ -61,11 +64,13 @@ class Queue:
 
     def __init__(self, endpoint: Endpoint, folder: Path, key: str | None = None) -> None:
         self.endpoint, self.counts = endpoint, Counts()
-        self._client = ChatClient(endpoint, endpoint.key(key))
+        sent_key = endpoint.key(key)
+        self._client = ChatClient(endpoint, sent_key)
         self._folder, self._stop, self._guard = folder, threading.Event(), threading.Lock()
-        self._rates = RateLimits(endpoint.requests_a_minute, endpoint.tokens_a_minute, self._stop)
+        limits, window = (endpoint.requests_a_minute, endpoint.tokens_a_minute), window_of(endpoint.url, sent_key)
+        self._rates = RateLimits(*limits, self._stop, window=window)
         self._running: dict[str, Future[Reply]] = {}
-        self._reserved, self._last_answer, self._refused = 0.0, 0.0, 0
+        self._reserved, self._silent, self._refused = 0.0, 0, 0
         self._error: BaseException | None = None
 
     def __enter__(self) -> "Queue":
@@ -129,7 +134,7 @@ class Queue:
         price = self.endpoint.cost(question.tokens, question.most_tokens)
         try:
             self._reserve(price)
-            reply = self._attempts(question)
+            reply = self._attempts(digest, question)
             if not reply.unanswered:
                 self._cache.put(digest, self.endpoint.model, reply)
             with self._guard:
@@ -144,8 +149,8 @@ class Queue:
             self._stop.set()
             raise
 
-    def _attempts(self, question: Question) -> Reply:
-        begun, endpoint = time.monotonic(), self.endpoint
+    def _attempts(self, digest: str, question: Question) -> Reply:
+        endpoint = self.endpoint
         pause = endpoint.first_wait
         for attempt in range(endpoint.attempts):
             sent = self._rates.wait(question.tokens + question.most_tokens)
@@ -156,19 +161,34 @@ class Queue:
                 with self._guard:
                     self.counts.failed[error.reason] += 1
                 if error.after is not None:
-                    self._rates.hold(min(error.after, endpoint.longest_wait))
+                    self._rates.hold(min(error.after, LONGEST_HELD))
                 if attempt + 1 < endpoint.attempts:
                     self._stop.wait(pause * random.uniform(0.75, 1.25))  # apart from the others that failed with it
                 pause = min(2 * pause, endpoint.longest_wait)
                 continue
-            self._last_answer = time.monotonic()
+            with self._guard:
+                self._silent = 0
             return _counted(reply, question, sent)
-        if self._last_answer > begun:
-            return Reply("", unanswered=f"unanswered after {endpoint.attempts} attempts: {last}")
-        raise UserError(
-            f"{endpoint.url} answers nothing: {endpoint.attempts} attempts, the last: {last}; {len(self._cache)} "
-            f"answers are kept in {self._folder}, the same command goes on from there"
-        )
+        self._check_alive(digest, last)
+        return Reply("", unanswered=f"unanswered after {endpoint.attempts} attempts: {last}")
+
+    def _check_alive(self, digest: str, last: Again) -> None:
+        """After a question that failed each time: UserError if it seems to be no matter of the question."""
+        if self._cache.failed_before(digest):
+            return
+        self._cache.put_failed(digest, self.endpoint.model)
+        with self._guard:
+            self._silent += 1
+            silent = self._silent
+        try:
+            self._client.check()
+        except UserError:
+            silent = SILENT
+        if silent >= SILENT:
+            raise UserError(
+                f"{self.endpoint.url} answers nothing: {self.endpoint.attempts} attempts, the last: {last}; "
+                f"{len(self._cache)} answers are kept in {self._folder}, the same command goes on from there"
+            )
 
     def _reserve(self, price: float) -> None:
         """Puts aside what a question may cost; UserError if that is more than is left."""

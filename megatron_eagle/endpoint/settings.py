@@ -9,6 +9,7 @@ from megatron_eagle.config.numbers import AboveZero, NotNegative, Positive
 from megatron_eagle.errors import UserError
 
 MILLION = 1_000_000
+NO_KEY = "none"  # servers without keys take any
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,10 +19,10 @@ class Endpoint:
     url: up to and with ``/v1``. key_file: holds the key and nothing else; without it the caller's key is used, if any.
     requests_a_minute, tokens_a_minute: of any 60 seconds; attempts count. null: no limit.
     cost_in, cost_out: of a million tokens read and written, in any currency. most_cost: of all answers in one folder;
-        a question that might exceed it is not asked.
+        a question that might exceed it, by a guess of its tokens, is not asked.
     at_once: questions in flight. timeout: seconds without a byte after which a connection is given up.
     attempts: of one question, whatever went wrong. first_wait, longest_wait: seconds between them; each is twice the
-        one before, or what the endpoint asks for.
+        one before, or what the endpoint asks for, up to an hour.
     """
 
     url: str
@@ -55,7 +56,7 @@ class Endpoint:
     def key(self, given: str | None) -> str:
         """The key that is sent; UserError without its value if ``key_file`` cannot be read or is empty."""
         if self.key_file is None:
-            return given or "none"  # servers without keys take any
+            return given or NO_KEY
         try:
             found = Path(self.key_file).expanduser().read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from endpoint_server import KEY, Act, Server, asked_text, endpoint_server
 from samples import image_bytes, question, write_jsonl
 
 from megatron_eagle.cli import main
-from megatron_eagle.curation.asking import give_key
+from megatron_eagle.curation.asking import Ask, Draft, give_key
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.ledger import explain
 from megatron_eagle.curation.operator import make_operator
+from megatron_eagle.curation.operators.reasoning import same_answer
 from megatron_eagle.curation.plan import load_plan
 from megatron_eagle.curation.sample import Finding, Sample, apply_findings
 from megatron_eagle.curation.tables import Table, table_in, table_of
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.sample.conversation import parse_record
+from megatron_eagle.endpoint.question import Reply
 from megatron_eagle.errors import UserError
 
 TABLE = {
@@ -311,3 +314,150 @@ def test_a_run_that_stopped_at_its_limit_goes_on_with_a_higher_one(tmp_path: Pat
         curate(load_plan(tmp_path / "plan.yaml"), tmp_path / "out", progress=False)
     assert set(server.answered.values()) == {1} and len(server.answered) == RECORDS
     assert len(kept(tmp_path / "out")) == 7
+
+
+# --- what a model is asked, and what becomes of odd answers ---
+
+
+def asked_of(name: str, one: Sample) -> list[dict[str, Any]]:
+    operator: Any = make_operator(name, {"endpoint": "none.yaml"})
+    value = operator.value(one)
+    return [] if value is None else value[1]
+
+
+def talk(images: int, *turns: str) -> dict[str, Any]:
+    said = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
+    return {"id": "t", "image": ["a.png"] * images, "conversations": said}
+
+
+@pytest.mark.parametrize("name", ["verify", "expand_answers", "reasoning"])
+def test_nothing_is_asked_about_media_that_a_model_is_not_shown(name: str, tmp_path: Path) -> None:
+    many = talk(10, "<image>" * 8 + "How many are red?", "2", "<image>" * 2 + "How many are blue?", "3")
+    first, second = asked_of(name, sample(tmp_path, many))
+    assert len(first["pictures"]) == 8 and first["refused"] == "" and "about the pictures: How many" in first["words"]
+    assert second["refused"] == "more than 8 pictures belong to it" and not second["pictures"]
+    said = talk(0, "<video>How many men?", "2", "And women?", "3")["conversations"]
+    film = {"id": "v", "video": "a.mp4", "conversations": said}
+    conversation = parse_record(film)
+    found = asked_of(name, Sample("s", "video", 0, conversation, (), (FileSlice(tmp_path / "a.mp4", 0, 9),)))
+    assert [one["refused"] for one in found] == ["a video belongs to it"] * 2
+    (text,) = asked_of(name, sample(tmp_path, talk(0, "How many days has a week?", "7")))
+    assert "picture" not in text["words"] and text["refused"] == ""
+
+
+def test_what_is_refused_is_noted_and_not_asked(tmp_path: Path) -> None:
+    operator: Any = make_operator("verify", {"endpoint": "none.yaml", "judge": "none.yaml"})
+    ask = Ask(2, "", refused="a video belongs to it")
+    (draft,) = operator._drafted(ask, operator._question(ask))
+    assert (draft.does, draft.reason, draft.turn) == ("nothing", "not asked: a video belongs to it", 2)
+    assert operator._judging(ask, draft) == Reply("")
+
+
+def test_a_follow_up_is_asked_with_what_was_said_before(tmp_path: Path) -> None:
+    one = sample(tmp_path, talk(1, "<image>What is it?", "A dog.", "How many legs has it?", "4"))
+    first, second = asked_of("verify", one)
+    assert first["context"] == ""
+    assert second["context"] == "The conversation before:\nUser: What is it?\nAssistant: A dog.\n\n"
+    operator: Any = make_operator("verify", {"endpoint": "none.yaml"})
+    ask = Ask(2, "words", context=second["context"])
+    for question_ in (operator._question(ask), operator._judging(ask, Draft("reject", "r", question="q", answer="a"))):
+        assert question_.messages[0]["content"].startswith(second["context"])
+
+
+def drafts(name: str, data: Any, about: dict[str, Any], **settings: Any) -> list[Draft]:
+    operator: Any = make_operator(name, {"endpoint": "none.yaml", **settings})
+    text = data if isinstance(data, str) else json.dumps(data)
+    return list(operator._drafted(Ask(2, "", about=about), Reply(text)))
+
+
+NUMBER = {"question": "How many dogs?", "answer": "3", "asked": "How many dogs?"}
+STEPS = ["First I look at the left.", "Then I count the dogs."]
+
+
+def test_what_is_no_text_never_becomes_text() -> None:
+    (steps,) = drafts("reasoning", {"steps": STEPS, "answer": 3}, NUMBER)
+    assert steps.answer == "First I look at the left.\nThen I count the dogs.\n\nAnswer: 3"
+    clip = {"question": "What?", "answer": "a", "context": "it goes"}
+    odd: list[tuple[str, dict[str, Any], str]] = [
+        ("reasoning", {"steps": {"1": "so"}, "answer": 3}, "steps"),
+        ("reasoning", {"steps": [*STEPS, 4], "answer": 3}, "steps"),
+        ("reasoning", {"steps": STEPS[0] * 2, "answer": [3]}, "answer"),
+        ("reasoning", {"steps": STEPS[0] * 2, "answer": True}, "answer"),
+        ("expand_answers", {"sentence": ["There are 3.", "Yes"]}, "sentence"),
+        ("expand_answers", {"sentence": None}, "sentence"),
+        *(("clip_questions", {**clip, key: value}, key) for key, value in
+          (("question", ["a"]), ("answer", None), ("context", {"x": 1}))),
+    ]  # fmt: skip
+    for name, data, key in odd:
+        (draft,) = drafts(name, data, {**NUMBER, "clip": (0.0, 1.0)})
+        assert (draft.does, draft.reason) == ("nothing", f"no use of the answer: '{key}' is no text"), data
+
+
+def test_half_a_character_is_an_answer_of_a_wrong_form() -> None:
+    for text in ('{"sentence": "There are 3 \\ud83d on it"}', '{"sentence": "There are 3", "why": ["\\ud83d"]}'):
+        (draft,) = drafts("expand_answers", text, NUMBER)
+        assert (draft.does, draft.reason) == ("nothing", "no use of the answer: not valid Unicode")
+    assert Reply("a \ud83d").fault(None) == "not valid Unicode" and Reply("a \U0001f600").fault(None) == ""
+
+
+def test_each_question_about_a_story_is_judged_and_by_the_descriptions(tmp_path: Path) -> None:
+    chapters = [[0.0, 8.0, "Start", "He comes."], [8.0, 24.0, "End", "He leaves, being late."]]
+    pairs = [{"question": f"Why does he leave, {n}?", "answer": "He is late."} for n in range(3)]
+
+    def judge(body: dict[str, Any], before: int) -> Act:
+        asked = asked_text(body)
+        if body["model"] == "model":
+            return Act(json.dumps({"questions": pairs}))
+        return Act(json.dumps({"good": "He leaves, being late." in asked and "leave, 1?" not in asked}))
+
+    with endpoint_server(judge) as server:
+        files = {}
+        (tmp_path / "key").write_text(KEY)
+        for name in ("model", "judge"):
+            files[name] = tmp_path / f"{name}.yaml"
+            where = {"url": server.url, "model": name, "key_file": str(tmp_path / "key")}
+            files[name].write_text(yaml.safe_dump(where))
+        settings = {"endpoint": str(files["model"]), "judge": str(files["judge"]), "answers": str(tmp_path / "answers")}
+        one = sample(tmp_path / "s", question("a", "What?", "That.", "a.png"))
+        operator: Any = make_operator("story_questions", settings)
+        verdicts = operator.run([replace(one, notes={"chapters": chapters})])
+    added = [v.finding.text for v in verdicts if v.finding.decision == "added"]
+    assert added[::2] == ["Why does he leave, 0?", "Why does he leave, 2?"]
+    assert [v.finding.reason for v in verdicts if v.finding.decision == "noted"] == ["refused by the judge"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence", "holds"),
+    [
+        ("-5", "It is 5 degrees.", False), ("-5", "It is -5 degrees.", True), ("5", "It is -5 degrees.", False),
+        ("No", "There is no doubt that it is.", False), ("No", "No, it is not there.", True),
+        ("Yes", "Is it? Yes, there.", False), ("1.5", "It is 1.5 m.", True), ("1.5", "1 or 5 of them.", False),
+        ("C++", "It is C.", False), ("2,800", "It has 2800 people.", True),
+    ],
+)  # fmt: skip
+def test_a_sentence_holds_the_answers_numbers_and_its_yes_or_no(answer: str, sentence: str, holds: bool) -> None:
+    (draft,) = drafts("expand_answers", {"sentence": sentence}, {"question": "What?", "answer": answer})
+    assert draft.does == ("change" if holds else "nothing")
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "same"),
+    [
+        ("-5 °C", "5 °C", False), ("1/2", "1 2", False), ("C++", "C", False), ("3:30", "3 30", False),
+        ("-5 °C", "−5 °C", True), ("New York.", "new york", True), ("1,000 people", "1000 people", True),
+        ("5.0", "5", True),
+    ],
+)  # fmt: skip
+def test_answers_that_are_one(found: str, known: str, same: bool) -> None:
+    assert same_answer("What is it?", found, known) is same
+
+
+def test_rows_that_sum_up_and_equal_columns_make_no_wrong_answers(tmp_path: Path) -> None:
+    assert table_of({"columns": ["shop", "Sales", "sales"], "rows": [["A", "1", "9"]]}) is None
+    rows = [["A", "5"], ["B", "10"], ["C", "15"], ["Total", "30"], ["Average", "10"]]
+    record = question("a", "What?", "That.", "a.png", metadata={"table": {"columns": ["shop", "sales"], "rows": rows}})
+    turns = texts(after("table_questions", {"most": 60}, sample(tmp_path, record))[1])
+    answers = dict(zip([text for _, text in turns[2::2]], [text for _, text in turns[3::2]], strict=True))
+    assert answers["Which shop has the largest sales?"] == "C" and answers["What is the sales of Total?"] == "30"
+    assert answers["What is the sum of sales over all rows but Total and Average?"] == "30"
+    assert answers["How many rows but Total and Average have a sales above 5?"] == "2"

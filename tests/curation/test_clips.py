@@ -21,9 +21,11 @@ from megatron_eagle.curation.novelty import mean_vectors, most_alike
 from megatron_eagle.curation.operator import make_operator
 from megatron_eagle.curation.operators.chapters import chapters_of
 from megatron_eagle.curation.plan import Plan, load_plan
+from megatron_eagle.curation.sample import Sample
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.video import read_info
+from megatron_eagle.data.sample.conversation import parse_record
 from megatron_eagle.errors import UserError
 
 
@@ -254,6 +256,30 @@ def test_a_story_is_told_from_chapters(tmp_path: Path) -> None:
     turns = {name: one["conversations"] for name, one in kept(tmp_path / "out").items()}
     assert [len(turns[name]) for name in ("story", "one", "none")] == [6, 2, 2]
     assert turns["story"][2]["value"] == "How does it go on, 0?" and turns["story"][5]["value"] == "It counts on."
+
+
+def test_chapters_are_those_of_the_part_that_is_shown(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 240)  # 24 s
+    file = FileSlice.whole(tmp_path / "a.mp4")
+    operator: Any = make_operator("chapters", {"endpoint": "none.yaml"})
+
+    def asked(chapters: Any) -> list[Any]:
+        part = record("part", [{"path": "a.mp4", "start": 10.0, "end": 20.0}], metadata={"chapters": chapters})
+        return list(operator.asks(Sample("s", "video", 0, parse_record(part), (), (file,))))
+
+    starts = [{"start": start, "title": f"from {start}"} for start in (0, 5, 14, 18, 21)]
+    found = asked(starts)
+    assert [one.about["clip"] for one in found] == [(0, 4), (4, 8), (8, 10)]
+    assert all(10 <= time < 20 for one in found for time in one.times)
+    assert asked(starts[:2]) == [], "one chapter is no story"
+    for wrong in ([{"start": 0, "title": None}], [*starts, {"start": 3, "title": "back"}], "none"):
+        assert [one.refused for one in asked(wrong)] == ["chapters that cannot be used"], wrong
+
+
+def test_anchors_that_are_none_are_refused() -> None:
+    for anchors in ([], ["time", "time"]):
+        with pytest.raises(ValueError, match="anchors has none, or one twice"):
+            make_operator("clip_questions", {"endpoint": "none.yaml", "anchors": anchors})
 
 
 def test_an_operator_that_needs_anothers_output_says_so(tmp_path: Path) -> None:

@@ -71,3 +71,32 @@ def test_another_file_is_one_line(content: str | None, words: str, tmp_path: Pat
     assert (
         words in str(error.value) and "\n" not in str(error.value) and "operator 'hard_negatives'" in str(error.value)
     )
+
+
+def of_sources(ids: dict[str, list[str]], **settings: Any) -> dict[tuple[str, int | None], float | None]:
+    """How hard each sample is said to be."""
+    operator: Any = make_operator("hard_negatives", settings)
+    found = operator.run(
+        Sample(name, "general", n, parse_record(question(identity, "What?", "That.")))
+        for name, own in ids.items() for n, identity in enumerate(own)
+    )  # fmt: skip
+    return {one.key: one.finding.scores.get("hard") for one in found}
+
+
+def test_sources_with_the_same_ids_are_told_apart(tmp_path: Path) -> None:
+    right, wrong = ({"id": "7", "answer": "1", "prediction": said} for said in "12")
+    files = {"a": lines(tmp_path / "a.jsonl", [right]), "b": lines(tmp_path / "b.jsonl", [wrong])}
+    ids = {"a": ["7"], "b": ["7"], "c": ["7"]}
+    assert of_sources(ids, file=files) == {("a", 0): 0, ("b", 0): 1, ("c", 0): None}
+    with pytest.raises(UserError, match="the sources 'a' and 'b' both have a sample '7'"):
+        of_sources(ids, file=lines(tmp_path / "both.jsonl", [right, wrong]))
+    operator: Any = make_operator("hard_negatives", {"file": {"d": "x"}})
+    with pytest.raises(ValueError, match=r"file is of the sources \['d'\]; there are \['a'\]"):
+        operator.check({"a": "general"}, [])
+
+
+def test_an_id_that_ends_like_a_number_of_a_question_is_whole_if_there_is_such_a_sample(tmp_path: Path) -> None:
+    entries = [{"id": f"page#{n}", "answer": "1", "prediction": str(n)} for n in (1, 2)]
+    file = lines(tmp_path / "predictions.jsonl", entries)
+    assert of_sources({"a": ["page", "page#2"]}, file=file) == {("a", 0): 0, ("a", 1): 1}
+    assert of_sources({"a": ["page"]}, file=file) == {("a", 0): 0.5}

@@ -12,10 +12,12 @@ from PIL import Image
 from megatron_eagle.cli import main
 from megatron_eagle.curation.operator import make_operator
 from megatron_eagle.curation.sample import Sample
+from megatron_eagle.curation.synthesis import fonts as fonts_module
 from megatron_eagle.curation.synthesis.charts import KINDS
 from megatron_eagle.curation.synthesis.fonts import fonts_by_script
 from megatron_eagle.curation.synthesis.noise import LEVELS, spoiled
 from megatron_eagle.curation.synthesis.pages import LAYOUTS, draw_page
+from megatron_eagle.curation.synthesis.words import SCRIPTS, SIGNS
 from megatron_eagle.curation.synthesis.write import Synthesis, synthesise
 from megatron_eagle.curation.tables import table_in, table_of
 from megatron_eagle.data.build.dataset import build_dataset
@@ -127,3 +129,14 @@ def test_sums_of_receipts_are_right(made: Path) -> None:
         lines = one["conversations"][1]["value"].splitlines()[1:]
         cents = [round(100 * float(line.split()[-1])) for line in lines]
         assert sum(cents[:-1]) == cents[-1] and one["conversations"][3]["value"] == lines[-1].split()[-1]
+
+
+def test_a_font_without_latin_letters_writes_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of fields and goods are Latin on every page."""
+    signs = {ord(sign): number for number, sign in enumerate(SCRIPTS["han"] + SIGNS)}
+    monkeypatch.setattr(fonts_module, "_own_fonts", lambda: [Path("han.otf")])
+    monkeypatch.setattr(fonts_module, "_glyphs", lambda file: signs)
+    with pytest.raises(UserError, match="none of 1 fonts can write the script 'han'"):
+        fonts_by_script(["han"], ())
+    signs.update({ord(sign): 1000 + ord(sign) for sign in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"})
+    assert fonts_by_script(["han"], ()) == {"han": (Path("han.otf"),)}

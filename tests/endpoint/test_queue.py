@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoint_server import KEY, Act, Server, asked_text, endpoint_server
+from samples import image_bytes
 
 from megatron_eagle.endpoint.cache import ANSWERS_FILE
 from megatron_eagle.endpoint.client import ChatClient
@@ -172,6 +174,30 @@ def test_one_question_that_always_fails_is_unanswered_and_the_others_go_on(tmp_p
     assert counts.faults == {"unanswered after 3 attempts": 1}
 
 
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("poison", [(0,), (4,), (1, 2, 3, 5, 6)], ids=["first", "last", "five"])
+def test_questions_that_always_fail_end_no_run_for_ever(poison: tuple[int, ...], at_once: int, tmp_path: Path) -> None:
+    """Alone in flight, in every run after the first, and several in a row: after some runs at the latest it is done."""
+    many = max(5, max(poison) + 1)
+
+    def act(body: dict[str, Any], before: int) -> Act:
+        return Act(status=500) if int(asked_text(body).split()[1]) in poison else Act("fine")
+
+    with endpoint_server(act) as server:
+        where = endpoint(server, attempts=2, at_once=at_once)
+        for number in range(3):
+            try:
+                got, counts = run(where, tmp_path, many)
+            except UserError:
+                assert len(poison) > 1 and number == 0
+            else:
+                assert [tag for tag, reply in got if reply.unanswered] == list(poison)
+        assert counts.known == many - len(poison), "and what failed was tried again"
+        server.act = lambda body, before: Act("at last")
+        got, counts = run(where, tmp_path, many)
+    assert counts.asked == len(poison) and not any(reply.unanswered for _, reply in got)
+
+
 def test_no_minute_has_more_requests_or_tokens_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_eagle.endpoint.rate.WINDOW", 0.5)
     with endpoint_server(echo) as server:
@@ -179,6 +205,7 @@ def test_no_minute_has_more_requests_or_tokens_than_allowed(tmp_path: Path, monk
         times = sorted(server.times)
         assert all(later - sooner > 0.45 for sooner, later in zip(times, times[5:], strict=False))
         server.times.clear()
+        time.sleep(0.5)  # the window is the key's: what it holds would count
         # about 7 tokens are read and at most 93 written until the answer says 15
         run(endpoint(server, tokens_a_minute=230, at_once=1), tmp_path / "tokens", 24, most_tokens=93)
     spread = max(server.times) - min(server.times)
@@ -276,3 +303,41 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Endpoint("http://x/v1", "m", most_cost=1.0)
     with pytest.raises(ValueError, match="an endpoint has a url"):
         Endpoint("localhost:8000", "m")
+
+
+def test_a_key_that_an_endpoint_repeats_is_not_kept(tmp_path: Path) -> None:
+    said = json.dumps({"error": {"message": f"bad: Authorization: Bearer {KEY} \ud83d"}}).encode()
+    for act in (Act(status=400, body=said), Act(status=500, body=said), Act(body=json.dumps({"id": KEY}).encode())):
+        with endpoint_server(lambda body, before, act=act: act) as server:
+            ((_, reply),), _ = run(endpoint(server, attempts=2), tmp_path / str(act.status), 1)
+        assert KEY not in reply.unanswered and "***" in reply.unanswered, reply.unanswered
+        reply.unanswered.encode()
+
+
+def test_tokens_are_not_guessed_too_few() -> None:
+    """Of Chinese there is about a token a character, and of a picture one for 750 pixels in some models."""
+    assert Question(ask_about("河流早晨" * 150)).tokens >= 600
+    assert Question(ask_about("river " * 100)).tokens == 204
+    sizes = {size: Question(ask_about("", image_bytes(size, "red"))).tokens for size in ((80, 60), (3000, 2000))}
+    assert 1500 <= sizes[80, 60] < 1600 and 8000 <= sizes[3000, 2000] < 8100
+    assert 1500 <= Question(ask_about("", b"none")).tokens < 1600
+
+
+def test_queues_of_one_key_share_its_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator after another, or a model and its judge, may not ask twice as much."""
+    monkeypatch.setattr("megatron_eagle.endpoint.rate.WINDOW", 0.5)
+    with endpoint_server(echo) as server:
+        for name in ("one", "two", "three"):
+            run(endpoint(server, requests_a_minute=5), tmp_path / name, 4)
+    times = sorted(server.times)
+    assert len(times) == 12 and all(later - sooner > 0.45 for sooner, later in zip(times, times[5:], strict=False))
+
+
+def test_retry_after_is_kept_to_whatever_its_form(tmp_path: Path) -> None:
+    def act(body: dict[str, Any], before: int) -> Act:
+        date = formatdate(time.time() + 2, usegmt=True)
+        return Act(status=503, headers={"retry-after": date}) if not before else Act("fine")
+
+    with endpoint_server(act) as server:
+        run(endpoint(server, attempts=2, longest_wait=0.02), tmp_path, 1)
+    assert server.times[1] - server.times[0] > 0.9, "a date has whole seconds; longest_wait is of our own waits"

@@ -14,6 +14,7 @@ from megatron_eagle.config.numbers import AboveZero, Positive
 from megatron_eagle.curation.asking import Ask, AskingOperator, Draft
 from megatron_eagle.curation.clips import clip_times, films_of
 from megatron_eagle.curation.sample import Sample
+from megatron_eagle.data.media.video import read_info
 from megatron_eagle.endpoint.question import Reply
 
 WORDS = (
@@ -39,12 +40,20 @@ class Operator(AskingOperator):
     frames: Positive = 50
 
     def asks(self, sample: Sample) -> Iterator[Ask]:
-        """One for each chapter, if there are two or more within the film."""
+        """One for each chapter, if there are two or more within what the sample shows of the film.
+
+        Seconds outside of it are cut off, and chapters that lie outside. Chapters that are none are noted.
+        """
         beside = sample.conversation.extra.get(self.key)
         if len(sample.videos) != 1 or not isinstance(beside, dict) or "chapters" not in beside:
             return
         (film,) = films_of(sample)
-        chapters = chapters_of(beside["chapters"], film.end)
+        whole = read_info(film.file)
+        given = chapters_of(beside["chapters"], whole.start + whole.seconds)
+        if beside["chapters"] and not given:
+            yield Ask(0, "", refused="chapters that cannot be used")
+        inside = ((max(start, film.info.start), min(end, film.end), title) for start, end, title in given)
+        chapters = [(start, end, title) for start, end, title in inside if end - start > 0]
         place = (str(film.file.path), film.file.offset, film.file.size)
         for start, end, title in chapters if len(chapters) >= LEAST else ():
             times = clip_times((start, end), self.fps, self.frames)
@@ -66,7 +75,7 @@ def chapters_of(given: Any, end: float) -> list[tuple[float, float, str]]:
     for number, one in enumerate(entries):
         following = entries[number + 1] if number + 1 < len(entries) else {"start": end}
         try:
-            start, title = float(one["start"]), str(one["title"]).strip()
+            start, title = float(one["start"]), one["title"].strip()
             stop = float(one.get("end") if one.get("end") is not None else following["start"])
         except (KeyError, TypeError, ValueError, AttributeError):
             return []

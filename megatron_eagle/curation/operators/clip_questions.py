@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import AboveZero, Count, Positive
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, text_of
 from megatron_eagle.curation.clips import clip_times, films_of
 from megatron_eagle.curation.questions import normal
 from megatron_eagle.curation.sample import Sample
@@ -55,6 +55,10 @@ class Operator(AskingOperator):
     frames: Positive = 50
     seed: Count = 0
 
+    def __post_init__(self) -> None:
+        if not self.anchors or len(set(self.anchors)) != len(self.anchors):
+            raise ValueError(f"anchors has none, or one twice: {list(self.anchors)}")
+
     def asks(self, sample: Sample) -> Iterator[Ask]:
         """One for each clip that is drawn, in their order."""
         if len(sample.videos) != 1 or sample.conversation.turns[-1].role != "assistant":
@@ -70,8 +74,9 @@ class Operator(AskingOperator):
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """A question with each anchor, if neither the context nor the question gives the answer away."""
-        data, (start, end) = reply.data or {}, (ask.about or {})["clip"]
-        question, answer, context = (str(data[key]).strip() for key in ("question", "answer", "context"))
+        start, end = (ask.about or {})["clip"]
+        question, context = (text_of(reply.data, key) for key in ("question", "context"))
+        answer = text_of(reply.data, "answer", number=True)
         if not (normal(question) and normal(answer) and normal(context)):
             return Draft("nothing", "no use of the answer: an empty question, answer or context")
         said = f" {normal(context)} | {normal(question)} "

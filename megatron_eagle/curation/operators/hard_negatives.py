@@ -6,7 +6,7 @@ Evaluate a model on the built data set first; its ids are those of the samples h
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,8 +21,9 @@ from megatron_eagle.errors import UserError
 
 @dataclass(frozen=True, config=STRICT)
 class Operator(SetOperator):
-    """file: ``predictions.jsonl`` or ``losses.jsonl``. How hard a sample is: the share of its questions that were
-    answered wrong, or its loss.
+    """file: ``predictions.jsonl`` or ``losses.jsonl``, of all sources or, by their names, of each (``{charts: FILE}``).
+    How hard a sample is: the share of its questions that were answered wrong, or its loss. Wrong is what is not the
+    same text as the answer but for spaces around it.
 
     how: ``keep`` those of at least ``least``; ``select`` the hardest ``share`` of each source; ``weigh``: draw that
         share with chances in proportion to how hard they are, by ``seed`` and id.
@@ -32,7 +33,7 @@ class Operator(SetOperator):
 
     holds: ClassVar[int] = 300
 
-    file: str
+    file: str | dict[str, str]
     how: Literal["keep", "select", "weigh"] = "keep"
     least: NotNegative = 0.5
     share: Share = 0.5
@@ -41,8 +42,9 @@ class Operator(SetOperator):
     seed: Count = 0
 
     def prepare(self, folder: Path) -> None:
-        """UserError if the file is not there or is something else."""
-        hardness_of(Path(self.file))
+        """UserError if a file is not there or is something else."""
+        for file in self._files().values():
+            hardness_of(file, ())
 
     def value(self, sample: Sample) -> Any:
         """Nothing but that it takes part."""
@@ -50,23 +52,54 @@ class Operator(SetOperator):
 
     def decide(self, rows: Iterator[Row]) -> Iterator[Verdict]:
         """What is not hard enough is left."""
-        known = hardness_of(Path(self.file))
-        by_source: dict[str, list[tuple[Row, float]]] = {}
+        by_source: dict[str, list[Row]] = {}
         for row in rows:
-            if row.id not in known:
-                decision: Literal["noted", "left"] = "noted" if self.unknown else "left"
-                yield Verdict(row.key, Finding(decision, "how hard it is is not known"))
-            elif self.most is not None and known[row.id] > self.most:
-                yield self._verdict(row, "left", "harder than a right answer would be", known[row.id])
-            else:
-                by_source.setdefault(row.key[0], []).append((row, known[row.id]))
-        for own in by_source.values():
-            kept = self._kept(own)
-            for row, hard in own:
+            by_source.setdefault(row.key[0], []).append(row)
+        for own, known in self._known(by_source):
+            ranked: list[tuple[Row, float]] = []
+            for row in own:
+                if row.id not in known:
+                    decision: Literal["noted", "left"] = "noted" if self.unknown else "left"
+                    yield Verdict(row.key, Finding(decision, "how hard it is is not known"))
+                elif self.most is not None and known[row.id] > self.most:
+                    yield self._verdict(row, "left", "harder than a right answer would be", known[row.id])
+                else:
+                    ranked.append((row, known[row.id]))
+            kept = self._kept(ranked)
+            for row, hard in ranked:
                 if row.key in kept:
                     yield self._verdict(row, "noted", "hard enough", hard)
                 else:
                     yield self._verdict(row, "left", "not hard enough" if self.how != "weigh" else "not drawn", hard)
+
+    def check(self, categories: Mapping[str, str], benchmarks: Sequence[str]) -> None:
+        """ValueError if a file is of a source that there is not."""
+        if isinstance(self.file, dict) and (not self.file or not self.file.keys() <= categories.keys()):
+            raise ValueError(f"file is of the sources {sorted(self.file)}; there are {sorted(categories)}")
+
+    def _files(self) -> dict[str, Path]:
+        """By source, or of all under an empty name."""
+        files = {"": self.file} if isinstance(self.file, str) else self.file
+        return {name: Path(file) for name, file in files.items()}
+
+    def _known(self, by_source: Mapping[str, list[Row]]) -> Iterator[tuple[list[Row], dict[str, float]]]:
+        """Each source's samples with how hard those are that are known; UserError if a file cannot tell them apart."""
+        files = self._files()
+        if "" not in files:
+            for name, own in by_source.items():
+                yield own, hardness_of(files[name], {row.id for row in own}) if name in files else {}
+            return
+        places: dict[str, str] = {}
+        known = hardness_of(files[""], {row.id for own in by_source.values() for row in own})
+        for name, own in by_source.items():
+            for row in own:
+                if row.id in known and places.setdefault(row.id, name) != name:
+                    raise UserError(
+                        f"operator 'hard_negatives': the sources '{places[row.id]}' and '{name}' both have a sample "
+                        f"'{row.id}', and {self.file} does not say whose it is; give each its file ({{{name}: FILE}})"
+                    )
+        for own in by_source.values():
+            yield own, known
 
     def _verdict(self, row: Row, decision: Literal["noted", "left"], reason: str, hard: float) -> Verdict:
         return Verdict(row.key, Finding(decision, reason, scores={"hard": round(hard, 6)}))
@@ -88,14 +121,17 @@ class Operator(SetOperator):
         return -math.log((int.from_bytes(digest) + 1) / 2**64) / hard, row.key
 
 
-def hardness_of(file: Path) -> dict[str, float]:
-    """How hard each sample is by its id; UserError if a line is neither a prediction nor a loss."""
+def hardness_of(file: Path, samples: Container[str]) -> dict[str, float]:
+    """How hard each sample is by its id; UserError if a line is neither a prediction nor a loss.
+
+    samples: ids that there are; ``<id>#<number>`` is a question of a conversation with several if it is none of them.
+    """
     found: dict[str, list[float]] = {}
     try:
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    identity, hard = _entry(line, f"{file}, line {number}")
+                    identity, hard = _entry(line, f"{file}, line {number}", samples)
                     found.setdefault(identity, []).append(hard)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
@@ -107,7 +143,7 @@ def hardness_of(file: Path) -> dict[str, float]:
     return {identity: sum(values) / len(values) for identity, values in found.items()}
 
 
-def _entry(line: str, where: str) -> tuple[str, float]:
+def _entry(line: str, where: str, samples: Container[str]) -> tuple[str, float]:
     """Id of the sample and how hard this line finds it."""
     try:
         entry = json.loads(line)
@@ -117,7 +153,7 @@ def _entry(line: str, where: str) -> tuple[str, float]:
         else:  # a question of a conversation with several answers is <id>#<number>
             hard = float(entry["prediction"].strip() != entry["answer"].strip())
             before, _, number = identity.rpartition("#")
-            identity = before if before and number.isdecimal() else identity
+            identity = before if before and number.isdecimal() and identity not in samples else identity
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"operator 'hard_negatives': {where} is neither a prediction nor a loss: {line[:80]!r}"

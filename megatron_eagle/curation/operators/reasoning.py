@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive, Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
-from megatron_eagle.curation.questions import chosen_letter, normal, options_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, ask_of, drawn_exchanges, text_of
+from megatron_eagle.curation.questions import chosen_letter, exact, options_of
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tables import number_of
 from megatron_eagle.curation.tasks import Task
@@ -19,8 +19,8 @@ from megatron_eagle.data.sample.markers import escape_marks
 from megatron_eagle.endpoint.question import Reply
 
 WORDS = (
-    "Question about the picture: {question}\nThink step by step, then answer in the format that the question asks for, "
-    'or as shortly as possible. Reply with JSON alone: {{"steps": "your reasoning", "answer": "the bare answer"}}'
+    "Question about the {picture}: {question}\nThink step by step, then answer in the format that the question asks "
+    'for, or as shortly as possible. Reply with JSON alone: {{"steps": "your reasoning", "answer": "the bare answer"}}'
 )
 STATED = "Think step by step, then give the answer."
 
@@ -45,12 +45,13 @@ class Operator(AskingOperator):
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
             if turns[one.turn - 2].role == "user":
                 about = {"question": one.question, "answer": one.answer, "asked": turns[one.turn - 2].text}
-                yield Ask(one.turn, WORDS.format(question=one.question), pictures_of(sample), about)
+                yield ask_of(sample, one, WORDS, about)
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """Steps and answer, if it is the known one."""
-        about, data = ask.about or {}, reply.data or {}
-        steps, found, known = str(data["steps"]).strip(), str(data["answer"]), about["answer"]
+        about = ask.about or {}
+        steps, found = text_of(reply.data, "steps", lines=True), text_of(reply.data, "answer", number=True)
+        known = about["answer"]
         if not same_answer(about["question"], found, known):
             return Draft(
                 "nothing", "the model comes to another answer", f"{found[:80]!r}, not {known[:80]!r}", ask.turn
@@ -73,4 +74,4 @@ def same_answer(question: str, found: str, known: str) -> bool:
     numbers = [number_of(one.strip().rstrip(".")) for one in (found, known)]
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return bool(normal(known)) and normal(found) == normal(known)
+    return bool(exact(known)) and exact(found) == exact(known)

@@ -11,8 +11,9 @@ from megatron_eagle.curation.asking import Ask, AskingOperator, Draft
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.endpoint.question import Reply
 
+CONTEXT = "These are descriptions of the chapters of a video.\n\n{chapters}\n\n"
 WORDS = (
-    "These are descriptions of the chapters of a video.\n\n{chapters}\n\nWrite {most} questions about the whole video "
+    "Write {most} questions about the whole video "
     "that need more than one chapter, or its course, to be answered, each with a full answer. Speak of the video, not "
     'of descriptions. Reply with JSON alone: {{"questions": [{{"question": "...", "answer": "..."}}]}}'
 )
@@ -34,16 +35,15 @@ class Operator(AskingOperator):
         chapters = sample.notes.get("chapters", [])
         if len(chapters) >= LEAST and sample.conversation.turns[-1].role == "assistant":
             parts = (f"{start:.1f} to {end:.1f} seconds, {title}: {said}" for start, end, title, said in chapters)
-            yield Ask(0, WORDS.format(chapters="\n\n".join(parts), most=self.most))
+            yield Ask(0, WORDS.format(most=self.most), context=CONTEXT.format(chapters="\n\n".join(parts)))
 
-    def draft(self, ask: Ask, reply: Reply) -> Draft:
-        """All questions, or none if one of them is none."""
+    def draft(self, ask: Ask, reply: Reply) -> Draft | tuple[Draft, ...]:
+        """All questions, or none if one of them is none; each is judged by the same descriptions."""
         given: Any = (reply.data or {})["questions"]
         pairs = [_pair(one) for one in given] if isinstance(given, list) else []
         if not pairs or not all(question and answer for question, answer in pairs):
             return Draft("nothing", "no use of the answer: no list of questions and answers", str(given)[:150])
-        (first, *others) = pairs[: self.most]
-        return Draft("add", "question about the story added", "", None, *first, (), tuple(others))
+        return tuple(Draft("add", "question about the story added", "", None, *pair) for pair in pairs[: self.most])
 
 
 def _pair(one: Any) -> tuple[str, str]:

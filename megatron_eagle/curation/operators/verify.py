@@ -7,14 +7,14 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Share
-from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, drawn_exchanges, pictures_of
+from megatron_eagle.curation.asking import Ask, AskingOperator, Draft, ask_of, drawn_exchanges
 from megatron_eagle.curation.sample import Sample
 from megatron_eagle.curation.tasks import TASKS, Task
 from megatron_eagle.endpoint.question import Reply
 
 WORDS = (
-    "Question about the picture: {question}\nAnswer: {answer}\nIs the answer right, and can it be told from the "
-    'picture? Reply with JSON alone: {{"right": true or false, "why": "a few words"}}'
+    "Question about the {picture}: {question}\nAnswer: {answer}\nIs the answer right, and can it be told from the "
+    '{picture}? Reply with JSON alone: {{"right": true or false, "why": "a few words"}}'
 )
 
 
@@ -34,12 +34,7 @@ class Operator(AskingOperator):
     def asks(self, sample: Sample) -> Iterator[Ask]:
         """One for each exchange."""
         for one in drawn_exchanges(sample, self.name, self.tasks, self.share):
-            yield Ask(
-                one.turn,
-                WORDS.format(question=one.question, answer=one.answer),
-                pictures_of(sample),
-                {"question": one.question, "answer": one.answer},
-            )
+            yield ask_of(sample, one, WORDS, {"question": one.question, "answer": one.answer})
 
     def draft(self, ask: Ask, reply: Reply) -> Draft:
         """A rejection, if the model says false."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_eagle.curation.synthesis.words import SCRIPTS, SIGNS
+from megatron_eagle.curation.synthesis.words import FIELDS, GOODS, SCRIPTS, SIGNS, TOTAL
 from megatron_eagle.errors import UserError
 
 DIFFERENT = 0.9  # glyphs of the signs that are needed
@@ -28,7 +28,7 @@ def fonts_by_script(scripts: Sequence[str], folders: Sequence[Path]) -> dict[str
         files += more
     found = {}
     for script in scripts:
-        wanted = {ord(sign) for sign in SCRIPTS[script] + SIGNS}
+        wanted = {ord(sign) for sign in SCRIPTS[script] + SIGNS + "".join((*FIELDS, *GOODS, TOTAL))}
         found[script] = tuple(file for file in files if _writes(file, wanted))
         if not found[script]:
             raise UserError(

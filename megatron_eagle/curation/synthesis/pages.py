@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_eagle.curation.synthesis.words import FIELDS, GOODS, number, phrase, price
+from megatron_eagle.curation.synthesis.words import FIELDS, GOODS, TOTAL, number, phrase, price
 
 PAPERS = ((255, 255, 255), (250, 246, 235), (238, 240, 245), (255, 252, 220))
 INKS = ((0, 0, 0), (30, 30, 60), (70, 20, 20), (20, 60, 30))
@@ -60,7 +60,7 @@ def _receipt(script: str, font: Path, choose: random.Random) -> Page:
     prices = [price(choose) for _ in goods]
     cents = sum(int(one.replace(".", "")) for one in prices)
     total = f"{cents // 100}.{cents % 100:02}"
-    rows = [*zip(goods, prices, strict=True), ("Total", total)]
+    rows = [*zip(goods, prices, strict=True), (TOTAL, total)]
     size = choose.randint(18, 30)
     face, title = _font(font, size), phrase(script, 2, choose)
     width = round(max(size * 14, face.getlength(title) + 2 * size))

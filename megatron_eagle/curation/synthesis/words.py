@@ -19,6 +19,7 @@ UNSPACED = ("han", "kana")  # scripts written without spaces
 SIGNS = "0123456789.,:;-/#%()"
 FIELDS = ("Name", "Date", "Order", "Room", "Street", "Phone", "Reference", "Amount")
 GOODS = ("Bread", "Milk", "Tea", "Soap", "Apples", "Rice", "Pencil", "Lamp", "Batteries", "Notebook", "Cheese", "Honey")
+TOTAL = "Total"
 TOPICS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("city", ("Oslo", "Rome", "Bern", "Lima", "Cairo", "Hanoi", "Quito", "Dakar", "Perth", "Kyoto")),
     ("month", ("January", "February", "March", "April", "May", "June", "July", "August")),
