@@ -193,17 +193,17 @@ class _Work:
             (conversation.turns[number].role, conversation.turns[number].text[:MOST_SHOWN]) for number in around[:6]
         ]
         images = [*places_of(sample.images[:3]), *(finding.beside or ())]
-        example = {
+        example: dict[str, Any] = {
             "operator": operator,
             "decision": finding.decision,
             "reason": finding.reason,
             "detail": finding.detail,
         }
         text = None if finding.text is None else finding.text[:MOST_SHOWN]
-        self.result.examples.append(
-            {**example, "id": conversation.id, "turns": turns, "images": images, "text": text, "turn": finding.turn}
-            | ({} if finding.beside is None else {"rank": max(finding.scores.values(), default=0.0)})
-        )
+        example |= {"id": conversation.id, "turns": turns, "images": images, "text": text, "turn": finding.turn}
+        if finding.beside is not None:
+            example |= {"rank": next(iter(finding.scores.values()), 0.0), "gallery": finding.gallery}
+        self.result.examples.append(example)
 
 
 def _row(sample: Sample, finding: Finding, operator: str, final: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ down a few batches at a time, so that a kill costs no more than these.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Embedder:
     @staticmethod
     def of(encoder: Encoder, cache: str) -> "Embedder":
         """cache: folder that holds a folder for each model."""
-        return Embedder(encoder, VectorStore(Path(cache) / encoder.name))
+        return Embedder(encoder, _store(Path(cache, encoder.name).absolute()))
 
     def texts(self, texts: Sequence[str]) -> list[int]:
         """A key of each."""
@@ -67,6 +68,12 @@ class Embedder:
             if contents:
                 self.store.add(list(contents), self.encoder(list(contents.values())))
         return broken
+
+
+@lru_cache
+def _store(folder: Path) -> VectorStore:
+    """One a process: it reads the keys of every part once, not once a block."""
+    return VectorStore(folder)
 
 
 def _picture_key(picture: FileSlice) -> int | BrokenSample:

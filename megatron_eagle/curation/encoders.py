@@ -9,6 +9,7 @@ whatever stands beside it; on a CPU they do not depend on the number of threads 
 import hashlib
 import json
 import multiprocessing
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.vectors import Vectors, unit
 from megatron_eagle.errors import UserError
 
@@ -28,9 +30,10 @@ PADDED = 32  # lengths of texts are filled up to a multiple, in tokens
 
 @dataclass(frozen=True)
 class Encoder:
-    """name: of the model and its weights, for the folder of its vectors. batch: contents that are worked on at once.
+    """name: of the model, its weights and the kind of device, whose bits are its own, for the folder of its vectors.
 
-    tokens: texts are cut after as many; 0 for pictures. encode: any number of contents -> [contents, dim].
+    batch: contents that are worked on at once. tokens: texts are cut after as many; 0 for pictures.
+    encode: any number of contents -> [contents, dim].
     """
 
     name: str
@@ -79,13 +82,21 @@ def check_model(path: str, needs: Literal["pictures", "texts", "both"]) -> None:
     if place.is_file():
         if needs != "pictures":
             raise UserError(f"model {path} is a file; texts need a folder of CLIP, SigLIP or sentence-transformers")
+        if not zipfile.is_zipfile(place):  # which torch.jit.save writes
+            raise UserError(f"model {path} is no TorchScript file (as torch.jit.save writes it)")
     elif needs == "texts" and (place / "modules.json").exists():
         _pooling(place)
+        _most_tokens(place)
     else:
         kind = _json(place / "config.json").get("model_type")
         if kind not in ("clip", "siglip"):
             more = " and, for texts alone, sentence-transformers" if needs != "pictures" else ""
             raise UserError(f"model {path} is of the kind {kind!r}; known are clip, siglip{more}")
+
+
+def resources_of(device: Device) -> Resources:
+    """A GPU of its own for each process where one is asked for; with ``auto`` it is whatever is there."""
+    return Resources(gpus=1 if device == "cuda" else 0)
 
 
 def _device(device: Device) -> str:
@@ -109,8 +120,9 @@ def _digest(files: Sequence[Path], *settings: object) -> str:
     return found.hexdigest()[:16]
 
 
-def _name(place: Path, what: str, files: Sequence[Path], *settings: object) -> str:
-    return f"{place.absolute().name}-{what}-{_digest(files, what, *settings)}"
+def _name(place: Path, what: str, device: str, files: Sequence[Path], *settings: object) -> str:
+    on = "" if device == "cpu" else f"-{device}"
+    return f"{place.absolute().name}-{what}{on}-{_digest(files, what, *settings)}"
 
 
 def _folder_files(place: Path) -> list[Path]:
@@ -144,7 +156,7 @@ def _torchscript(place: Path, side: int, batch: int, device: str) -> Encoder:
             found = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(device))
         return _flat(found, place, len(pictures))
 
-    return Encoder(_name(place, "images", [place], side, batch), batch, 0, _in_batches(encode, batch))
+    return Encoder(_name(place, "images", device, [place], side, batch), batch, 0, _in_batches(encode, batch))
 
 
 def _flat(found: Any, place: Path, rows: int) -> Vectors:
@@ -187,7 +199,7 @@ def _image_tower(place: Path, batch: int, device: str) -> Encoder:
             found = model.get_image_features(pixel_values=pixels)
         return _flat(found.pooler_output, place, len(pictures))
 
-    return Encoder(_name(place, "images", _folder_files(place), batch), batch, 0, _in_batches(encode, batch))
+    return Encoder(_name(place, "images", device, _folder_files(place), batch), batch, 0, _in_batches(encode, batch))
 
 
 def _text_tower(place: Path, batch: int, device: str) -> Encoder:
@@ -204,7 +216,9 @@ def _text_tower(place: Path, batch: int, device: str) -> Encoder:
             found = model.get_text_features(input_ids=given["input_ids"].to(device), **masked)
         return _flat(found.pooler_output, place, len(texts))
 
-    return Encoder(_name(place, "texts", _folder_files(place), batch), batch, tokens, _in_batches(encode, batch))
+    return Encoder(
+        _name(place, "texts", device, _folder_files(place), batch), batch, tokens, _in_batches(encode, batch)
+    )
 
 
 def _pooling(place: Path) -> Literal["mean", "cls"]:
@@ -222,6 +236,14 @@ def _pooling(place: Path) -> Literal["mean", "cls"]:
     raise UserError(f"model {place} pools by {', '.join(chosen) or 'nothing'}; known are mean_tokens and cls_token")
 
 
+def _most_tokens(place: Path) -> int:
+    """How much of a text a sentence-transformers folder reads; UserError if it does not say."""
+    found = _json(place / "sentence_bert_config.json").get("max_seq_length")
+    if type(found) is not int or found < 1:
+        raise UserError(f"model {place} has max_seq_length {found!r} in sentence_bert_config.json; 1 or more is wanted")
+    return found
+
+
 def _sentences(place: Path, batch: int, device: str) -> Encoder:
     import torch
 
@@ -229,7 +251,7 @@ def _sentences(place: Path, batch: int, device: str) -> Encoder:
     below = place / str(_json(place / "modules.json")[""][0].get("path", ""))
     model = _load("AutoModel", below, dtype=torch.float32).eval().to(device)
     tokenizer = _load("AutoTokenizer", below)
-    tokens = int(_json(place / "sentence_bert_config.json")["max_seq_length"])
+    tokens = _most_tokens(place)
 
     def encode(texts: Sequence[str], length: int) -> Vectors:
         given = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -252,4 +274,4 @@ def _sentences(place: Path, batch: int, device: str) -> Encoder:
             parts |= dict(zip(group, found, strict=True))
         return np.stack([parts[number] for number in range(len(texts))])
 
-    return Encoder(_name(place, "texts", _folder_files(place), batch), batch, tokens, by_length)
+    return Encoder(_name(place, "texts", device, _folder_files(place), batch), batch, tokens, by_length)

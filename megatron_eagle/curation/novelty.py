@@ -4,24 +4,17 @@ Eagle 2.5 keeps a clip of a candidate film if its largest cosine to any clip tha
 2504.15271, section 4.1).
 """
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_eagle.curation.similarity import RowsLike
 
 BLOCK = 8192  # rows of either side in memory at a time
 
 
-class Rows(Protocol):
-    """Vectors of length 1, float32 [rows, dim], read where they are sliced: an array, a memory-mapped one, or rows of a
-    store of vectors."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, part: slice) -> NDArray[np.float32]: ...
-
-
-def most_alike(candidates: Rows, others: Rows, block: int = BLOCK) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def most_alike(
+    candidates: RowsLike, others: RowsLike, block: int = BLOCK
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Of each candidate the largest cosine to any of the others and the number of that one; -1 and -1 if there is none.
 
     Memory: three blocks.
@@ -39,10 +32,3 @@ def most_alike(candidates: Rows, others: Rows, block: int = BLOCK) -> tuple[NDAr
             best[start : start + block][better] = values[better]
             where[start : start + block][better] = low + nearest[better]
     return best, where
-
-
-def mean_vectors(frames: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-    """Means of consecutive rows, ``sizes`` of them each, at length 1: a clip's vector of its frames'."""
-    starts = np.concatenate(([0], np.cumsum(sizes)[:-1])).astype(np.int64)
-    means = np.add.reduceat(frames, starts, axis=0)
-    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)

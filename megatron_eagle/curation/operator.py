@@ -79,6 +79,12 @@ class BaseOperator(ABC):  # noqa: B024  its two shapes have the abstract methods
         categories: of the sources it is applied to, by name. benchmarks: names of those that are only compared with.
         """
 
+    def check_earlier(self, earlier: Mapping[str, "Step"]) -> None:  # noqa: B027
+        """When a plan is read: ValueError if what it ``reads`` will not note what it needs.
+
+        earlier: the steps before it, by the names of their operators; all that it reads are there.
+        """
+
     @property
     def resources(self) -> Resources:
         """Of each process that applies it, by its settings; a plan is divided where they differ."""

@@ -7,7 +7,7 @@ build`` finds them. What lies inside of tar files or records only is unpacked be
 
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -84,6 +84,7 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
         if left.name != state.name:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     cut = segments(plan)
+    said = _notes(state, cut)
     summaries: list[SourceSummary] = []
     examples: list[Example] = []
     with LedgerWriter(out / LEDGER_FILE) as ledger:
@@ -91,7 +92,7 @@ def write_output(plan: Plan, out: Path, state: Path, blocks: list[int]) -> Summa
             if source.benchmark:
                 continue
             results = (_all_of(state, cut, number, block) for block in range(blocks[number]))
-            notes = _notes(state, cut, source.name)
+            notes = said[source.name]
             ledger.write(source.name, (note for _, note in notes))
             files = tuple(json.loads((state / f"read-{number}.json").read_text(encoding="utf-8"))["left"])
             writer = _SourceWriter(source, out / KEPT / source.name, ledger, examples)
@@ -139,17 +140,16 @@ def _all_of(state: Path, cut: list[Segment], source: int, block: int) -> Result:
     return Result(rows, results[-1].samples, [], examples, results[0].read)
 
 
-def _notes(state: Path, cut: list[Segment], source: str) -> list[tuple[str, dict[str, Any]]]:
-    """What was said of a source as a whole, as text and as a row of the ledger."""
-    found = []
+def _notes(state: Path, cut: list[Segment]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """What was said of each source as a whole, as text and as a row of the ledger."""
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for segment in cut:
         if segment.asks is not None:
             decided = json.loads((state / f"decided-{segment.number}.json").read_text(encoding="utf-8"))
             for name, finding in decided["sources"]:
-                if name == source:
-                    row = {key: finding[key] for key in ("decision", "reason", "detail", "scores")}
-                    text = f"{finding['reason']}: {finding['detail']}"
-                    found.append((text, {**row, "operator": segment.asks.operator.name}))
+                row = {key: finding[key] for key in ("decision", "reason", "detail", "scores")}
+                text = f"{finding['reason']}: {finding['detail']}"
+                found[name].append((text, {**row, "operator": segment.asks.operator.name}))
     return found
 
 

@@ -82,7 +82,7 @@ class Plan:
         for number, entry in enumerate(self.operators):
             where: Where = ("operators", number)
             try:
-                steps.append(self._step(entry, [step.operator.name for step in steps]))
+                steps.append(self._step(entry, {step.operator.name: step for step in steps}))
             except Refused as refused:
                 findings += [((*where, *place), words) for place, words in refused.findings]
             except ValueError as error:
@@ -91,7 +91,7 @@ class Plan:
             raise Refused(findings)
         return tuple(steps)
 
-    def _step(self, entry: dict[str, Any], earlier: list[str]) -> Step:
+    def _step(self, entry: dict[str, Any], earlier: dict[str, Step]) -> Step:
         settings = dict(entry)
         names = [source.name for source in self.sources if not source.benchmark]
         if "use" not in settings:
@@ -119,6 +119,7 @@ class Plan:
             raise ValueError(f"operator '{operator.name}' is given twice")
         benchmarks = [source.name for source in self.sources if source.benchmark and operator.on_benchmarks]
         operator.check({source.name: source.category for source in self.sources if source.name in given}, benchmarks)
+        operator.check_earlier(earlier)
         return Step(operator, frozenset([*given, *benchmarks]), reject)
 
     def source(self, name: str) -> PlannedSource:

@@ -77,8 +77,12 @@ class RayCluster:
         self._ray = ray
         if not ray.is_initialized():
             self._connect()
-        for segment in segments(self.plan):
-            self._require_room(segment.resources)
+        try:
+            for segment in segments(self.plan):
+                self._require_room(segment.resources)
+        except BaseException:
+            self.__exit__()  # nobody else does: this is not entered
+            raise
         return self
 
     def _connect(self) -> None:

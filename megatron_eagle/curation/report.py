@@ -32,6 +32,7 @@ class Example:
     """A sample that an operator changed, rejected or left, or that it shows. turns: (role, text).
 
     images: path, offset, size of each. rank: highest first; of samples that are shown, none of which is left out.
+    gallery: of its reason, shown by itself.
     """
 
     source: str
@@ -45,15 +46,17 @@ class Example:
     text: str | None = None
     turn: int | None = None
     rank: float | None = None
+    gallery: str = ""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Examples of one reason of one operator."""
+    """Examples of one reason of one operator, or of one gallery of it."""
 
     operator: str
     decision: str
     reason: str
+    gallery: str
     samples: int
     examples: list[Example]
 
@@ -85,19 +88,20 @@ def _funnel(steps: Sequence[str], source: Any) -> list[int]:
 
 def _chosen(steps: Sequence[str], summary: "Summary", examples: Sequence[Example]) -> list[Shown]:
     """The first few examples of each reason, in the order of the plan; of different sources where there are."""
-    groups: dict[tuple[str, str, str], list[Example]] = {}
+    groups: dict[tuple[str, str, str, str], list[Example]] = {}
     for example in examples:
-        groups.setdefault((example.operator, example.decision, example.reason), []).append(example)
+        group_of = (example.operator, example.decision, example.reason, example.gallery)
+        groups.setdefault(group_of, []).append(example)
     shown = []
-    for (operator, decision, reason), group in groups.items():
+    for (operator, decision, reason, gallery), group in groups.items():
         firsts = {example.source: example for example in reversed(group)}
         chosen = [*firsts.values(), *(one for one in group if one not in firsts.values())][:SHOWN]
         if group[0].rank is not None:
             chosen = sorted(group, key=lambda one: -(one.rank or 0.0))
         key = f"{operator}: {reason} ({decision})"
-        many = sum(source.reasons.get(key, 0) for source in summary.sources)
-        shown.append(Shown(operator, decision, reason, many, chosen))
-    return sorted(shown, key=lambda one: (steps.index(one.operator), one.decision, one.reason))
+        many = len(group) if gallery else sum(source.reasons.get(key, 0) for source in summary.sources)
+        shown.append(Shown(operator, decision, reason, gallery, many, chosen))
+    return sorted(shown, key=lambda one: (steps.index(one.operator), one.decision, one.reason, one.gallery))
 
 
 def _picture(place: tuple[str, int, int]) -> Markup:

@@ -30,8 +30,8 @@ class Finding:
     turn: number from 1 of the turn it is about, None for the whole sample; of an added one, the number it gets. text:
         of a changed turn, its new text, of an added one, its text.
     scores: numbers by name. note: what later operators may read in ``Sample.notes``, under this operator's name.
-    beside: places of pictures that the report shows beside the sample's own, best score first; a mere note is shown
-        there only if it is given, be it empty.
+    beside: places of pictures that the report shows beside the sample's own, highest first score first; a mere note
+        is shown there only if it is given, be it empty. gallery: those it stands with there, of its reason.
     """
 
     decision: Decision
@@ -42,6 +42,7 @@ class Finding:
     scores: Mapping[str, float] = field(default_factory=dict)
     note: Any = None
     beside: Sequence[Place] | None = None
+    gallery: str = ""
 
     def __post_init__(self) -> None:
         if (self.decision in ("changed", "added")) != (self.text is not None and self.turn is not None):

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_eagle.errors import UserError
 
 KEYS, VECTORS = ".keys.npy", ".vectors.npy"
+READ = 8192  # vectors that means are made of at a time
 Vectors = NDArray[np.float32]
 
 
@@ -85,12 +87,11 @@ class VectorStore:
         return self._keys[at] == wanted, self._places[at]
 
     def _refresh(self) -> None:
-        """Takes up parts that were written since."""
-        known = set(self._parts)
-        new = sorted(
-            path.name.removesuffix(KEYS) for path in self.folder.glob(f"*{KEYS}") if not path.name.startswith(".")
-        )
-        new = [name for name in new if name not in known]
+        """Takes up parts that were written since; all of them if one has gone."""
+        there = {path.name.removesuffix(KEYS) for path in self.folder.glob(f"*{KEYS}") if not path.name.startswith(".")}
+        if not there.issuperset(self._parts):
+            self._parts, self._keys, self._places = [], np.empty(0, np.uint64), np.empty(0, np.uint64)
+        new = sorted(there.difference(self._parts))
         keys, places = [self._keys], [self._places]
         for name in new:
             part = np.load(self.folder / f"{name}{KEYS}")
@@ -105,7 +106,8 @@ class VectorStore:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of a store in an order of one's own, read where they are sliced: what is compared need not fit into memory.
+    """Rows of a store in an order of one's own, read where they are sliced: what is compared need not fit into memory,
+    and of what means are made of about ``READ`` vectors are held.
 
     groups: of each row the keys of one or more vectors; the row is their mean, at length 1.
     """
@@ -121,9 +123,15 @@ class StoredRows:
         sizes = np.array([len(group) for group in groups])
         if not len(sizes):
             return np.empty((0, 0), np.float32)
-        vectors = self.store.read([key for group in groups for key in group])
         if (sizes == 1).all():
-            return vectors
+            return self.store.read([key for group in groups for key in group])
+        borders = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // READ)) + 1
+        edges = [0, *borders.tolist(), len(groups)]
+        return np.concatenate([self._means(groups[low:high]) for low, high in pairwise(edges)])
+
+    def _means(self, groups: Sequence[Sequence[int]]) -> Vectors:
+        vectors = self.store.read([key for group in groups for key in group])
+        sizes = [len(group) for group in groups]
         return unit(np.add.reduceat(vectors, np.concatenate(([0], np.cumsum(sizes)[:-1])), axis=0))
 
 

@@ -156,6 +156,9 @@ def test_what_cannot_be_compared_is_refused_in_a_line(data: Path, tmp_path: Path
         Plan("p", source, ({"use": "embeddings", "images": "m"}, {"use": "similarity", "pool": ["b"]}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none is left to be compared"):
         Plan("p", source, ({"use": "embeddings", "images": "m"}, {"use": "similarity", "pool": ["a"]}))  # type: ignore[arg-type]
+    for made, missing in ({"images": "m"}, "texts"), ({"texts": "m"}, "images"):
+        with pytest.raises(ValueError, match=f"'similarity' compares vectors of {missing}, and 'embeddings' has"):
+            Plan("p", source, ({"use": "embeddings", **made}, {"use": "similarity"}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="operator 'similarity' reads what 'embeddings' notes"):
         Plan("p", source, ({"use": "similarity"},))  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from samples import frame_number, write_jsonl, write_video
 
 from megatron_eagle.curation.clips import Film, clip_times, clips_by_length, clips_by_shots
 from megatron_eagle.curation.engine import curate
-from megatron_eagle.curation.novelty import mean_vectors, most_alike
-from megatron_eagle.curation.operator import make_operator
+from megatron_eagle.curation.novelty import most_alike
+from megatron_eagle.curation.operator import Row, SetOperator, make_operator
 from megatron_eagle.curation.operators.chapters import chapters_of
 from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.curation.sample import Sample
+from megatron_eagle.curation.vectors import VectorStore
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.video import read_info
@@ -84,9 +86,6 @@ def test_the_most_alike_is_that_of_brute_force(block: int) -> None:
     cosines = one @ other.T
     assert np.abs(best - cosines.max(axis=1)).max() < 1e-6 and (where == cosines.argmax(axis=1)).all()
     assert most_alike(one, other[:0])[1].tolist() == [-1] * 101
-    means = mean_vectors(one[:6], [1, 2, 3])
-    assert np.allclose(means[0], one[0]) and np.allclose(np.linalg.norm(means, axis=1), 1)
-    assert np.allclose(means[2], one[3:6].mean(axis=0) / np.linalg.norm(one[3:6].mean(axis=0)))
 
 
 def test_chapters_that_are_none_are_not_taken() -> None:
@@ -147,6 +146,52 @@ def test_films_without_anything_new_are_left(tmp_path: Path) -> None:
     assert len(lines) == 3, "a cosine of 1 is not reached by frames that were encoded anew"
     with pytest.raises(UserError, match="model .*none.pt does not exist"):
         curate(novelty_plan(tmp_path, trained, new, images=str(tmp_path / "none.pt")), tmp_path / "x", progress=False)
+
+
+def test_films_that_were_not_cut_are_counted_and_stay(tmp_path: Path) -> None:
+    trained, new = colour_films(tmp_path / "films")
+    write_torchscript(tmp_path / "sscd.pt")
+    novelty_plan(tmp_path, trained, new)
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    raw["sources"].append({"name": "uncut", "path": str(new / "samples.jsonl")})
+    raw["operators"][0]["sources"] = ["new"]
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    found = curate(load_plan(tmp_path / "plan.json"), tmp_path / "out", progress=False).sources
+    assert {one.name: one.used for one in found} == {"new": 2, "uncut": 3}
+    assert [one.notes for one in found] == [(), ("not compared: 3 samples with films that 'clips' did not cut",)]
+
+
+def test_a_film_without_clips_has_none_that_is_new() -> None:
+    operator = make_operator("novelty", {"images": "m"})
+    assert isinstance(operator, SetOperator)
+    film = FileSlice(Path("none.mp4"), 0, 0)
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "a"}]
+    sample = Sample("a", "c", 0, parse_record({"id": "x", "video": "none.mp4", "conversations": turns}), (), (film,))
+    assert operator.value(replace(sample, notes={"clips": [[]]})) == ["", []] == operator.value(sample)
+    (verdict,) = operator.decide(iter([Row(("a", 0), "x", "c", ["", []])]))
+    assert (verdict.key, verdict.finding.decision) == (("a", None), "noted")
+
+
+def test_benchmarks_without_films_are_nothing_to_compare_with(tmp_path: Path) -> None:
+    _, new = colour_films(tmp_path / "films")
+    write_torchscript(tmp_path / "sscd.pt")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Numbers."}]
+    (tmp_path / "words").mkdir()
+    write_jsonl(tmp_path / "words", [{"id": "w", "conversations": turns}])
+    with pytest.raises(UserError, match="'novelty': 6 clips of 3 samples have nothing to be compared with: no benchm"):
+        curate(novelty_plan(tmp_path, tmp_path / "words", new), tmp_path / "out", progress=False)
+
+
+def test_a_cosine_is_compared_as_it_is_written_down(tmp_path: Path) -> None:
+    store = VectorStore(tmp_path)
+    cosine = 0.49999  # 0.5 where the last digits fall otherwise
+    store.add([1, 2], np.array([[1, 0], [cosine, np.sqrt(1 - cosine**2)]], np.float32))
+    operator = make_operator("novelty", {"images": "m", "most": 0.5})
+    assert isinstance(operator, SetOperator)
+    rows = [Row(("b", 0), "t", "c", [str(tmp_path), [[((0, 1), [1])]]], benchmark=True)]
+    rows.append(Row(("a", 0), "n", "c", [str(tmp_path), [[((0, 1), [2])]]]))
+    (verdict,) = operator.decide(iter(rows))
+    assert verdict.finding.decision == "left" and verdict.finding.scores["cosine"] == 0.5
 
 
 def test_only_new_clips_are_asked_about(tmp_path: Path) -> None:

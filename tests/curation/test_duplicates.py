@@ -285,6 +285,14 @@ def test_clusters_by_vectors_are_those_of_brute_force(
     assert found == expected
 
 
+@pytest.mark.parametrize("name", ["duplicates", "contamination"])
+def test_vectors_that_are_not_made_are_missed_when_the_plan_is_read(name: str) -> None:
+    sources = ({"name": "a", "path": "x"}, {"name": "b", "path": "y", "benchmark": True})
+    before = ({"use": "embeddings", "texts": "m"}, {"use": "image_hashes"}, {"use": "contamination"})
+    with pytest.raises(ValueError, match=f"operator '{name}' compares vectors of images, and 'embeddings' has images"):
+        Plan("p", sources, (*before[: 2 + (name == "duplicates")], {"use": name, "embedding_similarity": 0.9}))  # type: ignore[arg-type]
+
+
 def test_pictures_like_a_benchmarks_go_by_vector(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     middle = rng.normal(size=(3, 16))

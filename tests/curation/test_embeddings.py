@@ -13,11 +13,11 @@ from copy_table import draw
 from encoder_models import write_pair, write_sentences, write_torchscript
 from PIL import Image
 
-from megatron_eagle.curation import embedding
+from megatron_eagle.curation import embedding, encoders, vectors
 from megatron_eagle.curation.embedding import Embedder
 from megatron_eagle.curation.encoders import check_model, image_encoder, text_encoder
 from megatron_eagle.curation.engine import curate
-from megatron_eagle.curation.operator import make_operator
+from megatron_eagle.curation.operator import Resources, make_operator
 from megatron_eagle.curation.operators.alignment import stretches
 from megatron_eagle.curation.plan import Plan
 from megatron_eagle.curation.vectors import StoredRows, VectorStore, key_of, unit
@@ -106,6 +106,54 @@ def test_a_store_gives_back_what_any_process_has_added(tmp_path: Path) -> None:
     (next((tmp_path / "s").glob("*.keys.npy"))).unlink()
     with pytest.raises(UserError, match="has no vectors of"):
         VectorStore(tmp_path / "s").read(keys)
+
+
+def test_means_are_made_of_a_few_vectors_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
+    every = np.random.default_rng(2).normal(size=(60, 8)).astype(np.float32)
+    store = VectorStore(tmp_path)
+    store.add(range(60), every)
+    sizes = [1, 3, 2, 9, 1, 1, 20, 3, 2, 18]
+    ends = np.cumsum(sizes).tolist()
+    rows = StoredRows(store, [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)])
+    whole = rows[0:10]
+    assert all(np.allclose(one, unit(every[end - size : end].mean(0)[None])[0], atol=1e-6)
+               for one, end, size in zip(whole, ends, sizes, strict=True))  # fmt: skip
+    read: list[int] = []
+    real = VectorStore.read
+    monkeypatch.setattr(VectorStore, "read", lambda self, keys: (read.append(len(keys)), real(self, keys))[1])
+    monkeypatch.setattr(vectors, "READ", 8)
+    assert np.array_equal(rows[0:10], whole) and max(read) <= 8 + max(sizes) and sum(read) == 60
+
+
+def test_a_process_reads_the_keys_of_a_part_once(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    encoder = text_encoder(str(models / "sentences"), 4, "cpu")
+    opened: list[str] = []
+    real = np.load
+    monkeypatch.setattr(np, "load", lambda file, **more: (opened.append(Path(file).name), real(file, **more))[1])
+    for number in range(4):  # blocks
+        Embedder.of(encoder, str(tmp_path / "v")).texts([f"dog {number}", "cat"])
+    assert len(opened) == len(set(opened)) == 3
+    shutil.rmtree(tmp_path / "v")
+    own = Embedder.of(encoder, str(tmp_path / "v"))
+    assert own.store.read(own.texts(["cat"])).shape == (1, 32), "what was deleted meanwhile is made again"
+
+
+@pytest.mark.parametrize("name", ["embeddings", "alignment", "novelty"])
+def test_a_model_on_a_gpu_takes_one_up(name: str) -> None:
+    settings = {"embeddings": {"images": "m"}, "alignment": {"model": "m", "least": 0.2}, "novelty": {"images": "m"}}
+    assert make_operator(name, {**settings[name], "device": "cuda"}).resources == Resources(cpus=1, gpus=1)
+    assert make_operator(name, {**settings[name], "device": "cpu"}).resources == Resources()
+
+
+def test_vectors_of_another_kind_of_device_are_others(models: Path, monkeypatch: Any) -> None:
+    """A device that can be had without a GPU stands in for one."""
+    loads = {"copies.pt": lambda path, device: encoders._torchscript(path, 32, 2, device),
+             "clip": lambda path, device: encoders._image_tower(path, 2, device),
+             "siglip": lambda path, device: encoders._text_tower(path, 2, device),
+             "sentences": lambda path, device: encoders._sentences(path, 2, device)}  # fmt: skip
+    for name, load in loads.items():
+        names = [load(models / name, device).name for device in ("cpu", "meta")]
+        assert names[0] != names[1] and "meta" in names[1], name
 
 
 def written(folder: Path, source: str, seeds: range, questions: dict[int, str] | None = None) -> dict[str, Any]:
@@ -278,7 +326,14 @@ def test_a_model_that_is_missing_or_of_another_kind_is_refused_in_a_line(models:
     modules[2]["type"] = "sentence_transformers.models.Dense"
     (tmp_path / "other" / "modules.json").write_text(json.dumps(modules))
     assert "has the modules Transformer, Pooling, Dense" in refusal(tmp_path / "other", "texts")
+    (tmp_path / "other" / "modules.json").write_text((models / "sentences" / "modules.json").read_text())
+    shutil.copytree(models / "sentences" / "1_Pooling", tmp_path / "other" / "1_Pooling", dirs_exist_ok=True)
+    (tmp_path / "other" / "sentence_bert_config.json").write_text("{}")
+    assert "has max_seq_length None in sentence_bert_config.json" in refusal(tmp_path / "other", "texts")
+    (tmp_path / "other" / "sentence_bert_config.json").unlink()
+    assert "has no readable sentence_bert_config.json" in refusal(tmp_path / "other", "texts")
     (tmp_path / "no.pt").write_bytes(b"nothing")
+    assert "no.pt is no TorchScript file" in refusal(tmp_path / "no.pt", "pictures")
     with pytest.raises(UserError, match="cannot be loaded as TorchScript"):
         image_encoder(str(tmp_path / "no.pt"), 32, 2, "cpu")
     plan = Plan("p", (written(tmp_path, "a", range(1)),), ({"use": "embeddings", "texts": str(tmp_path / "none")},))  # type: ignore[arg-type]

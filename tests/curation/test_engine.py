@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -21,16 +22,18 @@ from planted import write_planted
 
 from megatron_eagle.cli import main
 from megatron_eagle.curation import engine, output, processes
-from megatron_eagle.curation.block import segments
+from megatron_eagle.curation.block import READ, Result, Segment, _Work, segments
 from megatron_eagle.curation.engine import curate
-from megatron_eagle.curation.operator import Resources
+from megatron_eagle.curation.operator import Resources, Step, make_operator
+from megatron_eagle.curation.output import SourceSummary, Summary
 from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.curation.processes import processes_for
 from megatron_eagle.curation.ray_cluster import BlockWorker
-from megatron_eagle.curation.report import SHOWN, Example
+from megatron_eagle.curation.report import SHOWN, Example, _chosen
+from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.data.build import dataset
 from megatron_eagle.data.build.sources import RecordSource
-from megatron_eagle.data.sample.conversation import Conversation
+from megatron_eagle.data.sample.conversation import Conversation, parse_record
 from megatron_eagle.demo.dataset import generate
 from megatron_eagle.errors import UserError
 
@@ -287,6 +290,31 @@ def test_explain_says_all_of_a_sample(whole: Path, capsys: pytest.CaptureFixture
     assert "did you mean planted-00" in capsys.readouterr().err
 
 
+def test_what_is_shown_is_ranked_by_the_first_score() -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a"}]
+    sample = Sample("a", "c", 0, parse_record({"id": "x", "conversations": turns}), ())
+    scores = {"similarity": 0.5, "image": 0.5, "text": 1.0}
+    found = Finding("noted", "best match", scores=scores, beside=(), gallery="one")
+    result = Result()
+    _Work(Segment(0, None, (), None), "a", result, {})._show(sample, found, "similarity")
+    assert [(one["rank"], one["gallery"]) for one in result.examples] == [(0.5, "one")]
+    plan = Plan("p", ({"name": "a", "path": "x"},), ())  # type: ignore[arg-type]
+    summary = Summary("p", (SourceSummary("a", "c", 3, 3, 0, 0, {}, {}),))
+    examples = [Example(source="a", **{**result.examples[0], "operator": READ, "gallery": one}) for one in "xyx"]
+    groups = _chosen([READ, *(step.operator.name for step in plan.steps)], summary, examples)
+    assert [(group.gallery, group.samples) for group in groups] == [("x", 2), ("y", 1)]
+
+
+def test_a_decision_is_read_once_for_all_sources(tmp_path: Path, monkeypatch: Any) -> None:
+    note = {"decision": "noted", "reason": "r", "detail": "d", "scores": {}}
+    said = {"samples": {}, "sources": [["a", note], ["b", {**note, "detail": "e"}]]}
+    (tmp_path / "decided-0.json").write_text(json.dumps(said))
+    step = Step(make_operator("duplicates", {}), frozenset(), "exchange")
+    notes = output._notes(tmp_path, [Segment(0, None, (), step), Segment(1, step, (), None)])
+    assert {name: [text for text, _ in own] for name, own in notes.items()} == {"a": ["r: d"], "b": ["r: e"]}
+    assert notes["c"] == []
+
+
 def test_the_report_shows_pictures_and_reasons(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     assert "data:image/jpeg;base64," in page and "a number has too many decimals" in page and "300 samples read" in page
@@ -454,5 +482,13 @@ def test_what_ray_needs_is_one_line(planted: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit) as end:
         main(["curate", str(tmp_path / "plan.yaml"), str(tmp_path / "out"), "--ray-address", "auto"])
     assert end.value.code == 2
+    stopped: list[str] = []
+    options = {"is_initialized": lambda: False, "init": lambda **_: None, "shutdown": lambda: stopped.append("it")}
+    nodes = [{"Alive": True, "Resources": {"CPU": 0.5}}]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**options, nodes=lambda: nodes))
+    said = refusal(lambda: curate(plan, tmp_path / "out", engine="ray", progress=False))
+    assert "takes up 1 CPUs and 0 GPUs, which no machine" in said and stopped == ["it"], (
+        "what it has started is stopped"
+    )
     worker = BlockWorker(plan, tmp_path, Path("/not/there"))
     assert "does not see /not/there: all machines of a Ray cluster need the same paths" in refusal(worker.begin)

@@ -83,6 +83,15 @@ def test_a_source_is_cut_to_its_target(method: str, planted: tuple[Any, Any], tm
     assert len(notes) == 1  # these clusters are far apart: no warning
 
 
+def test_each_cluster_has_a_gallery_and_all_have_one_reason(planted: tuple[Any, Any], tmp_path: Path) -> None:
+    _, _, verdicts = decided(tmp_path, planted)
+    shown = [one.finding for one in verdicts if one.finding.beside is not None]
+    assert {one.reason for one in shown} == {"nearest to a centre"}
+    sizes = sorted(one.partition(": ")[2].partition(",")[0] for one in {one.gallery for one in shown})
+    assert sizes == ["120 samples", "20 samples", "300 samples", "60 samples"]
+    assert all(one.gallery.startswith("cluster ") and " of a: " in one.gallery for one in shown)
+
+
 def test_natural_scenes_are_warned_of_and_methods_compared(planted: tuple[Any, Any], tmp_path: Path) -> None:
     notes, _, _ = decided(tmp_path / "1", planted, category="caption", compare=True)
     (warning,) = (detail for reason, detail in notes.items() if "natural scenes" in reason)
@@ -140,6 +149,11 @@ def test_what_cannot_be_selected_is_refused_in_a_line(
     ):
         with pytest.raises(ValueError, match=said):
             Plan("p", source, (MODEL, {"use": "subset", **settings}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'subset' compares vectors of images, and 'embeddings' has images: null"):
+        Plan("p", source, ({"use": "embeddings", "texts": "m"}, {"use": "subset", "targets": {"a": 3}}))  # type: ignore[arg-type]
+    two = (*source, {"name": "b", "path": "y"})
+    with pytest.raises(ValueError, match="targets: 'embeddings' is not applied to a"):
+        Plan("p", two, ({**MODEL, "sources": ["b"]}, {"use": "subset", "targets": {"a": 3}}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="operator 'subset' reads what 'embeddings' notes"):
         Plan("p", source, ({"use": "subset", "targets": {"a": 3}},))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Positive, Range
 from megatron_eagle.curation.embedding import Embedder
-from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
+from megatron_eagle.curation.encoders import Device, check_model, image_encoder, resources_of, text_encoder
 from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
 from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.errors import BrokenSample
@@ -43,8 +43,8 @@ class Operator(SampleOperator):
 
     @property
     def resources(self) -> Resources:
-        """A GPU of its own for each process where one is asked for; with ``auto`` it is whatever is there."""
-        return Resources(gpus=1 if self.device == "cuda" else 0)
+        """A GPU, if the model is on one."""
+        return resources_of(self.device)
 
     def prepare(self, folder: Path) -> None:
         """UserError if the model is not there or of another kind."""

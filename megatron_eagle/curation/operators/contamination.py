@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Positive, Share
 from megatron_eagle.curation.hashing import near_pairs
-from megatron_eagle.curation.operator import Row, SetOperator, Verdict
+from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
+from megatron_eagle.curation.operators.embeddings import require_vectors
 from megatron_eagle.curation.questions import normal
 from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.curation.similarity import near_across
@@ -48,6 +49,11 @@ class Operator(SetOperator):
         """ValueError without a benchmark."""
         if not benchmarks:
             raise ValueError("there is nothing to compare with: no source is a benchmark")
+
+    def check_earlier(self, earlier: Mapping[str, Step]) -> None:
+        """ValueError if the vectors that are compared are not made."""
+        if self.embedding_similarity is not None:
+            require_vectors(self.name, earlier, "images")
 
     def value(self, sample: Sample) -> Any:
         """Hashes of the images, and of the questions that are long enough, with the turns of their answers."""

@@ -6,7 +6,7 @@ has no hash, has no near-duplicate.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from hashlib import blake2b
 from itertools import combinations, product
@@ -20,7 +20,8 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Share
 from megatron_eagle.curation.hashing import bands, equal_pairs, grams, jaccard, near_pairs, pack, parts, unpack
-from megatron_eagle.curation.operator import Row, SetOperator, Verdict
+from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
+from megatron_eagle.curation.operators.embeddings import require_vectors
 from megatron_eagle.curation.sample import Finding, Sample, plain_text
 from megatron_eagle.curation.similarity import near_vectors
 from megatron_eagle.curation.vectors import VectorStore
@@ -87,6 +88,11 @@ class Operator(SetOperator):
         """Notes of hashes, of vectors or of both."""
         hashes = ("image_hashes",) if self.image_distance is not None or self.embedding_similarity is None else ()
         return (*hashes, *(("embeddings",) if self.embedding_similarity is not None else ()))
+
+    def check_earlier(self, earlier: Mapping[str, Step]) -> None:
+        """ValueError if the vectors that are compared are not made."""
+        if self.embedding_similarity is not None:
+            require_vectors(self.name, earlier, "images")
 
     def value(self, sample: Sample) -> Any:
         """Hashes and grams; samples without anything that is compared take no part."""

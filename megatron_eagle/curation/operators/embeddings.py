@@ -3,17 +3,17 @@
 The vectors lie in the folder ``cache``, by content: what any run with the same model has made is not made again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Positive
 from megatron_eagle.curation.embedding import Embedder
-from megatron_eagle.curation.encoders import Device, check_model, image_encoder, text_encoder
-from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator
+from megatron_eagle.curation.encoders import Device, check_model, image_encoder, resources_of, text_encoder
+from megatron_eagle.curation.operator import UNREADABLE, Resources, SampleOperator, Step
 from megatron_eagle.curation.sample import Finding, Sample, plain_text
 from megatron_eagle.errors import BrokenSample
 
@@ -44,8 +44,8 @@ class Operator(SampleOperator):
 
     @property
     def resources(self) -> Resources:
-        """A GPU of its own for each process where one is asked for; with ``auto`` it is whatever is there."""
-        return Resources(gpus=1 if self.device == "cuda" else 0)
+        """A GPU, if the model is on one."""
+        return resources_of(self.device)
 
     def prepare(self, folder: Path) -> None:
         """UserError if a model is not there or of no known kind."""
@@ -81,6 +81,13 @@ class Operator(SampleOperator):
             else [Finding("noted", "", note=note)]
             for number, note in enumerate(notes)
         ]
+
+
+def require_vectors(operator: str, earlier: Mapping[str, Step], *wanted: Literal["images", "texts"]) -> None:
+    """ValueError if the embeddings of a plan leave out vectors that an operator compares. earlier: steps before it."""
+    for what in wanted:
+        if getattr(earlier["embeddings"].operator, what) is None:
+            raise ValueError(f"operator '{operator}' compares vectors of {what}, and 'embeddings' has {what}: null")
 
 
 def text_of(sample: Sample) -> str:

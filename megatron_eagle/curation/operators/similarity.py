@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Fraction, Positive
-from megatron_eagle.curation.operator import Row, SetOperator, Verdict
-from megatron_eagle.curation.operators.embeddings import text_of
+from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
+from megatron_eagle.curation.operators.embeddings import require_vectors, text_of
 from megatron_eagle.curation.sample import Finding, Sample, places_of
 from megatron_eagle.curation.similarity import Matches, Negative, Pairs, best_matches
 from megatron_eagle.curation.vectors import StoredRows, VectorStore
@@ -64,6 +64,10 @@ class Operator(SetOperator):
                 raise ValueError(f"pool: source '{name}' does not exist; there are {', '.join(there)}")
         if self.pool and not set(categories) - set(self.pool):
             raise ValueError("pool: all sources are in it, and none is left to be compared")
+
+    def check_earlier(self, earlier: Mapping[str, Step]) -> None:
+        """ValueError if the vectors that are compared are not made."""
+        require_vectors(self.name, earlier, "images", "texts")
 
     def value(self, sample: Sample) -> Any:
         """Keys of the vectors, the first picture and the beginning of the text; no keys if a vector is missing."""

@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import Count, Flag, Positive, Range
 from megatron_eagle.config.schema import meant
-from megatron_eagle.curation.operator import Row, SetOperator, Verdict
+from megatron_eagle.curation.operator import Row, SetOperator, Step, Verdict
+from megatron_eagle.curation.operators.embeddings import require_vectors
 from megatron_eagle.curation.sample import Finding, Sample
 from megatron_eagle.curation.selection import (
     Clusters,
@@ -70,6 +71,13 @@ class Operator(SetOperator):
                 hint = meant(name, known)
                 raise ValueError(f"targets: {self.by} '{name}' does not exist; there are {', '.join(known)}{hint}")
 
+    def check_earlier(self, earlier: Mapping[str, Step]) -> None:
+        """ValueError if the vectors that are clusters are made of are not made, or not of a target."""
+        require_vectors(self.name, earlier, "images")
+        blind = set(self.targets) - earlier["embeddings"].sources if self.by == "source" else set()
+        if blind:
+            raise ValueError(f"targets: 'embeddings' is not applied to {', '.join(sorted(blind))}")
+
     def prepare(self, folder: Path) -> None:
         """UserError if faiss is wanted and missing."""
         if self.method == "clusters" or self.compare:
@@ -121,7 +129,7 @@ class Operator(SetOperator):
             yield from (
                 Verdict((source, None), finding) for finding in self._notes(name, group, vectors, found, chosen)
             )
-        shown = self._shown(found, chosen) if self.method == "clusters" and found is not None else {}
+        shown = self._shown(name, found, chosen) if self.method == "clusters" and found is not None else {}
         taken = set(chosen.tolist())
         for number, row in enumerate(group):
             where = "" if found is None or self.method != "clusters" else f"cluster {int(found.of[number])} of {name}"
@@ -167,15 +175,15 @@ class Operator(SetOperator):
             detail = f"{name}: mean cosine of a picture with the nearest that is kept: {', '.join(parts)}"
             yield Finding("noted", "methods compared", detail)
 
-    def _shown(self, found: Clusters, chosen: NDArray[np.int64]) -> dict[int, Finding]:
+    def _shown(self, name: str, found: Clusters, chosen: NDArray[np.int64]) -> dict[int, Finding]:
         """The samples nearest to the centres of the largest clusters, for the report."""
         sizes = np.bincount(found.of, minlength=len(found.centres))
         drawn = np.bincount(found.of[chosen], minlength=len(found.centres))
         shown: dict[int, Finding] = {}
         for number in np.argsort(-sizes, kind="stable")[: self.galleries].tolist():
             members = np.flatnonzero(found.of == number)
-            reason = f"cluster {number}: {sizes[number]} samples, {drawn[number]} drawn"
+            gallery = f"cluster {number} of {name}: {sizes[number]} samples, {drawn[number]} drawn"
             for one in members[np.argsort(-found.cosines[members], kind="stable")[:GALLERY]].tolist():
                 scores = {"cosine": round(float(found.cosines[one]), 4)}
-                shown[one] = Finding("noted", reason, "nearest to the centre", scores=scores, beside=())
+                shown[one] = Finding("noted", "nearest to a centre", gallery, scores=scores, beside=(), gallery=gallery)
         return shown
