@@ -94,7 +94,7 @@ class Saver:
         return stall
 
     def score(self, step: int, score: float) -> None:
-        """What the checkpoint of ``step`` scored: noted, if it is the best, once that checkpoint is there, never before.
+        """What the checkpoint of ``step`` scored: noted, if it is the best, once that checkpoint is there, not before.
 
         step: the one saved last, whose save has been finished, or one that is saved next.
         """

@@ -30,7 +30,8 @@ class Save:
 
     index, writer: what becomes ``.metadata`` (rank 0) and who writes it. common: what is the same in every process.
     buckets: copies of this process's tensors, by file. small: its other files' content. tokenizer: files by name.
-    partial: the folder it is written in. score: of its evaluation, if it may become the best. thread, results, measured, error: who writes, and what came of it.
+    partial: the folder it is written in. score: of its evaluation, if it may become the best.
+    thread, results, measured, error: who writes, and what came of it.
     """
 
     description: Description
@@ -125,7 +126,7 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
 
 
 def keep_best_and_newest(final: Path, step: int, score: float | None, keep: int) -> None:
-    """Put older checkpoints than ``final`` away but for ``keep`` - 1 and the best; ``score`` may make that ``final``."""
+    """Put checkpoints before ``final`` away but for ``keep`` - 1 and the best; ``score`` may make that ``final``."""
     if score is not None:
         note_if_best(final.parent, step, score)
     older = sorted(folder for folder in final.parent.glob("step_*[0-9]") if folder.name < final.name)
