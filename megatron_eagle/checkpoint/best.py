@@ -34,9 +34,11 @@ def read_best(stage_folder: Path) -> Best | None:
         raise UserError(f"{file} cannot be read: {error}; remove it to forget which checkpoint was the best") from None
 
 
-def note_best(stage_folder: Path, step: int, score: float) -> None:
-    """Write it down, all or nothing."""
-    stage_folder.mkdir(parents=True, exist_ok=True)
+def note_if_best(stage_folder: Path, step: int, score: float) -> None:
+    """Write the checkpoint of ``step``, which is there, down if no score was higher or equal; all or nothing."""
+    best = read_best(stage_folder)
+    if best is not None and best.score >= score:
+        return
     new = stage_folder / f"{BEST}.new"
     new.write_text(json.dumps(asdict(Best(step, score))) + "\n", encoding="utf-8")
     os.replace(new, stage_folder / BEST)

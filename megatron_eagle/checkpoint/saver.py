@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_eagle.checkpoint.best import BEST
 from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
 from megatron_eagle.checkpoint.sharded_state import (
     CONTENT,
@@ -29,7 +30,15 @@ from megatron_eagle.checkpoint.sharded_state import (
     random_state,
     sharded_state,
 )
-from megatron_eagle.checkpoint.writer import PARTIAL, Save, describe_failure, publish, start_partial, write
+from megatron_eagle.checkpoint.writer import (
+    PARTIAL,
+    Save,
+    describe_failure,
+    keep_best_and_newest,
+    publish,
+    start_partial,
+    write,
+)
 from megatron_eagle.compat.checkpoint_saving import plan_save
 from megatron_eagle.errors import Superseded, UserError
 from megatron_eagle.parallel.groups import Groups
@@ -68,6 +77,8 @@ class Saver:
         self._folder, self._groups, self._device, self._keep, self._say = stage_folder, groups, device, keep, say
         self._tokenizer = dict(tokenizer or {})
         self._pending: Save | None = None
+        self._score: tuple[int, float] | None = None  # of a step whose save has not begun
+        self._saved: int | None = None  # step of the newest checkpoint that this start published
         self._checked = False
         self._failures, self._last_failure = 0, ""
         self._stall = 0.0
@@ -81,6 +92,17 @@ class Saver:
         """Seconds that training has waited for checkpoints since this was asked last."""
         stall, self._stall = self._stall, 0.0
         return stall
+
+    def score(self, step: int, score: float) -> None:
+        """What the checkpoint of ``step`` scored: noted, if it is the best, once that checkpoint is there, not before.
+
+        step: the one saved last, whose save has been finished, or one that is saved next.
+        """
+        if step != self._saved:
+            self._score = (step, score)
+            return
+        final = self._folder / f"step_{step:08d}"
+        self._on_rank_zero(self._folder / BEST, lambda _: keep_best_and_newest(final, step, score, self._keep))
 
     def start(self, description: Description, state: TrainingState, data_position: bytes | None) -> None:
         """Copy the state and begin to write it; waits for the save before this one.
@@ -138,7 +160,8 @@ class Saver:
             position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
             small[POSITION_FILE.format(self._groups.dp_rank)] = position
         parts = (planned.index, planned.writer, planned.common, planned.buckets)
-        return Save(description, final, partial, *parts, small, self._tokenizer, started)
+        score = self._score[1] if self._score and self._score[0] == description.step else None
+        return Save(description, final, partial, *parts, small, self._tokenizer, started, score)
 
     def _conclude(self, save: Save) -> None:
         self._pending = None
@@ -155,7 +178,7 @@ class Saver:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._count(failure)
             return
-        self._failures = 0
+        self._failures, self._saved = 0, save.description.step
         total = time.perf_counter() - save.started
         name = save.description.stage
         self._say(f"{name} saved {save.final} in {total:.1f}s")
@@ -174,8 +197,8 @@ class Saver:
             try:
                 self._may_publish()
                 action(file)
-            except Superseded as superseded:
-                failure = [superseded]
+            except (Superseded, UserError) as error:
+                failure = [error]
             except (OSError, RuntimeError) as error:
                 failure = [SaveFailed(describe_failure(file, error))]
         dist.broadcast_object_list(failure, src=0)

@@ -5,7 +5,7 @@ read once, before the first step; each replica asks its own share. Spread encode
 every process has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -37,8 +37,12 @@ class QuestionSet:
     references: dict[str, str]
 
 
-def make_evaluator(recipe: Recipe, stage: Stage, groups: Groups, platform: Platform) -> Evaluator:
+def make_evaluator(
+    recipe: Recipe, stage: Stage, groups: Groups, platform: Platform, goes_on: Callable[[], None]
+) -> Evaluator:
     """What asks the questions of ``stage.evaluation``; every process calls this, and a failure of one is everybody's.
+
+    goes_on: called whenever questions are answered: all of them may take longer than anything else in training.
 
     Raises UserError if a data set cannot be read or has nothing to ask.
     """
@@ -55,7 +59,7 @@ def make_evaluator(recipe: Recipe, stage: Stage, groups: Groups, platform: Platf
 
     def evaluate(engine: Engine) -> dict[str, float]:
         with _asked(engine):
-            return {one.name: _score(one, engine, recipe, stage, tokenizer, groups, platform) for one in sets}
+            return {one.name: _score(one, engine, stage, tokenizer, groups, platform, goes_on) for one in sets}
 
     return evaluate
 
@@ -85,11 +89,11 @@ def _read(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, *, say: bool) -> l
 def _score(
     asked: QuestionSet,
     engine: Engine,
-    recipe: Recipe,
     stage: Stage,
     tokenizer: Tokenizer,
     groups: Groups,
     platform: Platform,
+    goes_on: Callable[[], None],
 ) -> float:
     """Share of right answers over all replicas."""
     assert stage.evaluation is not None
@@ -103,9 +107,13 @@ def _score(
         answer_tokens=stage.evaluation.answer_tokens,
         encode=engine.encoder.copy if engine.encoder else None,
     )
-    right = [answer.text.strip() == asked.references[name] for some in answers for name, answer in some.items()]
+    right = []
+    for some in answers:
+        goes_on()
+        right += [answer.text.strip() == asked.references[name] for name, answer in some.items()]
     total = torch.tensor([sum(right), len(right)], dtype=torch.int64, device=platform.device)
     dist.all_reduce(total, group=groups.dp)
+    goes_on()
     return int(total[0]) / int(total[1])
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_eagle.checkpoint.best import forget_best_after
 from megatron_eagle.checkpoint.files import (
     POSITION_FILE,
     Description,
@@ -160,7 +161,7 @@ class StageRun:
         elif first_weights:
             load_weights(first_weights, engine.state().modules, "adapters" if self.recipe.lora else "base")
             engine.reload_optimizer()
-        self.evaluation = self._open_evaluation(stage_folder)
+        self.evaluation = self._open_evaluation()
         stream = self._open_stream(position, resume_from, description)
         if description:
             self._say_changes(description, "resumed with changes")
@@ -276,17 +277,17 @@ class StageRun:
             raise UserError(next(text for text in messages if text))
         return stream
 
-    def _open_evaluation(self, stage_folder: Path) -> Evaluation | None:
+    def _open_evaluation(self) -> Evaluation | None:
         settings = self.stage.evaluation
         if settings is None or self.make_evaluator is None:
             return None
-        evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform)
-        evaluation = Evaluation(settings, self.stage.steps, evaluate, stage_folder, writes=self.groups.rank == 0)
-        self._on_rank_zero(lambda: evaluation.resume(self.step))
-        return evaluation
+        evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform, self.watch.goes_on)
+        return Evaluation(settings, self.stage.steps, evaluate)
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         self._on_rank_zero(self._require_newest)  # the log's file is written anew
+        if self.evaluation:  # steps after this one will be trained and evaluated again
+            self._on_rank_zero(lambda: forget_best_after(stage_folder, self.step))
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
@@ -302,8 +303,7 @@ class StageRun:
         self.watch.training_begins()
         try:
             while self.step < self.stage.steps:
-                stop = self._one_step(step, read, log)
-                self._save_if_due(engine, stream, stop or self.step == self.stage.steps)
+                stop = self._one_step(step, read, log, lambda leaving: self._save_if_due(engine, stream, leaving))
                 if stop and self.step < self.stage.steps:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
         finally:
@@ -328,8 +328,18 @@ class StageRun:
             if leaving or not self.stage.async_save:
                 self.saver.finish(must=leaving)
 
-    def _one_step(self, step: Step, read: Callable[[], list[PackedBatch]], log: TrainingLog | None) -> bool:
-        """Take a step and log it on rank 0; whether any process was asked to stop."""
+    def _one_step(
+        self,
+        step: Step,
+        read: Callable[[], list[PackedBatch]],
+        log: TrainingLog | None,
+        save: Callable[[bool], None],
+    ) -> bool:
+        """Take a step, evaluate it if that is due, log it on rank 0 and save it; whether any process was asked to stop.
+
+        The last step is saved before it is evaluated, which may take long. One before it is evaluated first, so that a
+        run that dies meanwhile evaluates it again; if the run was asked to stop, there is no time for that.
+        """
         started = time.perf_counter()
         result = step.run(read, phase=self._doing)
         with self._doing("collecting the step's numbers"):
@@ -343,17 +353,29 @@ class StageRun:
             raise NonFinite(self._explain_non_finite(step, result, stats.loss))
         seconds = time.perf_counter() - started
         self.watch.step_done()
-        scores = self._evaluate(step.engine)
+        last = self.step == self.stage.steps
+        saved_first = last and self.evaluation is not None
+        if saved_first:
+            save(True)
+        scores = self._evaluate(step.engine, skip=stats.stop and not last)
         if log and self._is_newest():
             log.step(self._record(step.engine, result, stats, rejected, seconds, scores))
+        if not saved_first:
+            save(stats.stop or last)
         return stats.stop
 
-    def _evaluate(self, engine: Engine) -> Scores:
+    def _evaluate(self, engine: Engine, *, skip: bool) -> Scores:
         """Of the step just made, if it is due."""
         if self.evaluation is None or not self.evaluation.due(self.step):
             return Scores({})
+        if skip:
+            self._say(f"{self.stage.name}: step {self.step} is not evaluated, the run was asked to stop")
+            return Scores({})
         with self.watch.saving(), self._doing("evaluating"):
-            return self.evaluation.run(self.step, engine)
+            scores = self.evaluation.run(engine)
+            if self.evaluation.settings.keep == "best":
+                self.saver.score(self.step, scores.mean)
+        return scores
 
     def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:
         with self._doing("looking for what is not finite"):

@@ -46,7 +46,7 @@ class HangLimits:
 
     factor: a step may take this many times the median of the recent ones,
     at_least: but never less than this.
-    otherwise: limit for all that is not an ordinary step: start, first steps, saving a checkpoint.
+    otherwise: limit for all that is not an ordinary step: start, first steps, saving a checkpoint, a batch of answers.
     grace: between writing the stacks and ending the process, so that the others write theirs before they are ended.
     """
 
@@ -134,6 +134,11 @@ class Watchdog:
         yield
         self._mark = time.monotonic()
         self._allow(self._step_limit())
+
+    def goes_on(self) -> None:
+        """Note, within ``saving``, that something got done: what is left of it has its own time."""
+        if self._limits is not None:
+            self._allow(self._limits.otherwise)
 
     def close(self) -> None:
         """Stop watching; the stack file stays if the process was late enough to write its stacks."""

@@ -126,10 +126,108 @@ def test_the_best_checkpoint_stays_through_a_resume(small_run, worlds, tmp_path:
     assert left() == ["step_00000006"]
 
 
-def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path: Path) -> None:
-    from megatron_eagle.checkpoint.best import forget_best_after, note_best, read_best
+def train_watched(
+    recipe_path: str, runs: str, scripted: list[float] | None, stop_in: int = 0, trouble: str = ""
+) -> tuple[list[str | None], int, str]:
+    """In a world of one: (newest checkpoint at each evaluation, how often the watch heard that it goes on, the end).
 
-    note_best(tmp_path, 4, 0.5)
+    stop_in: step in which a stop is asked for. trouble: what happens in the second evaluation and lasts ("superseded")
+    or to the second checkpoint ("disk").
+    """
+    from megatron_eagle.checkpoint import saver
+    from megatron_eagle.checkpoint.files import find_latest
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.errors import Superseded
+    from megatron_eagle.evaluation.while_training import make_evaluator
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.training.loop import StageRun
+    from megatron_eagle.training.run_folder import RunFolder
+    from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
+
+    class Watch(Watchdog):
+        steps = heard = 0
+
+        @property
+        def asked(self) -> bool:
+            return self.steps + 1 == stop_in
+
+        def step_done(self) -> None:
+            self.steps += 1
+
+        def goes_on(self) -> None:
+            self.heard += 1
+
+    def told(*_: Any) -> Any:
+        def evaluate(engine: Any) -> dict[str, float]:
+            latest = find_latest(stage_folder)
+            found.append(latest.name if latest else None)
+            return {"heldout": scripted[len(found) - 1]}
+
+        return evaluate
+
+    def require_newest(run: StageRun) -> None:
+        if trouble == "superseded" and len(found) == 2:
+            raise Superseded("a newer start")
+
+    def publish(save: Any, *rest: Any) -> None:
+        if trouble == "disk" and save.description.step == 2:
+            raise OSError(28, "No space left on device")
+        published(save, *rest)
+
+    recipe, platform, watch, end = load_recipe(Path(recipe_path)), install(), Watch(), ""
+    stage, folder, found = recipe.stages[-1], RunFolder(Path(runs) / recipe.name), []
+    stage_folder, published = folder.stage_checkpoints(stage.name), saver.publish
+    groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(minutes=1))
+    make = make_evaluator if scripted is None else told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageRun, "_require_newest", require_newest)
+        patch.setattr(saver, "publish", publish)
+        try:
+            StageRun(recipe, stage, folder, platform, groups, watch, make_evaluator=make).train()
+        except (StoppedEarly, Superseded) as error:
+            end = str(error)
+    return found, watch.heard, end
+
+
+@pytest.mark.parametrize("keep", ["newest", "best"])
+def test_a_stop_and_the_last_step_are_saved_before_anything_is_asked(small_run, worlds, tmp_path: Path, keep) -> None:
+    asked = {"every": 2, "data": ["unread"], "keep": keep}
+    file = write(small_run, tmp_path / "r.yaml", asked, stage={"checkpoint_every": 2, "keep_checkpoints": 1})
+    ((found, _, end),) = worlds(1).run(train_watched, file, str(tmp_path / "stopped"), [0.5], 2)
+    assert found == [] and end == "second was asked to stop: saved step 2"
+    stopped, whole = (tmp_path / name / "small/checkpoints/second" for name in ("stopped", "whole"))
+    assert sorted(path.name for path in stopped.iterdir()) == ["latest", "step_00000002"]
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2]
+    ((found, _, end),) = worlds(1).run(train_watched, file, str(tmp_path / "whole"), [0.5, 0.6], 4)
+    assert found == [None, "step_00000004"] and not end
+    assert [line["scores"] for line in metrics(tmp_path / "whole")] == [{}, {"heldout": 0.5}, {}, {"heldout": 0.6}]
+    best = ["best.json"] if keep == "best" else []
+    assert sorted(path.name for path in whole.iterdir()) == [*best, "latest", "step_00000004"]
+
+
+def test_the_watch_hears_of_each_batch_of_answers(small_run, worlds, tmp_path: Path) -> None:
+    asked = {"every": 4, "data": [str(small_run.folder / "heldout")], "limit": 6, "answer_tokens": 3}
+    file = write(small_run, tmp_path / "r.yaml", asked)
+    ((_, heard, _),) = worlds(1).run(train_watched, file, str(tmp_path), None)
+    assert heard >= 2, "the answers, and the other replicas'"
+
+
+@pytest.mark.parametrize("trouble, left", [("disk", [1, 3]), ("superseded", [1])])
+def test_no_checkpoint_is_the_best_before_it_is_there(small_run, worlds, tmp_path: Path, trouble: str, left) -> None:
+    asked = {"every": 1, "data": ["unread"], "keep": "best"}
+    stage = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "async_save": False, "decay": "constant"}
+    file = write(small_run, tmp_path / "r.yaml", asked, stage=stage)
+    worlds(1).run(train_watched, file, str(tmp_path), [0.5, 0.9, 0.3], 0, trouble)
+    folder = tmp_path / "small" / "checkpoints" / "second"
+    assert sorted(path.name for path in folder.glob("step_*")) == [f"step_{step:08d}" for step in left]
+    assert json.loads((folder / "best.json").read_text()) == {"step": 1, "score": 0.5}
+
+
+def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path: Path) -> None:
+    from megatron_eagle.checkpoint.best import forget_best_after, note_if_best, read_best
+
+    note_if_best(tmp_path, 4, 0.5)
+    note_if_best(tmp_path, 5, 0.5)
     (tmp_path / "step_00000004").mkdir()
     forget_best_after(tmp_path, 4)
     best = read_best(tmp_path)

@@ -118,6 +118,29 @@ def test_a_suspension_is_no_hang(tmp_path: Path) -> None:
     assert text.startswith("rank 3 on ")
 
 
+EVALUATING = """
+import sys, time
+from pathlib import Path
+from megatron_eagle.training.watchdog import HangLimits, Watchdog
+
+watch = Watchdog(HangLimits(otherwise=1.5, grace=0.1), Path(sys.argv[1]))
+with watch.saving():
+    for batch in range(8):
+        time.sleep(0.4)
+        watch.goes_on()
+print("answered", flush=True)
+with watch.saving():
+    time.sleep(60)
+"""
+
+
+def test_what_goes_on_is_no_hang_however_long_it_takes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", EVALUATING, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert (ended.stdout, ended.returncode) == ("answered\n", HANG_EXIT_CODE)
+
+
 def test_a_plain_watch_costs_nothing(tmp_path: Path) -> None:
     watch = Watchdog()
     with watch.saving():
