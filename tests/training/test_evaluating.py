@@ -266,7 +266,8 @@ def test_a_recipe_says_it_in_one_line(small_run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 'second': evaluation generates answers without virtual pipeline"):
         load_recipe(Path(write(small_run, tmp_path / "r.yaml", asked, layout={"pp": 2, "vpp": 1})))
     for wrong, message in (
-        ({"every": 2}, "data is empty"),
+        ({"every": 2}, "evaluation.data: this key is needed"),
+        ({"every": 2, "data": []}, "data is empty"),
         ({"every": 2, "data": ["x/a", "y/a"]}, "two folders called a"),
     ):
         with pytest.raises(UserError, match=message):
