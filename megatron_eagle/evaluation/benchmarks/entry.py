@@ -27,9 +27,13 @@ OPTIONS = ("options", "choices")
 CATEGORY = ("category", "question_type", "split", "type", "task")
 HALLUSION = ("category", "subcategory", "set_id", "figure_id", "question_id")
 BY_LETTER = ("choice", "circular", "mmmu", "mathvista")  # rules whose reference may be an option's letter
-OTHERS = ("hint", "l2-category", "subcategory", "set_id", "figure_id", "answer_type", "visual_input")  # rules look at
+OTHERS = (  # columns that rules, splits and submissions look at
+    "hint", "l2-category", "subcategory", "set_id", "figure_id", "answer_type", "visual_input", "split", "questionId",
+)  # fmt: skip
+WITHHELD = "?"  # what MMMU's test set has for an answer
 
 _PLACED = re.compile(r"<image (\d+)>")  # where MMMU shows a picture
+_SAYS_HOW = re.compile(r"^(?:please )?answer\b.*\bletter\b", re.IGNORECASE | re.MULTILINE)  # as RealWorldQA does
 _IN_TEXT = re.compile(r"(?:^|[\s,])([A-Z])[.:)]\s+([^\n]*?)(?=\s*,?\s[A-Z][.:)]\s|\n|$)")
 
 
@@ -47,7 +51,7 @@ class Question:
 class Entry:
     """A row of a benchmark: a question, or the reason why it cannot be asked.
 
-    fields: columns that rules look at.
+    fields: columns that rules look at. counts: whether it is of the split that the published number is of.
     """
 
     id: str
@@ -55,6 +59,7 @@ class Entry:
     fields: Mapping[str, str]
     question: Question | None
     reason: str = ""
+    counts: bool = True
 
     def broken(self, reason: str) -> "Entry":
         """The same without a question."""
@@ -79,7 +84,7 @@ class Entries:
 
     def of(self, rows: Sequence[Row]) -> list[Entry]:
         """An entry a row. If no row has an answer, answers are withheld; where some have, one without is broken."""
-        entries = [self._entry(row) for row in rows]
+        entries = self._of_split([self._entry(row) for row in rows])
         if any(entry.question and entry.question.references for entry in entries):
             return [
                 entry.broken("it has no answer to score against")
@@ -88,6 +93,13 @@ class Entries:
                 for entry in entries
             ]
         return entries
+
+    def _of_split(self, entries: list[Entry]) -> list[Entry]:
+        """The same, of which only the benchmark's split counts if the file has it."""
+        split = self.benchmark.split
+        if not split or not any(entry.fields.get("split") == split for entry in entries):
+            return entries
+        return [replace(entry, counts=entry.fields.get("split") == split) for entry in entries]
 
     def _entry(self, row: Row) -> Entry:
         identity = _identity(row)
@@ -106,19 +118,23 @@ class Entries:
             return entry.broken(str(error))
 
     def _question(self, row: Row) -> Question:
-        text = _first(row.fields, QUESTION)
+        fields = _without_nan(row.fields) if self.benchmark.rule == "circular" else row.fields
+        text = _first(fields, QUESTION)
         if not text and not (self.task and self.task.text):
             raise ValueError(f"no question in it: columns {', '.join(QUESTION)} are missing or empty")
-        options = _options(row.fields)
+        options = _options(fields)
         listed = {} if options or self.benchmark.rule not in ("choice", "circular") else _options_in(text)
-        references = self._references(row.fields, options or listed)
-        asked = self._asked(row.fields, text, options)
+        references = self._references(fields, options or listed)
+        asked = self._asked(fields, text, options, listed=bool(listed))
         placed, pictures = _placed(asked, row.pictures)
         return Question(placed, pictures, references, options or listed)
 
-    def _asked(self, fields: Mapping[str, Any], text: str, options: Mapping[str, str]) -> str:
+    def _asked(self, fields: Mapping[str, Any], text: str, options: Mapping[str, str], *, listed: bool) -> str:
+        """listed: the text holds options itself."""
         if self.task and self.task.text:
             return str(render(self.task.text, fields))
+        if listed:
+            return text if _SAYS_HOW.search(text) else text + self.benchmark.options
         if not options or not self.benchmark.options:  # MathVista's texts hold their options
             return text + self.benchmark.ask
         hint = f"Hint: {fields['hint']}\n" if fields.get("hint") else ""
@@ -127,13 +143,19 @@ class Entries:
 
     def _references(self, fields: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
         if self.task and self.task.target:
-            found = list_of(render(self.task.target, fields))
+            found = self._answers(render(self.task.target, fields))
         else:
-            found = next((given for name in ANSWERS if (given := list_of(fields.get(name)))), [])
+            found = next((given for name in ANSWERS if (given := self._answers(fields.get(name)))), [])
         if options and self.benchmark.rule in BY_LETTER:
             texts = self.benchmark.rule == "mathvista"
             return tuple(_letter_of(answer, options, fields, texts=texts) for answer in found)
         return tuple(found)
+
+    def _answers(self, value: Any) -> list[str]:
+        """All that are right; a list of MathVista's is one answer."""
+        if self.benchmark.rule == "mathvista":
+            return [] if value is None or value == "" else [str(value)]
+        return [] if self.benchmark.rule == "mmmu" and value == WITHHELD else list_of(value)
 
 
 def _identity(row: Row) -> str:
@@ -170,6 +192,14 @@ def _options(fields: Mapping[str, Any]) -> dict[str, str]:
         if len(texts := list_of(fields.get(name))) > 1:
             return dict(zip(ascii_uppercase, texts, strict=False))
     return {letter: str(fields[letter]) for letter in ascii_uppercase if fields.get(letter) not in (None, "")}
+
+
+def _without_nan(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the "nan" that Hugging Face's MMBench has for no hint and no option; kept if no option would be left."""
+    empty = {name for name in ("hint", *ascii_uppercase) if str(fields.get(name)).strip().lower() == "nan"}
+    if not any(fields.get(letter) not in (None, "") and letter not in empty for letter in ascii_uppercase):
+        empty &= {"hint"}
+    return {name: value for name, value in fields.items() if name not in empty}
 
 
 def _options_in(text: str) -> dict[str, str]:

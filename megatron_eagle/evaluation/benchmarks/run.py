@@ -107,7 +107,7 @@ def evaluate_benchmarks(
                 whole = [one.broken(asking.broken[one.id]) if one.id in asking.broken else one for one in entries]
                 done.append(_scores(request, whole, answers, notes, folder, asking.log))
                 for entry in whole:
-                    if entry.question is None:
+                    if entry.question is None and entry.counts:
                         print(f"unreadable: {request.benchmark.name}: {entry.id}: {entry.reason}")
                 _say(done[-1])
     finally:
@@ -135,16 +135,22 @@ def _entries(request: Request, folder: Path, rank: int, limit: int | None) -> tu
     if isinstance(message[0], str):
         raise UserError(message[0])
     entries, notes = message[0]
-    if limit is not None and limit < len(entries):
-        entries, notes = entries[:limit], (*notes, f"the first {limit} of {len(entries)} questions")
-    return entries, notes
+    return limited(entries, notes, limit)
+
+
+def limited(entries: list[Entry], notes: tuple[str, ...], limit: int | None) -> tuple[list[Entry], tuple[str, ...]]:
+    """The first ``limit`` entries of the split that counts, and what to say of it; all if there are no more."""
+    counted = [entry for entry in entries if entry.counts]
+    if limit is None or limit >= len(counted):
+        return entries, notes
+    return counted[:limit], (*notes, f"the first {limit} of {len(counted)} questions")
 
 
 def _outlines(entries: Sequence[Entry], planner: VisualPlanner) -> tuple[list[Prompt], list[Entry]]:
     """(what can be asked as far as headers say, the entries with the others broken)"""
     prompts, checked = [], []
     for entry in entries:
-        if entry.question is not None:
+        if entry.question is not None and entry.counts:
             try:
                 prompts.append(prompt_of(entry.stored(), planner, tiles=False))
             except BrokenSample as reason:
@@ -250,6 +256,7 @@ def _say(done: _Done) -> None:
     value = "no score, the file has no answers" if result.value is None else f"{result.value:.1f}"
     blank = f", {without:.1f} with blanked images" if without is not None else ""
     counts = f"{result.questions} questions = {result.asked} asked + {result.unreadable} unreadable"
-    left = f"; {result.left_out} without a picture left out" if result.left_out else ""
+    which = "without a picture" if done.request.benchmark.pictures_only else "of other splits"
+    left = f"; {result.left_out} {which} left out" if result.left_out else ""
     undecided = f"; partial: {result.undecided} need a judge and count as wrong" if result.undecided else ""
     print(f"{result.benchmark}: {value}{blank} ({counts}{left}{undecided})", flush=True)

@@ -108,6 +108,8 @@ def _withheld(entries: Sequence[Entry]) -> bool:
 
 
 def _left_out(benchmark: Benchmark, entry: Entry) -> bool:
+    if not entry.counts:
+        return True
     return benchmark.pictures_only and entry.question is not None and not entry.question.pictures
 
 

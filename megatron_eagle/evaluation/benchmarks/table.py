@@ -29,7 +29,8 @@ class Benchmark:
     name: as it is asked for. files: beginnings of the names that its files have, those of VLMEvalKit first.
     ask: what stands behind every question with a free answer; options: what stands behind every one with
     options. answer_tokens: longest answer. scale: what a share of 1 is written as. pictures_only: questions without a
-    picture are no part of the published number. submission: form of the file for a server that has the answers.
+    picture are no part of the published number. split: the one that the published number is of, where a file says
+    several. submission: form of the file for a server that has the answers.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Benchmark:
     answer_tokens: int = 16
     scale: int = 100
     pictures_only: bool = False
+    split: str = ""
     submission: Literal["rrc"] | None = None
     published: Mapping[str, float] = field(default_factory=dict)
 
@@ -66,7 +68,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("realworldqa", "RealWorldQA", "choice", ("RealWorldQA",),
                   published=_published(55.4, 63.1, 69.3, 76.7)),
         Benchmark("ai2d", "AI2D", "choice", ("AI2D",), published=_published(70.9, 79.3, 83.9, 84.5)),
-        Benchmark("mmmu", "MMMU", "mmmu", ("MMMU",), PHRASE, published=_published(38.8, 43.1, 56.1, 55.8)),
+        Benchmark("mmmu", "MMMU", "mmmu", ("MMMU",), PHRASE, split="validation",
+                  published=_published(38.8, 43.1, 56.1, 55.8)),
         Benchmark("mmbench", "MMBench 1.1", "circular", ("MMBench",), published=_published(None, None, 80.6, 81.7)),
         Benchmark("mmvet", "MMVet", "judge", ("MMVet", "MM-Vet"), answer_tokens=512,
                   published=_published(40.9, 53.8, 62.2, 62.9)),
