@@ -39,7 +39,9 @@ def test_a_clip_is_the_frames_that_begin_in_it(rate, seconds, data):
     found = [round((clip.start + n / rate) * rate) for n in range(clip.frames)]
     slack = 1e-5 / rate  # a time that is a frame's to the last digits may count either way
     exact = all(
-        abs(n / rate - border) > slack for n in (*inside, len(inside) and inside[-1] + 1) for border in (start, end)
+        abs(n / rate - border) > slack
+        for n in (*inside, len(inside) and inside[-1] + 1, round(start * rate), round(end * rate))
+        for border in (start, end)
     )
     if exact and inside:
         assert found == inside

@@ -176,4 +176,7 @@ def test_a_finished_curation_and_a_plan_bring_their_sources_and_categories(data:
     (kept,) = sources_of(str(tmp_path / "out"))
     assert (kept.name, kept.category, kept.path) == ("x", "chart", str(tmp_path / "out/kept/x/samples.jsonl"))
     assert sources_of(f"math={data / 'new'}")[0].category == "math"
-    assert Admission(str(tmp_path / "out"), (str(file),), {"images": "m", "texts": "m"}, {}).plan().sources[1].name == "x-2"
+    assert (
+        Admission(str(tmp_path / "out"), (str(file),), {"images": "m", "texts": "m"}, {}).plan().sources[1].name
+        == "x-2"
+    )
