@@ -41,6 +41,7 @@ from megatron_eagle.checkpoint.writer import (
 )
 from megatron_eagle.compat.checkpoint_saving import plan_save
 from megatron_eagle.errors import Superseded, UserError
+from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups
 
 FAILURES_IN_A_ROW = 2  # a full disk may be cleared while the run goes on; after so many it has to be told
@@ -192,18 +193,17 @@ class Saver:
 
     def _on_rank_zero(self, file: Path, action: Callable[[Path], None]) -> None:
         """Run ``action`` on rank 0 while the others wait; its failure is everybody's, so that nobody waits for ever."""
-        failure: list[Exception | None] = [None]
-        if self._groups.rank == 0:
+
+        def act() -> None:
             try:
                 self._may_publish()
                 action(file)
-            except (Superseded, UserError) as error:
-                failure = [error]
+            except (Superseded, UserError):
+                raise
             except (OSError, RuntimeError) as error:
-                failure = [SaveFailed(describe_failure(file, error))]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
+                raise SaveFailed(describe_failure(file, error)) from error
+
+        on_rank_zero(act)
 
     @contextmanager
     def _stalled(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
 from megatron_eagle.evaluation.generate import generate
 from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups
 
 BLANK_GREY = 128
@@ -110,16 +111,10 @@ class Asking:
 
     def _known(self, run: Mapping[str, Any]) -> Answers:
         """What an interrupted evaluation has left, the same on every process; a disk that fails is everybody's."""
-        message: list[Any] = [None]
-        if self.groups.rank == 0:
-            try:
-                message = [self.log.open(run)]
-            except OSError as error:
-                message = [f"cannot write answers to {self.log.folder}: {error.strerror}"]
-        dist.broadcast_object_list(message, src=0)
-        if isinstance(message[0], str):
-            raise UserError(message[0])
-        known: Answers = message[0]
+        try:
+            known: Answers = on_rank_zero(lambda: self.log.open(run))
+        except OSError as error:
+            raise UserError(f"cannot write answers to {self.log.folder}: {error.strerror}") from None
         if known and self.groups.rank == 0:
             print(f"{len(known)} answers of an interrupted evaluation are kept", flush=True)
         return known

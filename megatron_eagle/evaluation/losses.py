@@ -29,6 +29,7 @@ from megatron_eagle.data.storage.shards import StoredSample, iterate_samples
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
 from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
+from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -162,23 +163,23 @@ def _write(
     dist.all_gather_object(told, (found, broken) if speaks else ([], []))
     losses = [one for _, one in sorted((one for some, _ in told for one in some), key=lambda pair: pair[0])]
     rejected = rejected + [one for _, some in told for one in some]
-    message: list[str | None] = [None]
-    if groups.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            named = [{"id": name, "reason": reason} for name, reason in rejected]
-            for file, lines in ((LOSSES, [asdict(one) for one in losses]), (REJECTED, named)):
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                (out / file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            message = [f"cannot write losses to {out}: {error.strerror}"]
-        if not losses:
-            first = rejected[0] if rejected else ("", "the data set is empty")
-            message = [f"{data}: none of {len(rejected)} samples has a loss; {first[0]}: {first[1]}"]
-    dist.broadcast_object_list(message, src=0)
-    if message[0]:
-        raise UserError(message[0])
+    on_rank_zero(lambda: _write_lines(out, data, losses, rejected))
     if groups.rank == 0:
         mean = sum(one.loss for one in losses) / len(losses)
         left_out = f" ({len(rejected)} have none, see {out / REJECTED})" if rejected else ""
         print(f"{len(losses)} samples{left_out}: mean loss {mean:.4f}, {out / LOSSES}", flush=True)
+
+
+def _write_lines(out: Path, data: Path, losses: Sequence[SampleLoss], rejected: Rejected) -> None:
+    """Both files; UserError if a disk refuses, or there was nothing to measure."""
+    named = [{"id": name, "reason": reason} for name, reason in rejected]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, lines in ((LOSSES, [asdict(one) for one in losses]), (REJECTED, named)):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (out / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write losses to {out}: {error.strerror}") from None
+    if not losses:
+        first = rejected[0] if rejected else ("", "the data set is empty")
+        raise UserError(f"{data}: none of {len(rejected)} samples has a loss; {first[0]}: {first[1]}")

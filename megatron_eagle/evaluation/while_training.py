@@ -23,6 +23,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.generate import generate
 from megatron_eagle.evaluation.prompt import Prompt, pack_prompts, prompts_of
 from megatron_eagle.evaluation.questions import questions_of
+from megatron_eagle.parallel.agreement import refuse_together
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.evaluating import Evaluator
@@ -51,11 +52,8 @@ def make_evaluator(
     try:
         sets = _read(recipe, stage, tokenizer, say=groups.rank == 0)
     except (UserError, OSError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * groups.world_size
-    dist.all_gather_object(messages, message)
-    if any(messages):
-        raise UserError(f"stage '{stage.name}', evaluation: {next(text for text in messages if text)}")
+        message = f"stage '{stage.name}', evaluation: {error}"
+    refuse_together(message)
 
     def evaluate(engine: Engine) -> dict[str, float]:
         with _asked(engine):

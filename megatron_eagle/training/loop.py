@@ -6,7 +6,6 @@ the stage is complete does nothing.
 """
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,47 +13,39 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_eagle.checkpoint.best import forget_best_after
 from megatron_eagle.checkpoint.files import (
-    POSITION_FILE,
     Description,
-    find_good,
     find_latest,
-    load_training_state,
-    load_weights,
-    own_file,
     read_description,
     require_same_model,
 )
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
-from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
-from megatron_eagle.data.stream.streams import Stream, open_stage_stream
+from megatron_eagle.data.stream.streams import Stream
 from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
+from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
-from megatron_eagle.training.adapters import base_checkpoint, load_base, require_fitting
-from megatron_eagle.training.engine import Engine, build_engine
+from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
+from megatron_eagle.training.opening import newest, open_stage, opening_line
 from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_folder import RunFolder
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
-from megatron_eagle.training.step_stats import StepStats, gather_rejected
-from megatron_eagle.training.throughput import stated_peak, utilisation
+from megatron_eagle.training.step_stats import StepStats, gather_rejected, peak_rss_bytes
+from megatron_eagle.training.throughput import utilisation
 from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
-
-Found = TypeVar("Found")
 
 
 def train_stage(
@@ -128,11 +119,11 @@ class StageRun:
         Raises UserError, on every process, if a trainer is known to be at work in the run's folder.
         """
         try:
-            self.number = self._on_rank_zero(self._join)
+            self.number = on_rank_zero(self._join)
             self._train_or_continue()
-        except Damaged as damaged:  # on every process: by ``_on_rank_zero`` or ``checksums.verify``, nowhere else
+        except Damaged as damaged:  # on every process: by ``on_rank_zero`` or ``checksums.verify``, nowhere else
             folder = Path(damaged.folder)
-            way_on = self._on_rank_zero(lambda: self.run_folder.way_on(folder, self.recipe, self.stage))
+            way_on = on_rank_zero(lambda: self.run_folder.way_on(folder, self.recipe, self.stage))
             raise UserError(f"{damaged.what}. {way_on}") from None
         finally:
             if self.start is not None:
@@ -140,42 +131,26 @@ class StageRun:
 
     def _train_or_continue(self) -> None:
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
-        resume_from, description = self._on_rank_zero(lambda: self._newest(stage_folder))
-        if resume_from and description:
-            require_same_model(resume_from, description, self.recipe.model.eagle())
-            if description.step == self.stage.steps:
-                self._say(f"{self.stage.name} is complete: {description.step} steps, {resume_from}")
-                self._say_changes(description, "was trained otherwise than the recipe says now")
+        own = on_rank_zero(lambda: newest(stage_folder, fallback=self.fallback, say=self._say))
+        if own:
+            require_same_model(own.path, own.description, self.recipe.model.eagle())
+            if own.description.step == self.stage.steps:
+                self._say(f"{self.stage.name} is complete: {own.description.step} steps, {own.path}")
+                self._say_changes(own.description, "was trained otherwise than the recipe says now")
                 return
-            require_continuable(resume_from, description, self.recipe, self.stage)
-            self.step, self.rejected_total = description.step, description.rejected_total
-            self.peak_rss_bytes = description.peak_rss_bytes
-        self._on_rank_zero(self._read_tokenizer)  # before anything is built
-        first_weights = None if resume_from else self._on_rank_zero(self._weights_before)
-        engine = build_engine(self.recipe, self.stage, self.platform, self.groups)
-        if self.recipe.lora:
-            self._load_base(self.recipe.lora, engine, resume_from or first_weights)
-        position = None
-        if resume_from and description:
-            position = load_training_state(resume_from, description, engine.state(), self.groups)
-        elif first_weights:
-            load_weights(first_weights, engine.state().modules, "adapters" if self.recipe.lora else "base")
-            engine.reload_optimizer()
+            require_continuable(own.path, own.description, self.recipe, self.stage)
+            self.step, self.rejected_total = own.description.step, own.description.rejected_total
+            self.peak_rss_bytes = own.description.peak_rss_bytes
+        on_rank_zero(self._read_tokenizer)  # before anything is built
         self.evaluation = self._open_evaluation()
-        stream = self._open_stream(position, resume_from, description)
-        if description:
-            self._say_changes(description, "resumed with changes")
-        self._on_rank_zero(self._explain_start)
-        self._say(self._opening_line(engine, resume_from or first_weights))
-        self._train(engine, stream, stage_folder)
-
-    def _load_base(self, lora: LoraSettings, engine: Engine, adapters: Path | None) -> None:
-        """What adapters belong to, before they are loaded from a checkpoint, if there is one."""
-        copy = engine.encoder.copy if engine.encoder else None
-        base = load_base(self._on_rank_zero(lambda: base_checkpoint(self.recipe)), engine.models, copy)
-        if adapters:
-            self._on_rank_zero(lambda: require_fitting(adapters, lora, base))
-        self.base = base
+        opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups)
+        self.base = opened.base
+        if own:
+            self._say_changes(own.description, "resumed with changes")
+        on_rank_zero(self._explain_start)
+        device = self.platform.device
+        self._say(opening_line(self.recipe, self.stage, opened, step=self.step, groups=self.groups, device=device))
+        self._train(opened.engine, opened.stream, stage_folder)
 
     def _join(self) -> int | None:
         """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
@@ -213,20 +188,6 @@ class StageRun:
         if self.start is not None:
             self.start.require_newest()
 
-    def _on_rank_zero(self, action: Callable[[], Found]) -> Found:
-        """What ``action`` returns on rank 0, which the others wait for; its failure is everybody's."""
-        answer: list[Any] = [None, None]
-        if self.groups.rank == 0:
-            try:
-                answer[0] = action()
-            except (UserError, Superseded, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        found: Found = answer[0]
-        return found
-
     def _is_newest(self) -> bool:
         """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers.
 
@@ -247,36 +208,6 @@ class StageRun:
         elif found := changes(saved, self.recipe, self.stage):
             self._say(f"{self.stage.name} {what}: {', '.join(found)}")
 
-    def _newest(self, stage_folder: Path) -> tuple[Path | None, Description | None]:
-        """The checkpoint to continue from, and what it is."""
-        found, damaged = find_good(stage_folder) if self.fallback else (find_latest(stage_folder), [])
-        for line in damaged:
-            self._say(f"passed over: {line}")
-        return found, read_description(found) if found else None
-
-    def _weights_before(self) -> Path | None:
-        return self.run_folder.weights_before(self.recipe, self.stage)
-
-    def _open_stream(
-        self, position: bytes | None, resume_from: Path | None, description: Description | None
-    ) -> Stream | None:
-        """The reader's stream of packs; a failure on one reader is everybody's."""
-        stream, message, where = None, None, ""
-        if self.groups.is_reader:
-            try:
-                stream = open_stage_stream(self.recipe, self.stage, self.groups.dp_rank, self.groups.dp_size)
-                if resume_from is not None and position is not None:
-                    where = f"{own_file(resume_from, POSITION_FILE, self.groups.dp_rank)}: "
-                    stream.restore(position)
-            except UserError as error:
-                found = changes(description, self.recipe, self.stage) if where and description else []
-                message = f"{where}{error}" + (f"; the recipe's changes: {', '.join(found)}" if found else "")
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-        if any(messages):
-            raise UserError(next(text for text in messages if text))
-        return stream
-
     def _open_evaluation(self) -> Evaluation | None:
         settings = self.stage.evaluation
         if settings is None or self.make_evaluator is None:
@@ -285,9 +216,9 @@ class StageRun:
         return Evaluation(settings, self.stage.steps, evaluate)
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
-        self._on_rank_zero(self._require_newest)  # the log's file is written anew
+        on_rank_zero(self._require_newest)  # the log's file is written anew
         if self.evaluation:  # steps after this one will be trained and evaluated again
-            self._on_rank_zero(lambda: forget_best_after(stage_folder, self.step))
+            on_rank_zero(lambda: forget_best_after(stage_folder, self.step))
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
@@ -443,17 +374,11 @@ class StageRun:
             data_parallel_size=self.groups.dp_size,
             trainable_parameters=engine.trainable_parameters,
             rejected_total=self.rejected_total,
-            peak_rss_bytes=max(self.peak_rss_bytes, self._peak_rss_bytes()),
+            peak_rss_bytes=max(self.peak_rss_bytes, peak_rss_bytes(self.platform.device)),
             recipe=recipe_values(self.recipe, self.stage),
             base=self.base,
             lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )
-
-    def _peak_rss_bytes(self) -> int:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        total = torch.tensor([kilobytes], dtype=torch.int64, device=self.platform.device)
-        dist.all_reduce(total)
-        return int(total) * 1024
 
     def _open_log(self) -> TrainingLog | None:
         if self.groups.rank != 0:
@@ -467,22 +392,6 @@ class StageRun:
             wandb_project=settings.wandb_project,
             resumed_at=self.step,
             about=self.origin,
-        )
-
-    def _opening_line(self, engine: Engine, start: Path | None) -> str:
-        layout, stage = self.recipe.stage_layout(self.stage), self.stage
-        lora = self.recipe.lora
-        origin = "random weights" if start is None else str(start)
-        if lora:
-            drawn = self.recipe.model.initial_weights or "random weights"
-            origin = f"{start or 'new adapters'} on {drawn} ({self.base})"
-        peak = stated_peak(self.platform.device)
-        what = f"{'adapters of ' if lora else ''}{', '.join(stage.trainable)}"
-        return (
-            f"{stage.name}: steps {self.step + 1} to {stage.steps} from {origin}; trains {what} "
-            f"({engine.trainable_parameters:,} parameters); {stage.batch} packs of {stage.pack_length} tokens a step; "
-            f"tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={self.groups.dp_size} encoder={layout.encoder} "
-            f"on {self.platform.device.type}{f', MFU of {peak / 1e12:.0f} TFLOP/s' if peak else ''}"
         )
 
     def _say(self, line: str) -> None:

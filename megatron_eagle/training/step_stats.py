@@ -6,6 +6,7 @@ processes there are. Of the samples' ids a digest travels that can be added up; 
 only in a step that has any.
 """
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,3 +118,11 @@ def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 def _balance(tiles: float, processes: int, most: float) -> float:
     return tiles / processes / most if most else 1.0
+
+
+def peak_rss_bytes(device: torch.device) -> int:
+    """Highest resident memory of each process so far, added up over all of them."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    total = torch.tensor([kilobytes], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total) * 1024

@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
@@ -28,6 +26,7 @@ from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
 from megatron_eagle.evaluation.prompt import Prompt, prompt_of
+from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -81,7 +80,7 @@ def evaluate_benchmarks(
         model = load_model(recipe, checkpoint, layout, platform)
         for request in requests:
             folder = out / request.benchmark.name
-            entries, notes = _entries(request, folder, groups.rank, wishes.limit)
+            entries, notes = _entries(request, folder, wishes.limit)
             tokens = _tokens(request, wishes)
             planner = planner_to_ask(recipe, stage, tokenizer, tokens)
             prompts, entries = _outlines(entries, planner)
@@ -122,19 +121,17 @@ def _tokens(request: Request, wishes: Wishes) -> int:
     return request.benchmark.answer_tokens if wishes.answer_tokens is None else wishes.answer_tokens
 
 
-def _entries(request: Request, folder: Path, rank: int, limit: int | None) -> tuple[list[Entry], tuple[str, ...]]:
+def _entries(request: Request, folder: Path, limit: int | None) -> tuple[list[Entry], tuple[str, ...]]:
     """What rank 0 reads, on every process; its pictures lie in ``folder`` until the benchmark is done."""
-    message: list[Any] = [None]
-    if rank == 0:
-        try:
-            with PictureFile(folder / PICTURES) as pictures:
-                message = [request.read(pictures)]
-        except (UserError, OSError) as error:
-            message = [f"{request.benchmark.name}: {error}"]
-    dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], str):
-        raise UserError(message[0])
-    entries, notes = message[0]
+
+    def read() -> tuple[list[Entry], tuple[str, ...]]:
+        with PictureFile(folder / PICTURES) as pictures:
+            return request.read(pictures)
+
+    try:
+        entries, notes = on_rank_zero(read)
+    except (UserError, OSError) as error:
+        raise UserError(f"{request.benchmark.name}: {error}") from None
     return limited(entries, notes, limit)
 
 
