@@ -27,6 +27,17 @@ def train(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = 
     return {}
 
 
+def answer(recipe_path: str, stage: str, runs: str, data: str, out: str, answer_tokens: int) -> None:
+    """Runs in every process of a world: the answers of a stage's newest checkpoint to a data set, scored."""
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.evaluation.score import evaluate
+    from megatron_eagle.training.run_folder import RunFolder
+
+    recipe = load_recipe(Path(recipe_path))
+    folder = RunFolder(Path(runs) / recipe.name)
+    evaluate(recipe, recipe.stage(stage), folder, Path(data), Path(out), install(), answer_tokens)
+
+
 def weights(recipe_path: str, stage: str, runs: str, overrides: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     """Runs in a world of one; every weight of a stage's newest checkpoint."""
     from datetime import timedelta

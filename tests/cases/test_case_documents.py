@@ -12,6 +12,7 @@ import torch
 from form_samples import RED, as_bytes, asks, build, conversation, says, texts, write_files, write_tar
 from PIL import Image
 from samples import make_settings, make_tokenizer, pdf_bytes
+from train_cases import answer, train
 
 from megatron_eagle.config.reading import VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
@@ -410,27 +411,6 @@ def test_one_digest_for_any_number_of_ranks_and_workers(world):
     assert digest(1) == digest(2) == digest(1, workers=2) and digest(1).samples >= 8
 
 
-def run_stage(recipe_path: str, runs: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.training.loop import train_stage
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    train_stage(recipe, recipe.stages[0].name, RunFolder(Path(runs) / recipe.name), install())
-
-
-def ask(recipe_path: str, runs: str, data: str, out: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation.score import evaluate
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    folder = RunFolder(Path(runs) / recipe.name)
-    evaluate(recipe, recipe.stages[0], folder, Path(data), Path(out), install(), 4)
-
-
 def test_documents_and_clips_are_trained_and_asked(small_run, worlds, tmp_path):
     from samples import write_video
 
@@ -443,10 +423,10 @@ def test_documents_and_clips_are_trained_and_asked(small_run, worlds, tmp_path):
     changes = small_run.settings()
     stage = {**changes["stages"][0], "steps": 2, "checkpoint_every": 2, "blend": [{"path": str(data)}]}
     recipe = small_run.write_recipe(tmp_path / "r.yaml", stages=[stage], reading={"degrade": True})
-    worlds(1).run(run_stage, str(recipe), str(tmp_path / "runs"))
+    worlds(1).run(train, str(recipe), "first", str(tmp_path / "runs"))
     lines = (tmp_path / "runs" / "small" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all(json.loads(line)["loss"] > 0 for line in lines)
-    worlds(1).run(ask, str(recipe), str(tmp_path / "runs"), str(data), str(tmp_path / "answers"))
+    worlds(1).run(answer, str(recipe), "first", str(tmp_path / "runs"), str(data), str(tmp_path / "answers"), 4)
     accuracy = json.loads((tmp_path / "answers" / "accuracy.json").read_text())
     assert accuracy["rejected"] == {"s2#1": "answer 1 is context only ('loss' or 'weight' says so)"}
     answers = [json.loads(line) for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()]

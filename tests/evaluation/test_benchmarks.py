@@ -17,6 +17,7 @@ from benchmark_files import (
     write_tsv,
 )
 from samples import image_bytes
+from train_cases import answer, train
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks.entry import Entry
@@ -220,26 +221,6 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     assert score(BENCHMARKS["hallusionbench"], entries, answers)[0].parts == result.parts
 
 
-def train(recipe_path: str, runs: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.training.loop import train_stage
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    train_stage(recipe, recipe.stages[0].name, RunFolder(Path(runs) / recipe.name), install())
-
-
-def ask_shards(recipe_path: str, runs: str, data: str, out: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation.score import evaluate
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    evaluate(recipe, recipe.stages[0], RunFolder(Path(runs) / recipe.name), Path(data), Path(out), install(), 2)
-
-
 def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) -> None:
     from megatron_eagle.cli import main
 
@@ -252,12 +233,12 @@ def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) 
 
 def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, worlds, tmp_path: Path) -> None:
     recipe, runs = str(small_run.write_recipe(tmp_path / "r.yaml")), str(tmp_path / "runs")
-    worlds(2).run(train, recipe, runs)
+    worlds(2).run(train, recipe, "first", runs)
     heldout = small_run.folder / "heldout"
-    worlds(2).run(ask_shards, recipe, runs, str(heldout), str(tmp_path / "first"))
+    worlds(2).run(answer, recipe, "first", runs, str(heldout), str(tmp_path / "first"), 2)
     made = made_questions(heldout, tmp_path / "first" / "predictions.jsonl")
     made_shards(tmp_path / "shards", made)
-    worlds(2).run(ask_shards, recipe, runs, str(tmp_path / "shards"), str(tmp_path / "on_shards"))
+    worlds(2).run(answer, recipe, "first", runs, str(tmp_path / "shards"), str(tmp_path / "on_shards"), 2)
     accuracy = json.loads((tmp_path / "on_shards" / "accuracy.json").read_text())
     assert 0 < accuracy["overall"] < 1, "an accuracy that tells nothing"
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from train_cases import train
 
 from megatron_eagle.errors import UserError
 
@@ -38,19 +39,9 @@ def score(recipe_path: str, data: str, out: str, answer_tokens: int, stop_after:
     return generated
 
 
-def train(recipe_path: str, runs: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.training.loop import train_stage
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    train_stage(recipe, recipe.stages[0].name, RunFolder(Path(runs) / recipe.name), install())
-
-
 def test_an_evaluation_goes_on_where_it_was_cut_short(small_run, worlds, tmp_path: Path) -> None:
     recipe, heldout = str(small_run.write_recipe(tmp_path / "r.yaml")), str(small_run.folder / "heldout")
-    worlds(1).run(train, recipe, str(tmp_path / "runs"))
+    worlds(1).run(train, recipe, "first", str(tmp_path / "runs"))
     (all_packs,) = worlds(1).run(score, recipe, heldout, str(tmp_path / "whole"), 2)
     (before,) = worlds(1).run(score, recipe, heldout, str(tmp_path / "cut"), 2, 3)
     assert before == 3 and not (tmp_path / "cut" / "predictions.jsonl").exists()

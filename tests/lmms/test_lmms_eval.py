@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from benchmark_files import made_parquet, made_questions, made_task
 from project import ROOT
+from train_cases import answer, train
 
 TOKENS = 4  # of an answer, as the task says
 
@@ -34,27 +35,6 @@ def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def train(recipe_path: str, runs: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.training.loop import train_stage
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    train_stage(recipe, recipe.stages[0].name, RunFolder(Path(runs) / recipe.name), install())
-
-
-def ask_shards(recipe_path: str, runs: str, data: str, out: str) -> None:
-    from megatron_eagle.compat.platform import install
-    from megatron_eagle.config.recipe import load_recipe
-    from megatron_eagle.evaluation.score import evaluate
-    from megatron_eagle.training.run_folder import RunFolder
-
-    recipe = load_recipe(Path(recipe_path))
-    folder = RunFolder(Path(runs) / recipe.name)
-    evaluate(recipe, recipe.stages[0], folder, Path(data), Path(out), install(), TOKENS)
-
-
 def ask_task(recipe_path: str, runs: str, task: str, out: str) -> None:
     from megatron_eagle.compat.platform import install
     from megatron_eagle.config.recipe import load_recipe
@@ -74,8 +54,8 @@ def test_lmms_eval_gets_the_accuracy_of_evaluate(
 ) -> None:
     recipe, runs = str(small_run.write_recipe(tmp_path / "r.yaml")), tmp_path / "runs"
     heldout = small_run.folder / "heldout"
-    worlds(1).run(train, recipe, str(runs))
-    worlds(1).run(ask_shards, recipe, str(runs), str(heldout), str(tmp_path / "first"))
+    worlds(1).run(train, recipe, "first", str(runs))
+    worlds(1).run(answer, recipe, "first", str(runs), str(heldout), str(tmp_path / "first"), TOKENS)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     made = made_questions(heldout, tmp_path / "first" / "predictions.jsonl")
