@@ -25,7 +25,7 @@ from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.locate import parse_requests
 from megatron_eagle.evaluation.benchmarks.scoring import score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
-from megatron_eagle.evaluation.benchmarks.table import BENCHMARKS
+from megatron_eagle.evaluation.benchmarks.table import benchmark_names, find_benchmark
 
 PICTURE = image_bytes((40, 30), (200, 10, 10))
 PNG = in_base64(PICTURE)
@@ -75,7 +75,7 @@ def test_what_is_broken_is_named_and_wrong_and_the_total_is_all_rows(tmp_path: P
     assert "no question in it" in reasons["5"] and "'99', which does not exist" in reasons["6"]
     assert reasons["8"] == "it has no answer to score against" and "0 bytes" in reasons["9"]
     assert reasons["10"] == "2 cells in a table of 8 columns"
-    result, _ = score(BENCHMARKS["mmstar"], entries, right_answers(entries))
+    result, _ = score(find_benchmark("mmstar"), entries, right_answers(entries))
     assert (result.questions, result.asked, result.unreadable) == (11, 3, 8)
     assert result.value == pytest.approx(100 * 3 / 11)
 
@@ -84,14 +84,14 @@ def test_a_missing_column_is_said_for_every_row(tmp_path: Path) -> None:
     write_tsv(tmp_path / "ChartQA.tsv", [{"index": n, "image": PNG, "answer": "5"} for n in range(3)])
     entries = entries_of("chartqa", tmp_path)
     assert all("no question in it" in entry.reason for entry in entries)
-    result, _ = score(BENCHMARKS["chartqa"], entries, {})
+    result, _ = score(find_benchmark("chartqa"), entries, {})
     assert (result.value, result.questions, result.unreadable) == (0.0, 3, 3)
 
 
 def test_a_question_that_got_no_answer_is_wrong(tmp_path: Path) -> None:
     made_tsv(tmp_path / "exact.tsv", [(str(n), "What?", "yes", [PICTURE]) for n in range(4)])
     entries = entries_of("exact", tmp_path)
-    result, _ = score(BENCHMARKS["exact"], entries, {"0": "yes", "1": " yes\n", "2": "no"})
+    result, _ = score(find_benchmark("exact"), entries, {"0": "yes", "1": " yes\n", "2": "no"})
     assert (result.value, result.asked, result.unreadable) == (50.0, 3, 1)
 
 
@@ -99,9 +99,9 @@ def test_withheld_answers_give_a_file_to_hand_in_and_no_score(tmp_path: Path) ->
     rows = [{"index": n, "image": PNG, "question": "Who?"} for n in (49153, 24580)]
     write_tsv(tmp_path / "DocVQA_TEST.tsv", [*rows, {**rows[0], "index": 7, "image": "!" * 99}])
     entries = entries_of("docvqa", tmp_path)
-    result, scored = score(BENCHMARKS["docvqa"], entries, {"49153": "Bo", "24580": "ä"})
+    result, scored = score(find_benchmark("docvqa"), entries, {"49153": "Bo", "24580": "ä"})
     assert (result.value, result.questions, result.unreadable, result.undecided) == (None, 3, 1, 0)
-    path = write_submission(BENCHMARKS["docvqa"], scored, tmp_path)
+    path = write_submission(find_benchmark("docvqa"), scored, tmp_path)
     assert path is not None and json.loads(path.read_text()) == [
         {"questionId": 49153, "answer": "Bo"},
         {"questionId": 24580, "answer": "ä"},
@@ -116,7 +116,7 @@ def test_circular_counts_a_question_if_it_is_right_in_every_order(tmp_path: Path
         {"index": 1, **row}, {"index": 2, **row}, {"index": 1_000_001, **turned}, {"index": 1_000_002, **turned},
     ])  # fmt: skip
     entries = entries_of("mmbench", tmp_path)
-    result, _ = score(BENCHMARKS["mmbench"], entries, right_answers(entries) | {"1000002": "A"})
+    result, _ = score(find_benchmark("mmbench"), entries, right_answers(entries) | {"1000002": "A"})
     assert (result.value, result.asked) == (50.0, 4)
 
 
@@ -164,7 +164,7 @@ def test_parquet_says_options_and_answers_in_its_own_way(tmp_path: Path) -> None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mathvista.parquet")
     (entry,) = entries_of("mathvista", tmp_path)
     assert entry.question and entry.question.references == ("B",) and entry.question.text.endswith("(B) 2")
-    assert score(BENCHMARKS["mathvista"], [entry], {"4": "well, I wonder"})[0].undecided == 1
+    assert score(find_benchmark("mathvista"), [entry], {"4": "well, I wonder"})[0].undecided == 1
 
 
 def test_files_are_found_by_name_and_never_guessed(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_files_are_found_by_name_and_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several files are docvqa's"):
         parse_requests("docvqa", tmp_path)
     assert parse_requests("docvqa=DocVQA_TEST.tsv", tmp_path)[0].files == (tmp_path / "DocVQA_TEST.tsv",)
-    with pytest.raises(UserError, match="no benchmark 'docqa'; there are docvqa, chartqa"):
+    with pytest.raises(UserError, match="no benchmark 'docqa'; there are ai2d, .*; did you mean docvqa"):
         parse_requests("docqa", tmp_path)
     with pytest.raises(UserError, match="no file for mmmu"):
         parse_requests("mmmu", tmp_path)
@@ -192,7 +192,7 @@ def test_options_within_a_question_are_read_and_a_word_is_compared_as_one(tmp_pa
     found = [dict(entry.question.options) if entry.question else entry.reason for entry in entries]
     assert found[0] == {"A": "On it.", "B": "Below, perhaps.", "C": "Beside"}
     assert found[1:] == [{"A": "Left", "B": "Up. Then on"}, {}, "its answer 'C' is none of the options A, B"]
-    result, _ = score(BENCHMARKS["realworldqa"], entries, {"0": "(B)", "1": "F", "2": " two."})
+    result, _ = score(find_benchmark("realworldqa"), entries, {"0": "(B)", "1": "F", "2": " two."})
     assert (result.value, result.unreadable) == (50.0, 1)
 
 
@@ -205,7 +205,7 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     write_tsv(tmp_path / "HallusionBench.tsv", [*rows, {**rows[0], "index": "VS_map_0_2_0_0", "image": ""}])
     entries = entries_of("hallusionbench", tmp_path)
     answers = {entry.id: "Yes, it is." for entry in entries} | {"VD_map_0_1_1_1": "no"}
-    result, _ = score(BENCHMARKS["hallusionbench"], entries, answers)
+    result, _ = score(find_benchmark("hallusionbench"), entries, answers)
     assert result.left_out == 1 and result.questions == 4
     assert result.parts == {"aAcc": 75.0, "fAcc": 50.0, "qAcc": 50.0}
     assert result.value == pytest.approx(175 / 3)
@@ -218,7 +218,14 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "hallusionbench-image-00000-of-00001.parquet")
     entries = entries_of("hallusionbench=hallusionbench-image*.parquet", tmp_path)
     answers = {entry.id: "Yes, it is." for entry in entries} | {"VD_map_1_1_1": "no"}
-    assert score(BENCHMARKS["hallusionbench"], entries, answers)[0].parts == result.parts
+    assert score(find_benchmark("hallusionbench"), entries, answers)[0].parts == result.parts
+
+
+def test_each_benchmark_is_a_file_with_its_name() -> None:
+    names = benchmark_names()
+    assert len(names) == 14 and [find_benchmark(name).name for name in names] == names
+    with pytest.raises(UserError, match="no benchmark 'docvqq'.*did you mean docvqa"):
+        find_benchmark("docvqq")
 
 
 def ask_benchmark(recipe_path: str, runs: str, asked: str, data: str, out: str) -> None:

@@ -12,7 +12,7 @@ from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.evaluation.benchmarks.entry import Entry, Question
 from megatron_eagle.evaluation.benchmarks.judge import judged
 from megatron_eagle.evaluation.benchmarks.scoring import result_of, score
-from megatron_eagle.evaluation.benchmarks.table import BENCHMARKS
+from megatron_eagle.evaluation.benchmarks.table import find_benchmark
 
 pytest.importorskip("openai", reason="the extra [endpoint] is not installed")
 
@@ -25,9 +25,9 @@ def judge(act: Any, name: str, entries: list[Entry], answers: dict[str, str], fo
     """(result by rule, result with the judge, requests that reached the endpoint)"""
     with endpoint_server(act) as server:
         where = Endpoint(server.url, "grader", attempts=1)
-        before, scored = score(BENCHMARKS[name], entries, answers)
+        before, scored = score(find_benchmark(name), entries, answers)
         with Queue(where, folder, KEY) as queue:
-            after = result_of(BENCHMARKS[name], judged(BENCHMARKS[name], scored, queue), 0)
+            after = result_of(find_benchmark(name), judged(find_benchmark(name), scored, queue), 0)
         return before, after, server.asked.total()
 
 

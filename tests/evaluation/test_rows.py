@@ -10,13 +10,14 @@ import pytest
 from benchmark_files import in_base64, write_tsv
 from samples import image_bytes
 
+from megatron_eagle.evaluation.benchmarks.benchmark import LETTER
 from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.locate import parse_requests
 from megatron_eagle.evaluation.benchmarks.run import limited
 from megatron_eagle.evaluation.benchmarks.scoring import score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
-from megatron_eagle.evaluation.benchmarks.table import BENCHMARKS, LETTER
+from megatron_eagle.evaluation.benchmarks.table import find_benchmark
 
 PICTURE = image_bytes((40, 30), (200, 10, 10))
 PNG = in_base64(PICTURE)
@@ -40,7 +41,7 @@ def test_a_list_of_mathvista_is_one_answer(form: str, tmp_path: Path) -> None:
     (entry,) = entries_of("mathvista", tmp_path, [row], form)
     assert entry.question and entry.question.references == ("[1, 2]",)
     for answer, value, undecided in (("[1, 2]", 100.0, 0), ("1", 0.0, 1)):
-        result, _ = score(BENCHMARKS["mathvista"], [entry], {"1": answer})
+        result, _ = score(find_benchmark("mathvista"), [entry], {"1": answer})
         assert (result.value, result.undecided) == (value, undecided), answer
 
 
@@ -63,14 +64,14 @@ def test_a_score_of_mmmu_is_of_validation_where_the_file_says_so(tmp_path: Path)
     rows = [{**row, "index": f"{split}_{n}", "split": split} for split in ("dev", "validation") for n in range(2)]
     entries = entries_of("mmmu", tmp_path, rows, "tsv")
     answers = {"dev_0": "A", "dev_1": "A", "validation_0": "A", "validation_1": "B"}
-    result, scored = score(BENCHMARKS["mmmu"], entries, answers)
+    result, scored = score(find_benchmark("mmmu"), entries, answers)
     assert (result.value, result.questions, result.left_out) == (50.0, 2, 2)
     assert [one.entry.id for one in scored] == ["validation_0", "validation_1"]
     kept, notes = limited(entries, (), 1)
     assert [entry.id for entry in kept] == ["validation_0"] and notes == ("the first 1 of 2 questions",)
     assert limited(entries, (), 2) == (entries, ())
     entries = entries_of("mmmu", tmp_path, rows[:2], "tsv")
-    assert score(BENCHMARKS["mmmu"], entries, answers)[0].questions == 2, "a file of one split counts whole"
+    assert score(find_benchmark("mmmu"), entries, answers)[0].questions == 2, "a file of one split counts whole"
 
 
 def test_a_question_mark_for_an_answer_of_mmmu_is_withheld(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_question_mark_for_an_answer_of_mmmu_is_withheld(tmp_path: Path) -> No
     ]
     entries = entries_of("mmmu", tmp_path, rows, "parquet")
     assert [entry.reason for entry in entries] == ["", ""]
-    result, _ = score(BENCHMARKS["mmmu"], entries, {"test_1": "A", "test_2": "3"})
+    result, _ = score(find_benchmark("mmmu"), entries, {"test_1": "A", "test_2": "3"})
     assert (result.value, result.asked) == (None, 2)
 
 
@@ -101,8 +102,8 @@ def test_options_within_a_question_are_asked_with_eagles_words(tmp_path: Path) -
 def test_a_submission_has_the_servers_numbers_of_questions(tmp_path: Path) -> None:
     rows = [{"index": n, "questionId": number, "question": "Who?"} for n, number in enumerate((49153, 24580))]
     entries = entries_of("docvqa", tmp_path, rows, "tsv")
-    _, scored = score(BENCHMARKS["docvqa"], entries, {"0": "Bo"})
-    path = write_submission(BENCHMARKS["docvqa"], scored, tmp_path)
+    _, scored = score(find_benchmark("docvqa"), entries, {"0": "Bo"})
+    path = write_submission(find_benchmark("docvqa"), scored, tmp_path)
     assert path and json.loads(path.read_text()) == [
         {"questionId": 49153, "answer": "Bo"},
         {"questionId": 24580, "answer": ""},

@@ -15,9 +15,9 @@ from megatron_eagle.data.sample.conversation import Conversation, Turn, valid_un
 from megatron_eagle.data.sample.markers import MARKER, escape_marks
 from megatron_eagle.data.storage.shards import StoredSample
 from megatron_eagle.errors import BrokenSample
+from megatron_eagle.evaluation.benchmarks.benchmark import Benchmark
 from megatron_eagle.evaluation.benchmarks.files import Row
 from megatron_eagle.evaluation.benchmarks.literals import list_of
-from megatron_eagle.evaluation.benchmarks.table import Benchmark
 from megatron_eagle.evaluation.benchmarks.tasks import Task, render
 
 ID = ("index", "id", "questionId", "question_id", "pid")

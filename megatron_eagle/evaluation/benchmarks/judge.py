@@ -14,9 +14,9 @@ from typing import Any
 from megatron_eagle.endpoint.question import Question as Asked
 from megatron_eagle.endpoint.question import Reply, ask_about
 from megatron_eagle.endpoint.queue import Queue
+from megatron_eagle.evaluation.benchmarks.benchmark import Benchmark
 from megatron_eagle.evaluation.benchmarks.entry import Question
 from megatron_eagle.evaluation.benchmarks.scoring import Scored, points
-from megatron_eagle.evaluation.benchmarks.table import Benchmark
 
 GRADE = """An answer to a question about a picture is graded by a reference. The grade is a number from 0.0 (nothing \
 of it is right) to 1.0 (all of it is right), in steps of 0.1. In the reference, <AND> joins parts that must all be in \

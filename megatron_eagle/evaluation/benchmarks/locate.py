@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.benchmarks.benchmark import Benchmark
 from megatron_eagle.evaluation.benchmarks.entry import Entries, Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile, read_parquet, read_tsv
-from megatron_eagle.evaluation.benchmarks.table import Benchmark, find_benchmark
+from megatron_eagle.evaluation.benchmarks.table import find_benchmark
 from megatron_eagle.evaluation.benchmarks.tasks import read_task
 
 KINDS = ("*.tsv", "*.parquet", "*.yaml")

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.errors import BrokenSample
+from megatron_eagle.evaluation.benchmarks.benchmark import PUBLISHED, PUBLISHED_IN, Benchmark
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored
-from megatron_eagle.evaluation.benchmarks.table import PUBLISHED, PUBLISHED_IN, Benchmark
 
 SHOWN = 4  # examples of each kind
 SIDE = 240  # pixels of a picture

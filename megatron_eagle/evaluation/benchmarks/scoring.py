@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_eagle.evaluation.benchmarks.benchmark import Benchmark
 from megatron_eagle.evaluation.benchmarks.entry import Entry, Question
-from megatron_eagle.evaluation.benchmarks.table import Benchmark
 from megatron_eagle.evaluation.scores.anls import anls
 from megatron_eagle.evaluation.scores.containment import contains_reference
 from megatron_eagle.evaluation.scores.mathvista import mathvista

@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eagle.evaluation.benchmarks.benchmark import Benchmark
 from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.scoring import Scored
-from megatron_eagle.evaluation.benchmarks.table import Benchmark
 
 FILE = "submission.json"
 
