@@ -28,6 +28,7 @@ TRAINER = [
     "pyyaml>=6.0.3",
     "safetensors>=0.8",
     "sentencepiece>=0.2.2",
+    "shtab>=1.13",
     "simplejpeg>=1.9",
     "tensorboard>=2.21",
     "tokenizers>=0.23.2",

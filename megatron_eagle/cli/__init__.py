@@ -18,6 +18,7 @@ from megatron_eagle.cli import (
     bench,
     cancel,
     compare,
+    completion,
     convert,
     curate,
     data,
@@ -72,6 +73,7 @@ VERBS = (
     cancel.add,
     doctor.add,
     job.add,
+    completion.add,
 )
 
 
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the verb; KEY=VALUE overrides may stand anywhere among the options, and so may the last argument of
     a verb that names it as ``late``: argparse takes one that may be left out only before the first option."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     late = getattr(options, "late", None)
     if late and getattr(options, late) is None and len(rest) == 1 and not rest[0].startswith("-"):
@@ -118,7 +120,8 @@ def _option_names(parser: Parser) -> set[str]:
     return names.union(*(_option_names(verb) for verb in parser.below.values()))
 
 
-def _parser() -> Parser:
+def command_line() -> Parser:
+    """The parser of all verbs."""
     parser = Parser(
         prog="megatron-eagle",
         description="Trains Eagle 2 and Eagle 2.5 vision-language models on Megatron-Core.",

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from megatron_eagle.serving.limits import Limits
 
 
+# shtab.FILE, written out because every verb's --help would wait for the import.
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
+
 class Parser(argparse.ArgumentParser):
     """Options are written out, and a wrong one is said in one line; those of the verbs are of this class as well.
 
@@ -34,6 +38,13 @@ class Parser(argparse.ArgumentParser):
         verbs = super().add_subparsers(**settings)
         self.below = verbs.choices
         return verbs
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """As argparse's; a shell completes files where a path is meant (cli/completion.py)."""
+        action = super().add_argument(*names, **settings)
+        if action.type is Path:
+            action.complete = FILES  # type: ignore[attr-defined] # where shtab looks for it
+        return action
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, with ``default_verb`` put before arguments that begin with none.

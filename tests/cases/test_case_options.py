@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_eagle.cli import _parser, main
+from megatron_eagle.cli import command_line, main
 from megatron_eagle.cli.common import Number, Parser
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.data.reports.pack_report import lognormal_lengths
@@ -22,7 +22,7 @@ def parsers(parser: Parser) -> Iterator[Parser]:
         yield from parsers(below)
 
 
-PARSERS = list(parsers(_parser()))
+PARSERS = list(parsers(command_line()))
 NUMBERS = [(p.prog, a) for p in PARSERS for a in p._actions if isinstance(a.type, Number)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
-from megatron_eagle.cli import _parse, _parser
+from megatron_eagle.cli import _parse, command_line
 from megatron_eagle.cli.common import Parser
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.config.shipped import shipped_recipes
@@ -34,7 +34,7 @@ def printed_lines() -> Iterator[tuple[str, str]]:
         blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if page.suffix == ".md" else [text]
         for line in "".join(blocks).splitlines():
             yield page.relative_to(ROOT).as_posix(), re.sub(r"^[\s#$`-]*", "", line)
-    for where, parser in verbs(_parser(), "megatron-eagle"):
+    for where, parser in verbs(command_line(), "megatron-eagle"):
         for line in re.sub(r"\\\n\s*", " ", parser.epilog or "").splitlines():
             yield f"{where} --help", line.strip()
 
@@ -82,7 +82,7 @@ def check_recipe(options: argparse.Namespace) -> None:
 
 
 def test_every_verb_has_an_example_of_itself() -> None:
-    for name, parser in verbs(_parser(), "megatron-eagle"):
+    for name, parser in verbs(command_line(), "megatron-eagle"):
         if not parser.below:
             assert f"{name} " in f"{parser.epilog} " or name.removesuffix(" run") in str(parser.epilog), name
 

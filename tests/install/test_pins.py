@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from project import ROOT, STACKS, THIS_STACK, constraints, pins, setup_arguments
 
@@ -138,6 +139,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
 def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
     arguments = setup_arguments()
     assert arguments["version"] == megatron_eagle.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == megatron_eagle.__version__
     assert arguments["python_requires"] == ">=3.11,<3.14"
     settings = (ROOT / "pyproject.toml").read_text()
     assert 'python_version = "3.11"' in settings and 'target-version = "py311"' in settings
