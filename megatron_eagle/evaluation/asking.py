@@ -21,6 +21,7 @@ from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
 from megatron_eagle.evaluation.generate import generate
 from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
+from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups
@@ -73,6 +74,7 @@ def filled(
 class Asking:
     """One process's part in answering.
 
+    sampling: which token follows.
     fill: gives a prompt its tiles when it is next, or raises BrokenSample. broken: what it raised, by question.
     """
 
@@ -83,6 +85,7 @@ class Asking:
     platform: Platform
     answer_tokens: int
     log: AnswerLog
+    sampling: Sampling = GREEDY
     fill: Callable[[Prompt], Prompt] = as_it_is
     broken: dict[str, str] = field(default_factory=dict)
 
@@ -113,12 +116,13 @@ class Asking:
             self.platform.device,
             pack_length=self.pack_length,
             answer_tokens=self.answer_tokens,
+            sampling=self.sampling,
         )
 
     def _known(self, run: Mapping[str, Any]) -> Answers:
         """What an interrupted evaluation has left, the same on every process; a disk that fails is everybody's."""
         try:
-            known: Answers = on_rank_zero(lambda: self.log.open(run))
+            known: Answers = on_rank_zero(lambda: self.log.open({**run, **self.sampling.record}))
         except OSError as error:
             raise UserError(f"cannot write answers to {self.log.folder}: {error.strerror}") from None
         if known and self.groups.rank == 0:

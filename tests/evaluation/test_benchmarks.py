@@ -276,6 +276,9 @@ def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, w
         (["--limit", "3"], "--limit is for --benchmarks"),
         (["--benchmarks", "exact", "--losses"], "--losses is of a data set's samples"),
         (["--benchmarks", "exact"], "no file for exact"),
+        (["--seed", "1"], "--seed is for a --temperature above 0"),
+        (["--top-p", "0.5", "--temperature", "0"], "--top-p is for a --temperature above 0"),
+        (["--losses", "--temperature", "1"], "--losses asks nothing"),
         (["--judge", "ftp://x", "m"], "--judge is for --benchmarks"),
     ],
 )

@@ -24,6 +24,7 @@ from megatron_eagle.evaluation.benchmarks.prepare import Filler, outlines, read_
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_of, score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
+from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -40,13 +41,15 @@ PREDICTIONS, SCORES, PAGE, PICTURES, JUDGE = (
 class Wishes:
     """How to ask. limit: the first so many questions of each. answer_tokens: None is the benchmark's own.
 
-    blank: ask once more with the pictures blanked. judge: is asked what no rule can tell.
+    blank: ask once more with the pictures blanked. judge: is asked what no rule can tell. sampling: which token
+    follows.
     """
 
     limit: int | None = None
     answer_tokens: int | None = None
     blank: bool = False
     judge: Endpoint | None = None
+    sampling: Sampling = GREEDY
 
 
 def evaluate_benchmarks(
@@ -78,6 +81,7 @@ def evaluate_benchmarks(
         for request in requests:
             folder = out / request.benchmark.name
             entries, notes = read_entries(request, folder / PICTURES, wishes.limit)
+            notes += tuple(f"answers are drawn: {drawn}" for drawn in wishes.sampling.record.values())
             tokens = _tokens(request, wishes)
             planner = planner_to_ask(recipe, stage, tokenizer, tokens)
             prompts, entries = outlines(entries, planner)
@@ -96,6 +100,7 @@ def evaluate_benchmarks(
                 platform,
                 tokens,
                 AnswerLog(folder),
+                wishes.sampling,
                 Filler(entries, planner),
             )
             answers = asking.ask(prompts, run, blank=wishes.blank)
@@ -111,7 +116,7 @@ def evaluate_benchmarks(
     if done:  # on rank 0; the others do not wait for the judge
         if wishes.judge is not None and any(one.result.undecided for one in done):
             done = _judged(done, wishes.judge, out / JUDGE)
-        _write(done, out, checkpoint)
+        _write(done, out, checkpoint, wishes.sampling)
 
 
 def _tokens(request: Request, wishes: Wishes) -> int:
@@ -162,12 +167,12 @@ def _judged(done: Sequence[_Done], judge: Endpoint, folder: Path) -> list[_Done]
     return finished
 
 
-def _write(done: Sequence[_Done], out: Path, checkpoint: Path) -> None:
+def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Sampling) -> None:
     """Predictions and submissions of each, the scores and the page of all; what was kept for them goes."""
     results = {one.request.benchmark.name: asdict(replace(one.result, parts=dict(one.result.parts))) for one in done}
     try:
         sections = [_write_one(one) for one in done]
-        scores = {"checkpoint": str(checkpoint), "benchmarks": results}
+        scores = {"checkpoint": str(checkpoint), "benchmarks": results, **sampling.record}
         (out / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         write_page(out / PAGE, sections, checkpoint)
         for one in done:
