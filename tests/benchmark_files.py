@@ -92,9 +92,9 @@ def made_task(path: Path, parquet: Path) -> Path:
     return path
 
 
-def made_questions(heldout: Path, predictions: Path) -> list[Made]:
+def made_questions(heldout: Path, predictions: Path | None = None) -> list[Made]:
     """The first question of every conversation; every third answer is what the model said, so that some are right."""
-    lines = map(json.loads, predictions.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, predictions.read_text(encoding="utf-8").splitlines() if predictions else [])
     said = {line["id"]: line["prediction"] for line in lines}
     made: list[Made] = []
     for sample in iterate_samples(heldout):

@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_eagle.cli.common import Verbs, add_model_arguments, not_negative, open_answerer, positive_int, verb
+from megatron_eagle.cli.common import (
+    Verbs,
+    add_model_arguments,
+    add_sampling_arguments,
+    open_answerer,
+    positive_int,
+    sampling_of,
+    verb,
+)
 from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +44,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--answers", type=Path, default=None, metavar="JSONL", help="where their answers go")
     parser.add_argument("--batch", type=positive_int, default=8, help="questions of a file at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="longest answer (default: 512)")
-    parser.add_argument(
-        "--temperature", type=not_negative, default=0.0, help="0: the likeliest token each time (default: 0)"
-    )
+    add_sampling_arguments(parser, seed="any")
     parser.set_defaults(run=_ask, late="question")
 
 
@@ -47,7 +53,7 @@ def _ask(options: argparse.Namespace) -> None:
     from megatron_eagle.serving.conversation import Options
     from megatron_eagle.serving.limits import UNLIMITED
 
-    drawn = Options(max_new_tokens=options.max_new_tokens, temperature=float(options.temperature))
+    drawn = Options(max_new_tokens=options.max_new_tokens, **sampling_of(options))
     answerer, folder = open_answerer(options, options.model, limits=UNLIMITED)
     if options.questions:
         _answer_file(options, answerer, drawn, folder)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from megatron_eagle.config.numbers import Range, shown
 from megatron_eagle.config.schema import meant
+from megatron_eagle.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
@@ -97,6 +98,7 @@ count = Number(0, whole=True)
 tokens = Number(1, 1e9)  # of a sample
 not_negative = Number(0)
 fraction = Number(0, 1)
+part = Number(0, 1, above=True)
 seconds = Number(0, 1e7, above=True)  # four months; waiting longer overflows somewhere
 minutes = Number(0, 1e5, above=True)
 
@@ -163,6 +165,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code", action="store_true", help="run the code of MODEL even if it is not what this version exports"
     )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, seed: str) -> None:
+    """How tokens are drawn. seed: what stands for it by default, in words."""
+    parser.add_argument(
+        "--temperature", type=not_negative, default=0.0, help="0: the likeliest token each time (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=part,
+        default=None,
+        metavar="P",
+        help="with --temperature: draw from the likeliest tokens that together reach P (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=count, default=None, metavar="N", help=f"with --temperature: of the draws (default: {seed})"
+    )
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """temperature, top_p and, if it is given, seed; raises UserError for what would be without effect."""
+    given = {name: getattr(options, name) for name in ("top_p", "seed") if getattr(options, name) is not None}
+    if given and not options.temperature:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for a --temperature above 0: nothing is drawn")
+    return {"temperature": float(options.temperature), **given}
 
 
 def open_answerer(

@@ -8,10 +8,12 @@ from megatron_eagle.cli.common import (
     Verbs,
     add_launch_arguments,
     add_recipe_arguments,
+    add_sampling_arguments,
     become_part_of_a_run,
     open_platform,
     positive_int,
     print_once,
+    sampling_of,
     verb,
 )
 from megatron_eagle.errors import UserError
@@ -29,8 +31,9 @@ def add(verbs: Verbs) -> None:
         verbs,
         "evaluate",
         "answer the questions of a data set or of benchmarks and score them",
-        "Answers every question greedily, once with its images and once with them blanked, and counts exact matches\n"
-        "per task. Writes predictions.jsonl and accuracy.json.\n\n"
+        "Answers every question, by the likeliest tokens unless --temperature draws them, once with its\n"
+        "images and once with them blanked, and counts exact matches per task. Writes predictions.jsonl and\n"
+        "accuracy.json.\n\n"
         "With --benchmarks, reads their TSV, Parquet or lmms-eval files from the folder --data, scores each by its\n"
         "own rule, and writes scores.json and benchmarks.html beside the predictions.",
         "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n"
@@ -75,6 +78,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--losses", action="store_true", help="instead of asking, write each sample's loss and length to losses.jsonl"
     )
+    add_sampling_arguments(parser, seed="0")
     add_launch_arguments(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -89,6 +93,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is for --benchmarks; a data set is asked whole, with and without its images")
     if options.losses and options.benchmarks is not None:
         raise UserError("--losses is of a data set's samples; benchmarks have none")
+    drawn = sampling_of(options)
+    if options.losses and options.temperature:
+        raise UserError("--losses asks nothing, --temperature is for answers")
     requests = _requests(options)
     platform = open_platform(options)
     become_part_of_a_run(options.processes)
@@ -101,13 +108,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         measure_losses(recipe, stage, run_folder, options.data, out, platform)
     elif requests is None:
+        from megatron_eagle.evaluation.sampling import Sampling
         from megatron_eagle.evaluation.score import evaluate
 
-        evaluate(recipe, stage, run_folder, options.data, out, platform, options.answer_tokens or ANSWER_TOKENS)
+        most = options.answer_tokens or ANSWER_TOKENS
+        evaluate(recipe, stage, run_folder, options.data, out, platform, most, Sampling(**drawn))
     else:
         from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
+        from megatron_eagle.evaluation.sampling import Sampling
 
-        wishes = Wishes(options.limit, options.answer_tokens, options.blank, _judge(options))
+        wishes = Wishes(options.limit, options.answer_tokens, options.blank, _judge(options), Sampling(**drawn))
         evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes)
     if options.trace_platform:
         print_once(platform.report())

@@ -15,24 +15,43 @@ class EvaluationSettings:
 
     every: steps between two evaluations; the last step has one, too.
     data: data set folders made by ``data build``, each a score of its own under the folder's name.
+    benchmarks: benchmarks, each a score of its own under its name; ``NAME=FILE`` as ``evaluate --benchmarks`` takes it.
+    benchmark_data: folder with the files of ``benchmarks``.
     limit: how many questions of each are asked, its first ones; null for all.
-    answer_tokens: longest answer.
-    keep: ``best`` also keeps the checkpoint with the highest mean score, beside the newest ones.
+    answer_tokens: longest answer to a question of ``data``; benchmarks have their own.
+    keep: ``best`` also keeps the checkpoint with the highest score, beside the newest ones.
+    best_by: name of the score that is meant by ``keep: best``; null for the mean of all.
     """
 
     every: Positive
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+    benchmark_data: str | None = None
     limit: Positive | None = 200
     answer_tokens: Positive = 16
     keep: Literal["newest", "best"] = "newest"
+    best_by: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("evaluation has no questions: data is empty")
-        names = [Path(folder).name for folder in self.data]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"evaluation.data has two folders called {', '.join(twice)}: scores go by that name")
+        names = self.scores
+        if not names:
+            raise ValueError("evaluation has no questions: data and benchmarks are empty")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"evaluation.data and .benchmarks name {', '.join(twice)} more than once: scores go by that name"
+            )
+        if bool(self.benchmarks) != (self.benchmark_data is not None):
+            raise ValueError("evaluation.benchmarks and .benchmark_data, the folder with their files, belong together")
+        if self.best_by is not None and (self.keep != "best" or self.best_by not in names):
+            raise ValueError(
+                f"evaluation.best_by={self.best_by!r} needs keep: best and one of the scores {', '.join(names)}"
+            )
+
+    @property
+    def scores(self) -> list[str]:
+        """Their names, in the order in which they are asked for."""
+        of_benchmarks = [one.partition("=")[0].strip() for one in self.benchmarks]
+        return [Path(folder).name for folder in self.data] + of_benchmarks
 
     def check(self, layout: Layout, pack_length: int, checkpoint_every: int) -> None:
         """ValueError if a stage of this layout cannot be evaluated while it trains."""

@@ -4,7 +4,7 @@ Answers are on disk as they come, so that the same command after an interruption
 decoded when their question is next, since those of a benchmark do not fit into memory together.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.answer_log import Answer, AnswerLog
 from megatron_eagle.evaluation.generate import generate
 from megatron_eagle.evaluation.prompt import Prompt, pack_prompts
+from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups
@@ -46,14 +47,34 @@ def planner_to_ask(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, answer_to
     return VisualPlanner(replace(settings, pack_length=stage.pack_length - answer_tokens), tokenizer)
 
 
-def _as_it_is(prompt: Prompt) -> Prompt:
+def as_it_is(prompt: Prompt) -> Prompt:
+    """A prompt that has its tiles."""
     return prompt
+
+
+def filled(
+    packs: Iterable[Sequence[Prompt]], fill: Callable[[Prompt], Prompt], broken: dict[str, str]
+) -> Iterator[list[Prompt]]:
+    """The packs with their tiles, without what turns out to be broken: the same on all processes of a replica.
+
+    broken: where it is noted with its reason.
+    """
+    for pack in packs:
+        whole = []
+        for prompt in pack:
+            try:
+                whole.append(fill(prompt))
+            except BrokenSample as reason:
+                broken[prompt.identity] = str(reason)
+        if whole:
+            yield whole
 
 
 @dataclass(frozen=True)
 class Asking:
     """One process's part in answering.
 
+    sampling: which token follows.
     fill: gives a prompt its tiles when it is next, or raises BrokenSample. broken: what it raised, by question.
     """
 
@@ -64,7 +85,8 @@ class Asking:
     platform: Platform
     answer_tokens: int
     log: AnswerLog
-    fill: Callable[[Prompt], Prompt] = _as_it_is
+    sampling: Sampling = GREEDY
+    fill: Callable[[Prompt], Prompt] = as_it_is
     broken: dict[str, str] = field(default_factory=dict)
 
     def ask(self, prompts: Sequence[Prompt], run: Mapping[str, Any], *, blank: bool) -> Answers:
@@ -85,34 +107,22 @@ class Asking:
 
     def _generate(self, packs: Sequence[Sequence[Prompt]], looking: bool) -> Iterator[dict[str, Answer]]:
         progress = tqdm(packs, desc=f"answering, {LOOKING[looking]}", unit="pack", disable=self.groups.rank != 0)
+        fill = self.fill if looking else lambda prompt: _blanked(self.fill(prompt))
         return generate(
             self.model,
-            self._filled(progress, looking),
+            filled(progress, fill, self.broken),
             self.tokenizer,
             self.groups,
             self.platform.device,
             pack_length=self.pack_length,
             answer_tokens=self.answer_tokens,
+            sampling=self.sampling,
         )
-
-    def _filled(self, packs: Any, looking: bool) -> Iterator[list[Prompt]]:
-        """The packs with their tiles, without what turns out to be broken: the same on all processes of a replica."""
-        for pack in packs:
-            whole = []
-            for prompt in pack:
-                try:
-                    filled = self.fill(prompt)
-                except BrokenSample as reason:
-                    self.broken[prompt.identity] = str(reason)
-                    continue
-                whole.append(filled if looking else _blanked(filled))
-            if whole:
-                yield whole
 
     def _known(self, run: Mapping[str, Any]) -> Answers:
         """What an interrupted evaluation has left, the same on every process; a disk that fails is everybody's."""
         try:
-            known: Answers = on_rank_zero(lambda: self.log.open(run))
+            known: Answers = on_rank_zero(lambda: self.log.open({**run, **self.sampling.record}))
         except OSError as error:
             raise UserError(f"cannot write answers to {self.log.folder}: {error.strerror}") from None
         if known and self.groups.rank == 0:

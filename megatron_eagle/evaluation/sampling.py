@@ -6,7 +6,8 @@ answers whatever is asked beside a question, on every process, and no draw of tr
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}, it must be 0 or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results say of it; nothing of the likeliest token, the default."""
+        return {"sampling": asdict(self)} if self.temperature else {}
 
     def choose(self, logits: Tensor, places: Sequence[tuple[str, int]]) -> Tensor:
         """int64 [n] of ``logits`` [n, vocabulary]; places: each row's question and the number of its token."""

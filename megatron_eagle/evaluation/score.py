@@ -26,6 +26,7 @@ from megatron_eagle.evaluation.asking import (
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
 from megatron_eagle.evaluation.prompt import prompts_of
 from megatron_eagle.evaluation.questions import questions_of
+from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -58,7 +59,14 @@ class Prediction:
 
 
 def evaluate(
-    recipe: Recipe, stage: Stage, run_folder: RunFolder, data: Path, out: Path, platform: Platform, answer_tokens: int
+    recipe: Recipe,
+    stage: Stage,
+    run_folder: RunFolder,
+    data: Path,
+    out: Path,
+    platform: Platform,
+    answer_tokens: int,
+    sampling: Sampling = GREEDY,
 ) -> None:
     """Answer all questions of ``data`` with the newest checkpoint of ``stage``; every process of the run calls this.
 
@@ -90,13 +98,13 @@ def evaluate(
             "pack_length": stage.pack_length,
             "settings": repr(recipe.data_settings(stage)),
         }
-        asking = Asking(stage.pack_length, model, tokenizer, groups, platform, answer_tokens, AnswerLog(out))
+        asking = Asking(stage.pack_length, model, tokenizer, groups, platform, answer_tokens, AnswerLog(out), sampling)
         answers = asking.ask(prompts, run, blank=True)
         if groups.rank == 0:
             asked = [one.conversation for one in questions if one.conversation.id not in rejected]
             predictions = [_prediction(conversation, answers) for conversation in asked]
             longer = sum(len(tokenizer.encode(prediction.answer)) > answer_tokens for prediction in predictions)
-            _write(out, predictions, rejected, answer_tokens, longer)
+            _write(out, predictions, rejected, answer_tokens, longer, sampling)
             asking.log.remove()
     finally:
         destroy()
@@ -129,7 +137,12 @@ def read_predictions(folder: Path) -> list[Prediction]:
 
 
 def _write(
-    out: Path, predictions: Sequence[Prediction], rejected: Mapping[str, str], answer_tokens: int, longer: int
+    out: Path,
+    predictions: Sequence[Prediction],
+    rejected: Mapping[str, str],
+    answer_tokens: int,
+    longer: int,
+    sampling: Sampling,
 ) -> None:
     """longer: reference answers of more than ``answer_tokens`` tokens, which no answer can equal."""
     cut_off = sum(not prediction.complete for prediction in predictions)
@@ -144,6 +157,7 @@ def _write(
         "cut_off": cut_off,
         "references_over_the_limit": longer,
         "per_task": {task: _share([p.correct for p in group]) for task, group in sorted(tasks.items())},
+        **sampling.record,
     }
     try:
         out.mkdir(parents=True, exist_ok=True)

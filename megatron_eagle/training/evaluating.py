@@ -7,6 +7,7 @@ trainer hands over its engine and gets numbers.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.evaluation import EvaluationSettings
@@ -16,7 +17,8 @@ from megatron_eagle.training.engine import Engine
 
 # Scores by name, the same on every process; changes nothing that training can notice.
 Evaluator = Callable[[Engine], Mapping[str, float]]
-MakeEvaluator = Callable[[Recipe, Stage, Groups, Platform, Callable[[], None]], Evaluator]  # the last: it goes on
+# Also: the run's folder, and what is called whenever something is answered.
+MakeEvaluator = Callable[[Recipe, Stage, Groups, Platform, Path, Callable[[], None]], Evaluator]
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,9 @@ class Scores:
     by_name: Mapping[str, float]
     seconds: float = 0.0
 
-    @property
-    def mean(self) -> float:
-        """What a checkpoint is the best by; there must be a score."""
-        return sum(self.by_name.values()) / len(self.by_name)
+    def best_by(self, name: str | None) -> float:
+        """What a checkpoint is the best by: the score of that name, None for the mean of all; there must be one."""
+        return self.by_name[name] if name else sum(self.by_name.values()) / len(self.by_name)
 
 
 @dataclass(frozen=True)

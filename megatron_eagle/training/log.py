@@ -257,7 +257,7 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
             f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
             f"ETA {format_duration(seconds_left)}",
             *([f"checkpoint stall {record.checkpoint_stall_s:.1f} s"] if record.checkpoint_stall_s >= 0.05 else []),
-            *(f"{name} {100 * score:.1f} % right" for name, score in record.scores.items()),
+            *(f"{name} {100 * score:.1f} %" for name, score in record.scores.items()),
             *([f"evaluation {record.evaluation_s:.1f} s"] if record.scores else []),
         )
     )

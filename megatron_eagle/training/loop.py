@@ -212,7 +212,8 @@ class StageRun:
         settings = self.stage.evaluation
         if settings is None or self.make_evaluator is None:
             return None
-        evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform, self.watch.goes_on)
+        run, goes_on = self.run_folder.path, self.watch.goes_on
+        evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform, run, goes_on)
         return Evaluation(settings, self.stage.steps, evaluate)
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
@@ -304,8 +305,9 @@ class StageRun:
             return Scores({})
         with self.watch.saving(), self._doing("evaluating"):
             scores = self.evaluation.run(engine)
-            if self.evaluation.settings.keep == "best":
-                self.saver.score(self.step, scores.mean)
+            settings = self.evaluation.settings
+            if settings.keep == "best":
+                self.saver.score(self.step, scores.best_by(settings.best_by))
         return scores
 
     def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:

@@ -219,6 +219,11 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path: Path) -> None:
     entries = entries_of("hallusionbench=hallusionbench-image*.parquet", tmp_path)
     answers = {entry.id: "Yes, it is." for entry in entries} | {"VD_map_1_1_1": "no"}
     assert score(find_benchmark("hallusionbench"), entries, answers)[0].parts == result.parts
+    pq.write_table(pa.Table.from_pylist([*table, {**table[0], "category": "VS"}]), tmp_path / "both.parquet")
+    entries = entries_of("hallusionbench=both.parquet", tmp_path)
+    answers = {entry.id: "Yes." for entry in entries} | {"VS_map_1_0_0": "No."}
+    found = score(find_benchmark("hallusionbench"), entries, answers)[0].parts
+    assert found == pytest.approx({"aAcc": 80.0, "fAcc": 200 / 3, "qAcc": 200 / 3}), "a category has figures of its own"
 
 
 def test_each_benchmark_is_a_file_with_its_name() -> None:
@@ -276,6 +281,9 @@ def test_every_form_of_a_benchmark_and_the_shards_have_one_accuracy(small_run, w
         (["--limit", "3"], "--limit is for --benchmarks"),
         (["--benchmarks", "exact", "--losses"], "--losses is of a data set's samples"),
         (["--benchmarks", "exact"], "no file for exact"),
+        (["--seed", "1"], "--seed is for a --temperature above 0"),
+        (["--top-p", "0.5", "--temperature", "0"], "--top-p is for a --temperature above 0"),
+        (["--losses", "--temperature", "1"], "--losses asks nothing"),
         (["--judge", "ftp://x", "m"], "--judge is for --benchmarks"),
     ],
 )

@@ -2,23 +2,40 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import checkpoint_cases as cases
 import pytest
 import torch
-from generation_cases import Said, by_transformers, draw_prompts, load_exported, until, with_cache, without_cache
+from generation_cases import (
+    PACK,
+    TOKENS_PER_TILE,
+    Said,
+    by_transformers,
+    draw_prompts,
+    load_exported,
+    until,
+    with_cache,
+    without_cache,
+)
 from safetensors.torch import save_file
+from samples import make_settings, write_video
 from tokenizer_folder import QWEN_TOKENS, write_qwen_like
 
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.released import Dialect
-from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS
-from megatron_eagle.evaluation.prompt import Prompt
+from megatron_eagle.data.sample.conversation import parse_record
+from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
+from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.shards import StoredSample
+from megatron_eagle.evaluation.prompt import Prompt, prompts_of
+from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.evaluation.sampling import Sampling
+from megatron_eagle.model.encoders.siglip.module import normalise
 
 MODELS = {"mixture": ("eagle2-9b", "A"), "single encoder, tied": ("eagle2-2b", "B")}
 NEW_TOKENS = 12
@@ -128,6 +145,47 @@ def test_drawn_answers_hang_on_seed_and_question_alone(worlds, case: Case) -> No
     assert drawn == draw(Layout(tp=2), seed=1, top_p=0.9)
     assert drawn != draw(seed=2, top_p=0.9) and drawn != case.expected
     assert draw(seed=1, top_p=1e-9) == case.expected, "the likeliest alone"
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory) -> Path:
+    """A video of 1.5 seconds, whose frames differ."""
+    return write_video(tmp_path_factory.mktemp("film") / "film.mp4", 15)
+
+
+def asked_of_film(film: Path, export: Path) -> Prompt:
+    """A question about ``film``, whose frames are decoded and cut as in training."""
+    turns = [{"from": "human", "value": "<video>What is it?"}, {"from": "gpt", "value": "It is red."}]
+    record = parse_record({"id": "film", "video": [str(film)], "conversations": turns})
+    values = {name: getattr(RELEASED, name) for name in ("tiling_rule", "min_tiles", "max_tiles", "video", "system")}
+    settings = make_settings("nowhere", pack_length=PACK, tile_size=32, tokens_per_tile=TOKENS_PER_TILE, **values)
+    questions, refused = questions_of([StoredSample(record, (), (film.read_bytes(),))])
+    (prompt,), broken = prompts_of(questions, VisualPlanner(settings, HuggingFaceTokenizer(export)))
+    assert not refused and not broken and len(prompt.tiles) > 2
+    return prompt
+
+
+def test_a_decoded_video_is_answered_as_without_a_cache_and_by_the_export(worlds, case: Case, film: Path) -> None:
+    """The export's own processor decodes the file; a stop would be the tokenizer's, so answers run to their limit."""
+    from transformers import AutoProcessor
+
+    export = Path(case.checkpoint).parent / "out"
+    prompt = asked_of_film(film, export)
+    parts = [{"type": "video", "path": str(film)}, {"type": "text", "text": "What is it?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
+    read = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
+    assert read["input_ids"][0].tolist() == list(prompt.tokens)
+    assert torch.equal(read["pixel_values"], normalise(prompt.tiles))
+    with torch.no_grad():
+        whole = load_exported(export).generate(**read, max_new_tokens=NEW_TOKENS, do_sample=False)
+    said = {"film": whole[0, len(prompt.tokens) :].tolist()}
+    asked = replace(case, prompts=[prompt], stop=-1)
+    assert worlds(1).run(without_cache, case.checkpoint, case.config, [prompt], NEW_TOKENS) == [said]
+    for layout in ("one process", "pp, uneven, spread"):
+        assert answers(worlds, asked, LAYOUTS[layout]) == said, layout
+    still = replace(prompt, tiles=prompt.tiles[:1].expand_as(prompt.tiles))
+    assert answers(worlds, replace(asked, prompts=[still]), Layout()) != said, "frames that change nothing"
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from megatron_eagle.evaluation.benchmarks.benchmark import LETTER
 from megatron_eagle.evaluation.benchmarks.entry import Entry
 from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.locate import parse_requests
-from megatron_eagle.evaluation.benchmarks.run import limited
+from megatron_eagle.evaluation.benchmarks.prepare import limited
 from megatron_eagle.evaluation.benchmarks.scoring import score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.benchmarks.table import find_benchmark

@@ -277,7 +277,20 @@ def test_the_command_answers_and_shows(folder: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.endswith("\n")
 
 
+def test_the_command_draws_by_a_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for drawn in (["--temperature", "5", "--seed", "1"],) * 2 + (["--temperature", "5", "--seed", "2"], [],
+                  ["--temperature", "5", "--seed", "1", "--top-p", "1e-9"]):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main(["ask", str(folder), "--device", "cpu", "--max-new-tokens", "8", *drawn, "What?"])
+        assert ended.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] and said[3] == said[4] not in said[:3]
+
+
 WRONG = {
+    "a seed of nothing": ["{folder}", "What?", "--seed", "1"],
+    "top-p of nothing": ["{folder}", "What?", "--top-p", "0.9"],
     "no question": ["{folder}"],
     "two ways": ["{folder}", "What?", "--questions", "q.jsonl", "--answers", "a.jsonl"],
     "no answers": ["{folder}", "--questions", "q.jsonl"],

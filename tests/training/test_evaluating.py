@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_files import made_questions, made_tsv
 from train_cases import metrics
 
 from megatron_eagle.config.evaluation import EvaluationSettings
@@ -33,11 +34,12 @@ def train(recipe_path: str, runs: str, scripted: list[float] | None = None, over
 
     def told(*_: Any) -> Any:
         scores = iter(scripted or [])
-        return lambda engine: {"heldout": next(scores)}
+        return lambda engine: {"heldout": next(scores), **({"exact": next(scores)} if by_benchmark else {})}
 
     torch.manual_seed(5)
     recipe, platform = load_recipe(Path(recipe_path), overrides), install()
     stage = recipe.stages[-1]
+    by_benchmark = stage.evaluation and stage.evaluation.benchmarks
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(minutes=1))
     make = make_evaluator if scripted is None else told
     StageRun(recipe, stage, RunFolder(Path(runs) / recipe.name), platform, groups, make_evaluator=make).train()
@@ -55,7 +57,9 @@ def write(small_run, file: Path, evaluation: dict[str, Any] | None, **changes: A
 def test_training_does_not_notice_that_it_is_evaluated(small_run, worlds, tmp_path: Path, layout: str) -> None:
     shape, optimizer, precision = LAYOUTS[layout]
     changes = {"layout": shape, "precision": precision, "optimizer": optimizer, "log": {"tensorboard": layout == "cp"}}
-    asked = {"every": 2, "data": [str(small_run.folder / "heldout")], "limit": 6, "answer_tokens": 3}
+    made_tsv(tmp_path / "exact.tsv", made_questions(small_run.folder / "heldout")[:3])
+    benchmarks = {"benchmarks": ["exact"], "benchmark_data": str(tmp_path)}
+    asked = {"every": 2, "data": [str(small_run.folder / "heldout")], "limit": 6, "answer_tokens": 3, **benchmarks}
     drawn, lines = {}, {}
     for name, evaluation in (("on", asked), ("off", None)):
         file = write(small_run, tmp_path / f"{name}.yaml", evaluation, **changes)
@@ -65,20 +69,22 @@ def test_training_does_not_notice_that_it_is_evaluated(small_run, worlds, tmp_pa
     on, off = ([[line[number] for number in numbers] for line in lines[name]] for name in ("on", "off"))
     assert on == off and len(on) == 4 and len({loss for loss, *_ in on}) == 4
     assert drawn["on"] == drawn["off"]
-    assert [set(line["scores"]) for line in lines["on"]] == [set(), {"heldout"}, set(), {"heldout"}]
+    names = {"heldout", "exact"}
+    assert [set(line["scores"]) for line in lines["on"]] == [set(), names, set(), names]
     assert all((line["evaluation_s"] > 0) == bool(line["scores"]) for line in lines["on"])
     assert not any(line["scores"] for line in lines["off"])
     if layout == "cp":
-        assert curves(tmp_path / "on" / "small" / "tensorboard" / "second") == [2, 4]
+        folder = tmp_path / "on" / "small" / "tensorboard" / "second"
+        assert curves(folder, "heldout") == curves(folder, "exact") == [2, 4]
 
 
-def curves(folder: Path) -> list[int]:
-    """Steps that have a score in TensorBoard."""
+def curves(folder: Path, name: str) -> list[int]:
+    """Steps that have that score in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [event.step for event in events.Scalars("score/heldout")]
+    return [event.step for event in events.Scalars(f"score/{name}")]
 
 
 def test_the_score_is_what_evaluate_says_of_the_checkpoint(small_run, worlds, tmp_path: Path) -> None:
@@ -124,6 +130,16 @@ def test_the_best_checkpoint_stays_through_a_resume(small_run, worlds, tmp_path:
     assert left() == ["step_00000002", "step_00000005"], "an equal score is no better"
     worlds(1).run(train, file, runs, [0.8], ("stages.second.steps=6",))
     assert left() == ["step_00000006"]
+
+
+def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run, worlds, tmp_path: Path) -> None:
+    asked = {"every": 1, "data": ["heldout"], "benchmarks": ["exact"], "benchmark_data": "unread", "keep": "best"}
+    stage = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "async_save": False, "decay": "constant"}
+    for best_by, best in (("exact", 2), (None, 1)):
+        file = write(small_run, tmp_path / "r.yaml", asked | {"best_by": best_by}, stage=stage)
+        worlds(1).run(train, file, str(tmp_path / f"{best}"), [0.9, 0.2, 0.1, 0.6, 0.5, 0.5])
+        folder = tmp_path / f"{best}" / "small" / "checkpoints" / "second"
+        assert json.loads((folder / "best.json").read_text())["step"] == best
 
 
 def train_watched(
@@ -266,9 +282,14 @@ def test_a_recipe_says_it_in_one_line(small_run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 'second': evaluation generates answers without virtual pipeline"):
         load_recipe(Path(write(small_run, tmp_path / "r.yaml", asked, layout={"pp": 2, "vpp": 1})))
     for wrong, message in (
-        ({"every": 2}, "evaluation.data: this key is needed"),
-        ({"every": 2, "data": []}, "data is empty"),
-        ({"every": 2, "data": ["x/a", "y/a"]}, "two folders called a"),
+        ({"every": 2}, "data and benchmarks are empty"),
+        ({"every": 2, "data": []}, "data and benchmarks are empty"),
+        ({"every": 2, "data": ["x/a", "y/a"]}, "name a more than once"),
+        ({"every": 2, "data": ["x/docvqa"], "benchmarks": ["docvqa=a.tsv"], "benchmark_data": "b"}, "name docvqa more"),
+        ({"every": 2, "benchmarks": ["docvqa"]}, "benchmarks and .benchmark_data, .*, belong together"),
+        ({"every": 2, "data": ["a"], "benchmark_data": "b"}, "belong together"),
+        ({"every": 2, "data": ["a"], "best_by": "a"}, "best_by='a' needs keep: best and one of the scores a"),
+        ({"every": 3, "data": ["a"], "best_by": "b", "keep": "best"}, "one of the scores a"),
     ):
         with pytest.raises(UserError, match=message):
             load_recipe(Path(write(small_run, tmp_path / "r.yaml", wrong)))

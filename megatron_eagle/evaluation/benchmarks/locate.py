@@ -58,7 +58,7 @@ def _given(benchmark: Benchmark, data: Path, given: str) -> tuple[Path, ...]:
 def _found(benchmark: Benchmark, data: Path) -> tuple[Path, ...]:
     known = tuple(name.lower() for name in (benchmark.name, *benchmark.files))
     if not data.is_dir():
-        raise UserError(f"{data} is no folder; --data is the one with the files of the benchmarks")
+        raise UserError(f"{data} is no folder; the files of the benchmarks are looked for in one")
     here = sorted(file for kind in KINDS for file in data.glob(kind) if file.name.lower().startswith(known))
     here += sorted(
         file

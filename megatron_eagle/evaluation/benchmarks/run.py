@@ -11,22 +11,20 @@ from typing import Any
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
-from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.endpoint.queue import Queue
 from megatron_eagle.endpoint.settings import Endpoint
-from megatron_eagle.errors import BrokenSample, UserError
+from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.answer_log import AnswerLog
 from megatron_eagle.evaluation.asking import Answers, Asking, check_answer_tokens, planner_to_ask
 from megatron_eagle.evaluation.benchmarks.entry import Entry
-from megatron_eagle.evaluation.benchmarks.files import PictureFile
 from megatron_eagle.evaluation.benchmarks.judge import judged
 from megatron_eagle.evaluation.benchmarks.locate import Request
 from megatron_eagle.evaluation.benchmarks.page import Section, section_of, write_page
+from megatron_eagle.evaluation.benchmarks.prepare import Filler, outlines, read_entries
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_of, score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
-from megatron_eagle.evaluation.prompt import Prompt, prompt_of
-from megatron_eagle.parallel.agreement import on_rank_zero
+from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
 
@@ -43,13 +41,15 @@ PREDICTIONS, SCORES, PAGE, PICTURES, JUDGE = (
 class Wishes:
     """How to ask. limit: the first so many questions of each. answer_tokens: None is the benchmark's own.
 
-    blank: ask once more with the pictures blanked. judge: is asked what no rule can tell.
+    blank: ask once more with the pictures blanked. judge: is asked what no rule can tell. sampling: which token
+    follows.
     """
 
     limit: int | None = None
     answer_tokens: int | None = None
     blank: bool = False
     judge: Endpoint | None = None
+    sampling: Sampling = GREEDY
 
 
 def evaluate_benchmarks(
@@ -80,10 +80,11 @@ def evaluate_benchmarks(
         model = load_model(recipe, checkpoint, layout, platform)
         for request in requests:
             folder = out / request.benchmark.name
-            entries, notes = _entries(request, folder, wishes.limit)
+            entries, notes = read_entries(request, folder / PICTURES, wishes.limit)
+            notes += tuple(f"answers are drawn: {drawn}" for drawn in wishes.sampling.record.values())
             tokens = _tokens(request, wishes)
             planner = planner_to_ask(recipe, stage, tokenizer, tokens)
-            prompts, entries = _outlines(entries, planner)
+            prompts, entries = outlines(entries, planner)
             run = {
                 "checkpoint": str(checkpoint.resolve()),
                 "questions": hashlib.sha256(repr(entries).encode()).hexdigest(),
@@ -99,7 +100,8 @@ def evaluate_benchmarks(
                 platform,
                 tokens,
                 AnswerLog(folder),
-                _Filler(entries, planner),
+                wishes.sampling,
+                Filler(entries, planner),
             )
             answers = asking.ask(prompts, run, blank=wishes.blank)
             if groups.rank == 0:
@@ -114,56 +116,11 @@ def evaluate_benchmarks(
     if done:  # on rank 0; the others do not wait for the judge
         if wishes.judge is not None and any(one.result.undecided for one in done):
             done = _judged(done, wishes.judge, out / JUDGE)
-        _write(done, out, checkpoint)
+        _write(done, out, checkpoint, wishes.sampling)
 
 
 def _tokens(request: Request, wishes: Wishes) -> int:
     return request.benchmark.answer_tokens if wishes.answer_tokens is None else wishes.answer_tokens
-
-
-def _entries(request: Request, folder: Path, limit: int | None) -> tuple[list[Entry], tuple[str, ...]]:
-    """What rank 0 reads, on every process; its pictures lie in ``folder`` until the benchmark is done."""
-
-    def read() -> tuple[list[Entry], tuple[str, ...]]:
-        with PictureFile(folder / PICTURES) as pictures:
-            return request.read(pictures)
-
-    try:
-        entries, notes = on_rank_zero(read)
-    except (UserError, OSError) as error:
-        raise UserError(f"{request.benchmark.name}: {error}") from None
-    return limited(entries, notes, limit)
-
-
-def limited(entries: list[Entry], notes: tuple[str, ...], limit: int | None) -> tuple[list[Entry], tuple[str, ...]]:
-    """The first ``limit`` entries of the split that counts, and what to say of it; all if there are no more."""
-    counted = [entry for entry in entries if entry.counts]
-    if limit is None or limit >= len(counted):
-        return entries, notes
-    return counted[:limit], (*notes, f"the first {limit} of {len(counted)} questions")
-
-
-def _outlines(entries: Sequence[Entry], planner: VisualPlanner) -> tuple[list[Prompt], list[Entry]]:
-    """(what can be asked as far as headers say, the entries with the others broken)"""
-    prompts, checked = [], []
-    for entry in entries:
-        if entry.question is not None and entry.counts:
-            try:
-                prompts.append(prompt_of(entry.stored(), planner, tiles=False))
-            except BrokenSample as reason:
-                entry = entry.broken(str(reason))
-        checked.append(entry)
-    return prompts, checked
-
-
-class _Filler:
-    """Gives a prompt its tiles, from the entry of its name."""
-
-    def __init__(self, entries: Sequence[Entry], planner: VisualPlanner) -> None:
-        self._entries, self._planner = {entry.id: entry for entry in entries}, planner
-
-    def __call__(self, prompt: Prompt) -> Prompt:
-        return prompt_of(self._entries[prompt.identity].stored(), self._planner)
 
 
 @dataclass(frozen=True)
@@ -210,12 +167,12 @@ def _judged(done: Sequence[_Done], judge: Endpoint, folder: Path) -> list[_Done]
     return finished
 
 
-def _write(done: Sequence[_Done], out: Path, checkpoint: Path) -> None:
+def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Sampling) -> None:
     """Predictions and submissions of each, the scores and the page of all; what was kept for them goes."""
     results = {one.request.benchmark.name: asdict(replace(one.result, parts=dict(one.result.parts))) for one in done}
     try:
         sections = [_write_one(one) for one in done]
-        scores = {"checkpoint": str(checkpoint), "benchmarks": results}
+        scores = {"checkpoint": str(checkpoint), "benchmarks": results, **sampling.record}
         (out / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         write_page(out / PAGE, sections, checkpoint)
         for one in done:

@@ -58,7 +58,7 @@ def points(benchmark: Benchmark, entry: Entry, question: Question, answer: str) 
     references = question.references
     match benchmark.rule:
         case "anls":
-            return anls(answer, references)
+            return anls(" ".join(answer.split()), references)  # or an answer of white space would be near to anything
         case "relaxed":
             return relaxed_accuracy(answer, references)
         case "vqa":
@@ -153,11 +153,15 @@ def _by_category(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 
 def _of_hallusion(one: Scored) -> YesNo:
-    """VLMEvalKit writes set, figure and question into the index, Hugging Face into columns of their own."""
+    """VLMEvalKit writes set, figure and question into the index, Hugging Face into columns of their own.
+
+    Figures and questions are told apart by VLMEvalKit's ``l2-category``; without it by category and subcategory, as in
+    HallusionBench's own ``utils.py``: there are figures of the same set and number in both categories.
+    """
     fields, parts = one.entry.fields, one.entry.fields["index"].split("_")
     if len(parts) == 6:
-        place = (fields.get("l2-category", parts[1]), *parts[3:])
+        place = (fields.get("l2-category", f"{parts[0]}_{parts[1]}"), *parts[3:])
     else:
-        place = (fields.get("subcategory", ""), fields.get("set_id", ""), fields.get("figure_id", ""),
-                 fields.get("question_id", ""))  # fmt: skip
+        kind = f"{one.entry.category}_{fields.get('subcategory', '')}"
+        place = (kind, *(fields.get(name, "") for name in ("set_id", "figure_id", "question_id")))
     return YesNo(bool(one.points), *place)

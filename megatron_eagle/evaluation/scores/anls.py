@@ -2,6 +2,7 @@
 
 Rule: arXiv 1907.00490, with case and white space as in VLMEvalKit's ``vlmeval/dataset/utils/vqa_eval.py`` and
 lmms-eval's ``api/metrics.py``: distances are between texts with single spaces, lengths those of the texts as they came.
+VLMEvalKit after e8e78f05 takes the lengths of single-spaced texts, too; here benchmarks hand over such answers.
 Both keep a similarity of exactly 0.5, which Megatron-LM's ``evaluate_vqav2.py`` does not.
 """
 
