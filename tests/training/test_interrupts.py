@@ -18,6 +18,7 @@ from train_cases import losses
 
 from megatron_eagle.cli import _parse
 from megatron_eagle.cli.interrupts import interruptible
+from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.training.watchdog import STOPPED_EXIT_CODE
 
 
@@ -52,6 +53,7 @@ def told_command(said: str) -> list[str]:
     return command
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_step_of_every_process_and_the_command_it_tells_continues(small_run, tmp_path) -> None:
     """As a terminal does: to the whole group. The losses are those of a run that nobody disturbed."""
     stage = {**small_run.settings()["stages"][0], "steps": 60, "checkpoint_every": 1000}
@@ -99,6 +101,7 @@ def test_a_second_ctrl_c_aborts() -> None:
     assert (code, said) == (130, "megatron-eagle: aborted, the newest checkpoint is kept; continue with: that\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
 def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path, number, workers) -> None:
     from megatron_eagle.data.build.dataset import build_dataset
@@ -174,6 +177,7 @@ def test_handlers_are_given_back_and_what_is_ignored_stays_so(handlers) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_helpers_of_a_verb_are_ended_with_it(tmp_path: Path) -> None:
     """A pool would wait for its work, and a terminal's Ctrl-C makes it print tracebacks."""
     (tmp_path / "work.py").write_text(
@@ -198,3 +202,9 @@ def test_helpers_of_a_verb_are_ended_with_it(tmp_path: Path) -> None:
         code, said = end(process)
         assert code == 130 and time.monotonic() - started < 20
         assert said.startswith("megatron-eagle: interrupted (SIGINT): all; ") and said.count("\n") == 1, said
+
+
+def test_workers_do_not_hear_what_a_terminal_sends_to_all() -> None:
+    with WorkerPool(1) as pool:
+        assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
