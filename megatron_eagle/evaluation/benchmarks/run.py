@@ -174,8 +174,7 @@ def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Samplin
     try:
         sections = [_write_one(one) for one in done]
         scores = {"checkpoint": str(checkpoint), "benchmarks": results, **sampling.record}
-        write_atomically(out / SCORES, json.dumps(scores, indent=1) + "
-")
+        write_atomically(out / SCORES, json.dumps(scores, indent=1) + "\n")
         write_page(out / PAGE, sections, checkpoint)
         for one in done:
             (one.folder / PICTURES).unlink()
