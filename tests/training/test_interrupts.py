@@ -36,12 +36,12 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """(exit code, stderr)"""
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=250)[1]
     return process.returncode, said
 
 
 def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
