@@ -38,6 +38,7 @@ from megatron_eagle.cli import (
     verify,
 )
 from megatron_eagle.cli.common import Parser, print_once
+from megatron_eagle.cli.interrupts import interruptible
 from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import LostContact, UserError
 
@@ -78,21 +79,20 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb; exits 0, 2 after a UserError (one line on stderr), 130 after Ctrl-C."""
+    """Run one verb; exits 0, 2 after a UserError (one line on stderr), 130 after Ctrl-C (``interrupts``)."""
     options = _parse(arguments)
     for module in NOISY_MODULES:
         warnings.filterwarnings("ignore", module=module)
     for logger in NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        options.run(options)
+        with interruptible(options):
+            options.run(options)
     except UserError as error:
         print_once(f"megatron-eagle: {error}")
         sys.exit(USER_ERROR)
     except LostContact:  # already said, by every process that noticed
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(0)
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -214,10 +213,11 @@ def open_platform(options: argparse.Namespace) -> "Platform":
     return install(trace=options.trace_platform, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def become_part_of_a_run(processes: int | None) -> None:
+def become_part_of_a_run(processes: int | None, *, saves: bool = False) -> None:
     """Return in a process that trains: one that a launcher started, or this one alone if ``processes`` is 1 or None.
 
-    Otherwise start this very command ``processes`` times on this machine, wait, and exit with its code.
+    Otherwise start this very command ``processes`` times on this machine, wait, and exit with its code. saves: whether
+    the processes save their work when they are asked to stop.
     """
     if "RANK" in os.environ:
         return
@@ -226,17 +226,4 @@ def become_part_of_a_run(processes: int | None) -> None:
     if processes is None or processes == 1:
         os.environ |= process_variables(rank=0, processes=1)
     else:
-        sys.exit(launch(processes, _without_processes(sys.argv[1:])))
-
-
-def _without_processes(arguments: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--processes":
-            skip = True
-        elif not argument.startswith("--processes="):
-            kept.append(argument)
-    return kept
+        sys.exit(launch(processes, sys.argv[1:], saves=saves))

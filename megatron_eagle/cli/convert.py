@@ -50,7 +50,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     come.add_argument("--seed", type=count, default=None, help="draws a new Eagle's connector (default: 1234)")
     _add_common(come)
-    come.set_defaults(run=_import_hf)
+    come.set_defaults(run=_import_hf, kept=_kept)
     go = verb(
         actions,
         "megatron-to-hf",
@@ -76,7 +76,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     _add_base(go)
     _add_common(go)
-    go.set_defaults(run=_export_hf)
+    go.set_defaults(run=_export_hf, kept=_kept)
     _add_peft(actions)
     check = verb(
         actions,
@@ -87,7 +87,11 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("first", type=Path, metavar="A")
     check.add_argument("second", type=Path, metavar="B")
-    check.set_defaults(run=_check)
+    check.set_defaults(run=_check, kept=lambda options: "nothing is kept of the check")
+
+
+def _kept(options: argparse.Namespace) -> str:
+    return f"whole files are kept in {options.out}.partial"
 
 
 def _add_peft(actions: Verbs) -> None:
@@ -102,7 +106,7 @@ def _add_peft(actions: Verbs) -> None:
     out.add_argument("out", type=Path, metavar="OUT")
     out.add_argument("--format", choices=("A", "B"), default=None, help="of the exported base, as in megatron-to-hf")
     _add_base(out)
-    out.set_defaults(run=_export_peft)
+    out.set_defaults(run=_export_peft, kept=lambda options: "nothing is kept")
     back = verb(
         actions,
         "peft-to-megatron",
@@ -113,7 +117,7 @@ def _add_peft(actions: Verbs) -> None:
     back.add_argument("adapter", type=Path, metavar="ADAPTER")
     back.add_argument("base", type=Path, metavar="BASE")
     back.add_argument("out", type=Path, metavar="OUT")
-    back.set_defaults(run=_import_peft)
+    back.set_defaults(run=_import_peft, kept=lambda options: "nothing is kept")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def add(verbs: Verbs) -> None:
         metavar="NAME",
         help="environment variable with the key of endpoints that have no key_file (docs/curation_augmentation.md)",
     )
-    run.set_defaults(run=_run)
+    run.set_defaults(run=_run, kept=_kept)
     explain = verb(
         actions,
         "explain",
@@ -75,6 +75,10 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle curate operators\n",
     )
     operators.set_defaults(run=_operators)
+
+
+def _kept(options: argparse.Namespace) -> str:
+    return f"finished blocks are kept in {options.out.parent}/.{options.out.name}.partial"
 
 
 def _add_admit(actions: Verbs) -> None:
@@ -115,7 +119,7 @@ def _add_admit(actions: Verbs) -> None:
     admit.add_argument("--side", type=positive_int, default=320, help="pixels a TorchScript file takes (default: 320)")
     admit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     admit.add_argument("--workers", type=positive_int, default=1, help="processes that make vectors (default: 1)")
-    admit.set_defaults(run=_admit)
+    admit.set_defaults(run=_admit, kept=_kept)
 
 
 def _add_synthesise(actions: Verbs) -> None:
@@ -141,7 +145,9 @@ def _add_synthesise(actions: Verbs) -> None:
         help="a folder with more fonts than matplotlib brings; may be given again",
     )  # fmt: skip
     parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="processes (default: 1)")
-    parser.set_defaults(run=_synthesise)
+    parser.set_defaults(
+        run=_synthesise, kept=lambda options: f"pictures without records are in {options.out}, remove it first"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def _add_measure(actions: Verbs) -> None:
         "  megatron-eagle data measure tiny\n",
     )
     _add_recipe(parser)
-    parser.set_defaults(run=_data_measure)
+    parser.set_defaults(run=_data_measure, kept=lambda options: "data sets that were counted stay counted")
 
 
 def _add_inspect(actions: Verbs) -> None:

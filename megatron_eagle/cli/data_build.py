@@ -53,7 +53,10 @@ def add(actions: Verbs) -> None:
     )
     build.add_argument("--workers", type=positive_int, default=1, help="processes that read and decode (default: 1)")
     build.add_argument("--part", type=_part, metavar="I/N", help="build only part I of N; then 'data join OUT'")
-    build.set_defaults(run=_data_build)
+    build.set_defaults(
+        run=_data_build,
+        kept=lambda options: f"finished shards are kept in {options.out.parent}/.{options.out.name}.partial",
+    )
     join = verb(
         actions,
         "join",
@@ -64,7 +67,7 @@ def add(actions: Verbs) -> None:
     )
     join.add_argument("out", type=Path, metavar="OUT")
     _add_max_rejected(join)
-    join.set_defaults(run=_data_join)
+    join.set_defaults(run=_data_join, kept=lambda options: "the parts are kept")
     check = verb(
         actions,
         "check",
@@ -78,7 +81,7 @@ def add(actions: Verbs) -> None:
     )
     check.add_argument("folder", type=Path, metavar="FOLDER")
     check.add_argument("--workers", type=positive_int, default=1, help="processes that read, a shard each (default: 1)")
-    check.set_defaults(run=_data_check)
+    check.set_defaults(run=_data_check, kept=lambda options: "nothing is kept of the check")
 
 
 def _add_max_rejected(parser: argparse.ArgumentParser) -> None:

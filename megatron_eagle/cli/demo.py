@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
         default=0.0,
         help="seconds already spent on the environment, for the summary",
     )
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, kept=lambda options: f"what is finished is kept in {options.runs}")
 
 
 def _demo(options: argparse.Namespace) -> None:

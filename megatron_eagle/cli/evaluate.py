@@ -80,7 +80,10 @@ def add(verbs: Verbs) -> None:
     )
     add_sampling_arguments(parser, seed="0")
     add_launch_arguments(parser)
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(
+        run=_evaluate,
+        kept=lambda options: "losses are not kept" if options.losses else "the answers given so far are kept",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from megatron_eagle.cli.common import (
     seconds,
     verb,
 )
+from megatron_eagle.cli.interrupts import to_continue
 from megatron_eagle.errors import Superseded
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def add(verbs: Verbs) -> None:
         "train",
         "train one stage of a recipe",
         "Trains a stage to its last step, starting from the stage before it. Given again after any interruption, the\n"
-        "same command continues from the newest checkpoint; given after the last step, it does nothing.",
+        "same command continues from the newest checkpoint; given after the last step, it does nothing.\n"
+        "Ctrl-C or SIGTERM ends the step, saves it, says how to continue and exits with 85; a second Ctrl-C aborts.",
         "  megatron-eagle train tiny --stage stage1 --processes 2\n"
         "  torchrun --nproc-per-node 8 -m megatron_eagle train eagle2-1b --stage stage1.5\n",
     )
@@ -60,19 +62,19 @@ def add(verbs: Verbs) -> None:
         metavar="N",
         help="under a scheduler: number of this start of the run, as 'megatron-eagle job begin' has said",
     )
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, kept=lambda options: "what was saved before is kept")
 
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_eagle.config.recipe import load_recipe
 
     # Before PyTorch, whose import takes seconds in which a signal may come.
-    watch = _open_watch(options.stacks, options.hang) if "RANK" in os.environ else None
+    watch = _open_watch(options) if "RANK" in os.environ else None
     recipe = load_recipe(options.recipe, options.overrides)  # also before it: a typo is answered at once
     recipe.stage(options.stage)
     platform = open_platform(options)
-    become_part_of_a_run(options.processes)
-    watch = watch or _open_watch(options.stacks, options.hang)
+    become_part_of_a_run(options.processes, saves=True)
+    watch = watch or _open_watch(options)
     from megatron_eagle.training.loop import train_stage
     from megatron_eagle.training.non_finite import NonFinite
     from megatron_eagle.training.run_folder import RunFolder
@@ -95,7 +97,8 @@ def _train(options: argparse.Namespace) -> None:
         print_once(f"megatron-eagle: {superseded}: leaving")
         sys.exit(SUPERSEDED_EXIT_CODE)
     except StoppedEarly as stopped:
-        print_once(f"megatron-eagle: {stopped}")
+        way_on = "" if options.stacks else f" in {run_folder.stage_checkpoints(options.stage)}; {to_continue()}"
+        print_once(f"megatron-eagle: {stopped}{way_on}")
         sys.exit(STOPPED_EXIT_CODE)
     except NonFinite as found:
         print_once(f"megatron-eagle: {found}")
@@ -114,17 +117,18 @@ def _hang(text: str) -> tuple[float, ...]:
     return (*map(seconds, parts[:3]), not_negative(parts[3]))
 
 
-def _open_watch(stacks: Path | None, hang: tuple[float, ...]) -> "Watchdog":
-    """What a scheduler may ask of this process: a stop after the current step (USR1, TERM), and an end if it hangs.
+def _open_watch(options: argparse.Namespace) -> "Watchdog":
+    """What a scheduler or a person may ask of this process: a stop after the current step (USR1, TERM, Ctrl-C), and an
+    end if it hangs.
 
     A stop before the first step is an end at once, also amid imports.
     """
     from megatron_eagle.training.watchdog import HangLimits, Watchdog
 
-    if stacks is None:
-        watch = Watchdog()
-        watch.leave_on(signal.SIGUSR1)
-        return watch
-    watch = Watchdog(HangLimits(*hang), stacks, rank=int(os.environ["RANK"]))
-    watch.leave_on(signal.SIGUSR1, signal.SIGTERM)
+    rank = int(os.environ["RANK"])
+    if options.stacks is None:
+        watch = Watchdog(rank=rank, way_on=to_continue())
+    else:
+        watch = Watchdog(HangLimits(*options.hang), options.stacks, rank=rank)
+    watch.leave_on(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     return watch

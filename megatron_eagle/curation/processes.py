@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_eagle.curation.block import Job, Segment, run_block
 from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.plan import Plan
+from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.errors import UserError
 
 BLOCKS_AHEAD = 2  # of each process, read but not yet worked on
@@ -30,7 +31,7 @@ class Processes:
     plan: Plan
     state: Path
     workers: int
-    _pool: ProcessPoolExecutor | None = field(default=None, init=False)
+    _pool: WorkerPool | None = field(default=None, init=False)
     _uses: Resources = field(default_factory=Resources, init=False)
 
     def __enter__(self) -> "Processes":
@@ -50,9 +51,7 @@ class Processes:
         processes = processes_for(segment.resources, self.workers)
         if self._pool is None or segment.resources != self._uses:
             self.__exit__()
-            # Fresh processes: this one may hold threads, which do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            self._pool, self._uses = ProcessPoolExecutor(processes, context, _end_with_parent), segment.resources
+            self._pool, self._uses = WorkerPool(processes, _end_with_parent), segment.resources
         running: dict[Future[None], Job] = {}
         try:
             for job in jobs:

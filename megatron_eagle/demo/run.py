@@ -34,6 +34,7 @@ from megatron_eagle.demo.summary import (
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.evaluation.score import PREDICTIONS, read_predictions
+from megatron_eagle.parallel.launch import obey_parent
 from megatron_eagle.training.log import read_metrics
 
 SEED = 2026
@@ -123,9 +124,15 @@ def _texts(samples: Path) -> Iterator[str]:
 
 
 def _command(*arguments: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "megatron_eagle", *arguments], check=False)
-    if result.returncode:
-        raise UserError(f"'megatron-eagle {' '.join(arguments)}' failed with exit code {result.returncode}")
+    process = subprocess.Popen([sys.executable, "-m", "megatron_eagle", *arguments], preexec_fn=obey_parent)
+    try:
+        process.wait()
+    except KeyboardInterrupt:  # it saves what it can
+        process.terminate()
+        process.wait()
+        raise
+    if process.returncode:
+        raise UserError(f"'megatron-eagle {' '.join(arguments)}' failed with exit code {process.returncode}")
 
 
 def _write_summary(recipe: Recipe, folder: Path, processes: int, clock: "_Clock", setup_seconds: float) -> Summary:

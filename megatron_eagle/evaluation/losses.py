@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
@@ -177,7 +178,7 @@ def _write_lines(out: Path, data: Path, losses: Sequence[SampleLoss], rejected: 
         out.mkdir(parents=True, exist_ok=True)
         for file, lines in ((LOSSES, [asdict(one) for one in losses]), (REJECTED, named)):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (out / file).write_text(text, encoding="utf-8")
+            write_atomically(out / file, text)
     except OSError as error:
         raise UserError(f"cannot write losses to {out}: {error.strerror}") from None
     if not losses:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 from megatron_eagle.data.storage.shards import dataset_identity, iterate_samples
@@ -162,8 +163,8 @@ def _write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
-        (out / PREDICTIONS).write_text(text, encoding="utf-8")
-        (out / ACCURACY).write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
+        write_atomically(out / PREDICTIONS, text)
+        write_atomically(out / ACCURACY, json.dumps(accuracy, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write results to {out}: {error.strerror}") from None
     right, blank = accuracy["overall"], accuracy["blank_images"]

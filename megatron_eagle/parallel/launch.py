@@ -16,26 +16,48 @@ from collections.abc import Sequence
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
+STOPPING = "ending the step and saving it; Ctrl-C again aborts"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
+def launch(processes: int, arguments: Sequence[str], *, saves: bool = False) -> int:
     """Run ``python -m megatron_eagle <arguments>`` in ``processes`` processes and wait for them.
 
     When one fails, the others are ended. A process that was ended by a signal is named on stderr, because it could not
     speak for itself. Returns the exit code of the first to fail (128 + signal number after a signal), or 0.
+
+    A KeyboardInterrupt ends them and is raised. saves: instead they are asked to stop (SIGTERM) and waited for; it is
+    raised all the same if one of them did not know yet how to do that.
     """
     port = _free_port()
     running = [_start(process_variables(rank, processes, port), arguments) for rank in range(processes)]
+    grace = 0.0
     try:
-        while any(process.poll() is None for process in running):
-            for rank, process in enumerate(running):
-                if process.poll():
-                    return _explain(rank, process.returncode)
-            time.sleep(POLL_SECONDS)
-        return next((_explain(rank, p.returncode) for rank, p in enumerate(running) if p.returncode), 0)
+        rank, code = _first_to_fail(running)
+        return _explain(rank, code)
+    except KeyboardInterrupt:
+        if not saves:
+            raise
+        print(f"megatron-eagle: {STOPPING}", file=sys.stderr, flush=True)
+        for process in running:
+            process.terminate()
+        grace = GRACE_SECONDS
+        _, code = _first_to_fail(running)
+        if code == -signal.SIGTERM:
+            raise
+        return code
     finally:
-        _end(running)
+        _end(running, grace)
+
+
+def _first_to_fail(running: Sequence["subprocess.Popen[bytes]"]) -> tuple[int, int]:
+    """(rank, code) of the first process to fail, or (0, 0) once all have ended well."""
+    while any(process.poll() is None for process in running):
+        for rank, process in enumerate(running):
+            if process.poll():
+                return rank, process.returncode
+        time.sleep(POLL_SECONDS)
+    return next(((rank, process.returncode) for rank, process in enumerate(running) if process.returncode), (0, 0))
 
 
 def process_variables(rank: int, processes: int, port: int | None = None) -> dict[str, str]:
@@ -55,7 +77,13 @@ def _start(variables: dict[str, str], arguments: Sequence[str]) -> "subprocess.P
     threads = str(max(1, (os.cpu_count() or 1) // int(variables["WORLD_SIZE"])))
     environment = {"OMP_NUM_THREADS": threads} | os.environ | variables
     command = [sys.executable, "-m", "megatron_eagle", *arguments]
-    return subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    return subprocess.Popen(command, env=environment, preexec_fn=obey_parent)
+
+
+def obey_parent() -> None:
+    """``die_with_parent``, and Ctrl-C, which a terminal sends to both, is for the parent to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
 
 
 def die_with_parent() -> None:
@@ -71,11 +99,9 @@ def _explain(rank: int, code: int) -> int:
     return code
 
 
-def _end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
-    for process in running:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
+def _end(running: Sequence["subprocess.Popen[bytes]"], grace: float) -> None:
+    """Kill those that have not ended by themselves after ``grace`` seconds."""
+    deadline = time.monotonic() + grace
     for process in running:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from megatron_eagle.parallel.launch import STOPPING
+
 STOPPED_EXIT_CODE = 85  # "saved, and to be continued"; any number nothing else uses
 HANG_EXIT_CODE = 86
 SUPERSEDED_EXIT_CODE = 88  # a newer start of the run is at work
@@ -65,10 +67,14 @@ class Watchdog:
 
     limits: when to call it a hang; None watches nothing.
     stacks: folder that gets ``rank_00003.txt`` with the stacks of all threads of a process that hangs.
+    way_on: said to a person who stops the run: how to continue it.
     """
 
-    def __init__(self, limits: HangLimits | None = None, stacks: Path | None = None, rank: int = 0) -> None:
+    def __init__(
+        self, limits: HangLimits | None = None, stacks: Path | None = None, rank: int = 0, way_on: str = ""
+    ) -> None:
         self._limits = limits
+        self._way_on = f"; {way_on}" if way_on else ""
         self._stop = False
         self._leaving: tuple[signal.Signals, ...] = ()
         self._rank, self._process = rank, os.getpid()
@@ -93,10 +99,11 @@ class Watchdog:
     def leave_on(self, *signals: signal.Signals) -> None:
         """From now on these signals end this process with STOPPED_EXIT_CODE, until ``training_begins``.
 
-        Before the first step there is nothing to save, and the processes cannot agree on anything yet.
+        Before the first step there is nothing to save, and the processes cannot agree on anything yet. A signal that is
+        ignored (by nohup, or because it is the parent's to answer) stays so.
         """
-        self._leaving = signals
-        for number in signals:
+        self._leaving = tuple(number for number in signals if signal.getsignal(number) != signal.SIG_IGN)
+        for number in self._leaving:
             signal.signal(number, self._leave)
 
     def training_begins(self) -> None:
@@ -107,11 +114,18 @@ class Watchdog:
         if os.getpid() != self._process:  # a reader forked before training began: its trainer decides
             return
         # No print: the signal may have come amid one.
-        line = f"megatron-eagle: rank {self._rank} {ASKED} ({signal.Signals(number).name})\n"
-        os.write(2, line.encode())
+        if self._rank == 0 or not self._way_on:  # a person is told once, a scheduler's log has the ranks
+            _write(f"rank {self._rank} {ASKED} ({signal.Signals(number).name}){self._way_on}")
         os._exit(STOPPED_EXIT_CODE)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT:
+            if self._stop:
+                _write(f"aborted, the newest checkpoint is kept{self._way_on}")
+                os._exit(128 + number)
+            _write(STOPPING)
         self._stop = True
 
     @property
@@ -193,6 +207,11 @@ class Watchdog:
         silent = [file.stem.removeprefix("rank_") for file in files if STACKS_FOLLOW not in file.read_text()]
         self._file.write(f"{SILENT}{' '.join(silent)}\n")
         self._file.flush()
+
+
+def _write(line: str) -> None:
+    """From a signal's handler."""
+    os.write(2, f"megatron-eagle: {line}\n".encode())
 
 
 def _open_stacks(folder: Path, rank: int) -> TextIO:

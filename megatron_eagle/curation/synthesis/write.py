@@ -5,11 +5,9 @@ number of processes writes the same bytes, given the same versions of Pillow and
 """
 
 import json
-import multiprocessing
 import os
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from megatron_eagle.curation.synthesis.fonts import digest, fonts_by_script
 from megatron_eagle.curation.synthesis.noise import LEVELS, spoiled
 from megatron_eagle.curation.synthesis.pages import LAYOUTS, draw_page
 from megatron_eagle.curation.synthesis.words import SCRIPTS
+from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.errors import UserError
 
 IMAGES, SAMPLES_FILE = "images", "samples.jsonl"
@@ -75,7 +74,7 @@ def _records(
     if workers == 1:
         yield from map(_make, jobs)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(workers) as pool:
         yield from pool.map(_make, jobs, chunksize=32)
 
 

@@ -13,11 +13,10 @@ import contextlib
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Collection, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from megatron_eagle.data.build.shard_writer import (
 )
 from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource, spool
 from megatron_eagle.data.build.walk import Ledger
+from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.data.order.sample_index import open_sample_index
 from megatron_eagle.data.storage.checksums import write_checksums
 from megatron_eagle.errors import UserError
@@ -268,8 +268,7 @@ def _build_all(
         for block in blocks:
             yield block, build_shard(block, folder, max_pixels)
         return
-    # Fresh processes: this one may hold threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(workers) as pool:
         running: dict[Future[ShardReport], Block] = {}
         try:
             for block in blocks:

@@ -6,11 +6,10 @@ keeps one on disks, can ask here, before weeks of training, or when a loss looks
 
 import hashlib
 import itertools
-import multiprocessing
 import sqlite3
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_eagle.compat.energon import ShardIndex
+from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.data.reports.shard_check import Advance, ShardFate, ShardTask, check_shard
 from megatron_eagle.data.storage.checksums import ShardChecksums, open_checksums
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
@@ -99,8 +99,7 @@ def _check_all(tasks: Sequence[ShardTask], workers: int, advance: Advance) -> It
         for task in tasks:
             yield task.name, check_shard(task, advance)
         return
-    # Fresh processes: this one may hold threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(workers) as pool:
         running: dict[Future[ShardFate], ShardTask] = {}
         try:
             for task in tasks:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.build.shard_writer import write_atomically
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
 from megatron_eagle.endpoint.queue import Queue
 from megatron_eagle.endpoint.settings import Endpoint
@@ -173,7 +174,7 @@ def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Samplin
     try:
         sections = [_write_one(one) for one in done]
         scores = {"checkpoint": str(checkpoint), "benchmarks": results, **sampling.record}
-        (out / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_atomically(out / SCORES, json.dumps(scores, indent=1) + "\n")
         write_page(out / PAGE, sections, checkpoint)
         for one in done:
             (one.folder / PICTURES).unlink()
@@ -184,8 +185,8 @@ def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Samplin
 
 def _write_one(one: _Done) -> Section:
     benchmark = one.request.benchmark
-    with (one.folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_line(each, one.blank), ensure_ascii=False) + "\n" for each in one.scored)
+    lines = (json.dumps(_line(each, one.blank), ensure_ascii=False) + "\n" for each in one.scored)
+    write_atomically(one.folder / PREDICTIONS, "".join(lines))
     submission = write_submission(benchmark, one.scored, one.folder) if one.result.value is None else None
     return section_of(benchmark, one.result, one.without, one.scored, one.notes, submission)
 
