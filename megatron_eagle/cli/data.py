@@ -25,10 +25,25 @@ def add(verbs: Verbs) -> None:
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     data_build.add(actions)
+    _add_tokenizer(actions)
     _add_measure(actions)
     _add_inspect(actions)
     _add_digest(actions)
     _add_pack_report(actions)
+
+
+def _add_tokenizer(actions: Verbs) -> None:
+    parser = verb(
+        actions,
+        "tokenizer",
+        "train a small recipe's tokenizer on its data sets",
+        "Trains the SentencePiece model that a recipe names as its tokenizer, on the texts of all its data sets, as\n"
+        "large as the model's vocabulary at the most. Does nothing if it is there. Released models bring their own.",
+        "  megatron-eagle data tokenizer own-pictures\n",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, or the name of one")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the recipe to change")
+    parser.set_defaults(run=_data_tokenizer)
 
 
 def _add_measure(actions: Verbs) -> None:
@@ -120,6 +135,15 @@ def _load(options: argparse.Namespace) -> "tuple[Recipe, Stage]":
 
     recipe = load_recipe(options.recipe, options.overrides)
     return recipe, recipe.stage(options.stage) if options.stage else recipe.stages[0]
+
+
+def _data_tokenizer(options: argparse.Namespace) -> None:
+    from megatron_eagle.config.recipe import load_recipe
+    from megatron_eagle.data.build.vocabulary import make_tokenizer
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    there = " (it was there already)" if Path(recipe.tokenizer.path).exists() else ""
+    print(f"{recipe.tokenizer.path}: {make_tokenizer(recipe)} pieces{there}")
 
 
 def _data_measure(options: argparse.Namespace) -> None:

@@ -37,7 +37,8 @@ def add(verbs: Verbs) -> None:
         "With --benchmarks, reads their TSV, Parquet or lmms-eval files from the folder --data, scores each by its\n"
         "own rule, and writes scores.json and benchmarks.html beside the predictions.",
         "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n"
-        "  megatron-eagle evaluate eagle2-9b --benchmarks docvqa,mmmu=MMMU_DEV_VAL.tsv --data LMUData\n",
+        "  megatron-eagle evaluate eagle2-9b --benchmarks docvqa,mmmu=MMMU_DEV_VAL.tsv --data LMUData\n"
+        "  megatron-eagle evaluate eagle2-9b-lora --data data/held-out --before\n",
     )
     add_recipe_arguments(parser)
     parser.add_argument(
@@ -67,7 +68,13 @@ def add(verbs: Verbs) -> None:
         "--stage", default=None, help="stage whose newest checkpoint is used (default: the recipe's last)"
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder for the results (default: <runs>/<name>/evaluation)"
+        "--before", action="store_true", help="ask what the stage starts from: the stage before, or the released model"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder for the results (default: <runs>/<name>/evaluation, or evaluation-before)",
     )
     parser.add_argument(
         "--answer-tokens",
@@ -105,23 +112,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
-    out = options.out or run_folder.path / "evaluation"
+    out = options.out or run_folder.path / ("evaluation-before" if options.before else "evaluation")
+    before = options.before
     if options.losses:
         from megatron_eagle.evaluation.losses import measure_losses
 
-        measure_losses(recipe, stage, run_folder, options.data, out, platform)
+        measure_losses(recipe, stage, run_folder, options.data, out, platform, before=before)
     elif requests is None:
         from megatron_eagle.evaluation.sampling import Sampling
         from megatron_eagle.evaluation.score import evaluate
 
         most = options.answer_tokens or ANSWER_TOKENS
-        evaluate(recipe, stage, run_folder, options.data, out, platform, most, Sampling(**drawn))
+        sampling = Sampling(**drawn)
+        evaluate(recipe, stage, run_folder, options.data, out, platform, most, sampling, before=before)
     else:
         from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
         from megatron_eagle.evaluation.sampling import Sampling
 
         wishes = Wishes(options.limit, options.answer_tokens, options.blank, _judge(options), Sampling(**drawn))
-        evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes)
+        evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes, before=before)
     if options.trace_platform:
         print_once(platform.report())
 

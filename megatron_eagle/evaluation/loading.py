@@ -42,6 +42,22 @@ def newest_checkpoint(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> Pa
     return checkpoint
 
 
+def model_to_ask(recipe: Recipe, stage: Stage, run_folder: RunFolder, *, before: bool) -> tuple[Recipe, Path]:
+    """The stage's newest checkpoint or, with ``before``, what the stage starts from; and the recipe to load it by.
+
+    New adapters change nothing, so before a stage that starts with some the base is asked, without ``lora``.
+    UserError if there is none: ``newest_checkpoint``, or the stage starts from random weights.
+    """
+    if not before:
+        return recipe, newest_checkpoint(recipe, stage, run_folder)
+    checkpoint = run_folder.weights_before(recipe, stage)
+    if checkpoint is None and recipe.lora:
+        recipe, checkpoint = replace(recipe, lora=None), base_checkpoint(recipe)
+    if checkpoint is None:
+        raise UserError(f"stage '{stage.name}' starts from random weights: there is nothing to ask before it")
+    return recipe, checkpoint
+
+
 def load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform) -> EagleModel | Float16Module:
     """This process's part of the model in eval mode; its process groups must exist already."""
     models = build_chunks(recipe, layout, platform)

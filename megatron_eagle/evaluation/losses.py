@@ -29,7 +29,7 @@ from megatron_eagle.data.sample.visual_plan import VisualPlan, VisualPlanner
 from megatron_eagle.data.storage.shards import StoredSample, iterate_samples
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
 from megatron_eagle.errors import BrokenSample, UserError
-from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
+from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
@@ -59,17 +59,25 @@ class _Unread:
 
 
 def measure_losses(
-    recipe: Recipe, stage: Stage, run_folder: RunFolder, data: Path, out: Path, platform: Platform
+    recipe: Recipe,
+    stage: Stage,
+    run_folder: RunFolder,
+    data: Path,
+    out: Path,
+    platform: Platform,
+    *,
+    before: bool = False,
 ) -> None:
     """Write the losses of all samples of ``data`` into ``out``; every process of the run calls this.
 
-    The model is the newest checkpoint of ``stage``, in the stage's layout. ``losses.jsonl`` has a SampleLoss a line,
-    ``losses_rejected.jsonl`` the id and the reason of every sample that has none: broken media, too long for a pack.
+    The model is the newest checkpoint of ``stage``, with ``before`` what the stage starts from, in the stage's layout.
+    ``losses.jsonl`` has a SampleLoss a line, ``losses_rejected.jsonl`` the id and the reason of every sample that has
+    none: broken media, too long for a pack.
 
     Raises UserError if no sample has a loss.
     """
     layout = evaluation_layout(recipe, stage)
-    checkpoint = newest_checkpoint(recipe, stage, run_folder)
+    recipe, checkpoint = model_to_ask(recipe, stage, run_folder, before=before)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
         model = load_model(recipe, checkpoint, layout, platform)

@@ -24,7 +24,7 @@ from megatron_eagle.evaluation.asking import (
     check_answer_tokens,
     planner_to_ask,
 )
-from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
+from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
 from megatron_eagle.evaluation.prompt import prompts_of
 from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.evaluation.sampling import GREEDY, Sampling
@@ -68,8 +68,12 @@ def evaluate(
     platform: Platform,
     answer_tokens: int,
     sampling: Sampling = GREEDY,
+    *,
+    before: bool = False,
 ) -> None:
     """Answer all questions of ``data`` with the newest checkpoint of ``stage``; every process of the run calls this.
+
+    before: with what the stage starts from instead.
 
     Writes ``predictions.jsonl`` (one Prediction a line) and ``accuracy.json`` into ``out``. Questions that cannot be
     asked (``questions.py``), whose media are broken, or that do not fit into a pack, are left out, named and counted.
@@ -79,7 +83,7 @@ def evaluate(
     """
     layout = evaluation_layout(recipe, stage)
     check_answer_tokens(stage, answer_tokens)
-    checkpoint = newest_checkpoint(recipe, stage, run_folder)
+    recipe, checkpoint = model_to_ask(recipe, stage, run_folder, before=before)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
         tokenizer = recipe_tokenizer(recipe)

@@ -14,7 +14,7 @@ from megatron_eagle.planning.samples import Mix
 
 PLANS = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
 CARDS = PLANS["CARDS"]
-PUBLISHED = sorted(set(shipped_recipes()) - {"tiny"})
+PUBLISHED = sorted(set(shipped_recipes()) - {"tiny", "own-pictures"})  # for a CPU
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

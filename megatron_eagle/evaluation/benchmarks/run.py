@@ -24,7 +24,7 @@ from megatron_eagle.evaluation.benchmarks.page import Section, section_of, write
 from megatron_eagle.evaluation.benchmarks.prepare import Filler, outlines, read_entries
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_of, score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
-from megatron_eagle.evaluation.loading import evaluation_layout, load_model, newest_checkpoint
+from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
 from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
@@ -61,6 +61,8 @@ def evaluate_benchmarks(
     out: Path,
     platform: Platform,
     wishes: Wishes,
+    *,
+    before: bool = False,
 ) -> None:
     """Ask the newest checkpoint of ``stage`` all questions of ``requests``; every process of the run calls this.
 
@@ -68,12 +70,14 @@ def evaluate_benchmarks(
     ``out/scores.json`` and ``out/benchmarks.html``. Answers are on disk as they come: the same command after an
     interruption asks the rest.
 
+    before: ask what the stage starts from instead.
+
     Raises UserError if a file cannot be read, or an answer leaves no room for a question.
     """
     layout = evaluation_layout(recipe, stage)
     for request in requests:
         check_answer_tokens(stage, _tokens(request, wishes))
-    checkpoint = newest_checkpoint(recipe, stage, run_folder)
+    recipe, checkpoint = model_to_ask(recipe, stage, run_folder, before=before)
     done: list[_Done] = []
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
