@@ -109,7 +109,8 @@ def answers(worlds, case: Case, layout: Layout, **options) -> Said:
     """The same on every process."""
     arguments = {"answer_tokens": NEW_TOKENS, **options}
     world = worlds(layout.model_parallel_size)
-    first, *others = world.run(with_cache, case.checkpoint, case.config, layout, case.prompts, case.stop, arguments)
+    asked = (case.checkpoint, case.config, layout, case.prompts, case.stop, arguments)
+    first, *others = world.run(with_cache, *asked, timeout=1200)
     assert all(other == first for other in others)
     return first
 
@@ -195,6 +196,7 @@ def test_two_hundred_questions(worlds, tmp_path: Path, model: str) -> None:
     assert case.uncached == case.expected
     for name, layout in (LAYOUTS | LARGER).items():
         assert answers(worlds, case, layout) == case.expected, name
+        print(f"{model}: {name}: equal", flush=True)
     print(f"{model}: {len(case.expected)} answers, {sum(map(len, case.expected.values()))} tokens equal")
 
 
