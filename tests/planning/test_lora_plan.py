@@ -28,6 +28,8 @@ CASES = {
         ({"tp": 2, "sequence_parallel": True}, {"lora": LORA, "recompute": "full"}, RAGGED),
         ({"pp": 2, "layers_per_stage": [1, 2], "encoder": "spread"}, {"lora": LORA}, RAGGED),
         ({"cp": 2}, {"lora": LANGUAGE, "trainable": ["language"]}, RAGGED),
+        ({}, {"lora": LORA, "precision": "bf16"}, RAGGED),
+        ({"tp": 2, "encoder": "spread"}, {"lora": LORA, "recompute": "selective"}, RAGGED),
     ],
 }
 

@@ -64,6 +64,7 @@ CASES = {
 
 
 def compare(worlds, size, layout, changes, packs):
+    """Holds the plan of every process against what it measures; the (planned, measured) peaks by rank."""
     recipe = recipe_of(layout, **changes)
     stage, lengths, tiles = recipe.stages[0], *packs
     own, replicas = recipe.layout, recipe.layout.data_parallel_size(size)
@@ -71,6 +72,7 @@ def compare(worlds, size, layout, changes, packs):
         PackShape(tuple(sizes) + ((stage.pack_length - sum(sizes),) if sum(sizes) < stage.pack_length else ()), count)
         for sizes, count in zip(lengths, tiles, strict=True)
     ]
+    peaks = []
     for rank, got in enumerate(worlds(size).run(measure, recipe, lengths, tiles)):
         tp, rest = rank % own.tp, rank // own.tp
         cp, rest = rest % own.cp, rest // own.cp
@@ -83,6 +85,8 @@ def compare(worlds, size, layout, changes, packs):
         activations = got["activations"]
         assert expected.activations == pytest.approx(activations, rel=0.05), f"rank {rank} of {layout} {changes}"
         assert expected.peak == pytest.approx(total, rel=0.05), f"rank {rank} of {layout} {changes}"
+        peaks.append((expected.peak, total))
+    return peaks
 
 
 QUICK = {1: (0, 2, 4, 8), 2: (1, 5, 10)}

@@ -70,11 +70,46 @@ def verifier():
 
 
 @pytest.mark.parametrize(
-    "row", [Row(tp=2, sequence_parallel=True, recompute="full"), Row(pp=2, encoder="spread", trainable="connector")]
+    "row",
+    [
+        Row(tp=2, sequence_parallel=True, recompute="full"),
+        Row(pp=2, encoder="spread", trainable="connector"),
+        Row(tp=4),  # more processes than key/value heads: some have no row of k or v
+    ],
 )
 def test_equal_to_peft(verifier: Verifier, row: Row) -> None:
     result = verifier.check(replace(row, lora=True))
     assert result.ok, result
+
+
+def drawn(layout: dict) -> dict[str, torch.Tensor]:
+    """In a process of a world: its part of every A as a run draws it, by the layer's name."""
+    from megatron_eagle.compat.platform import install
+    from megatron_eagle.config.layout import Layout
+    from megatron_eagle.model.lora import _Adapted
+    from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.training.engine import build_engine
+    from megatron_eagle.verification.subject import tables_subject
+
+    platform = install()
+    recipe = replace(check._recipe(Row(lora=True), tables_subject()), layout=Layout(**layout))
+    groups = initialise(recipe.layout, platform, timeout=timedelta(seconds=60))
+    engine = build_engine(recipe, recipe.stages[0], platform, groups)
+    layers = [layer for module, _ in engine.weight_owners() for layer in module.modules()]
+    return {layer.lora.name: layer.lora_a.detach().clone() for layer in layers if isinstance(layer, _Adapted)}
+
+
+def test_each_process_draws_its_part_of_the_same_adapter(worlds) -> None:
+    """Where inputs are split the parts are those of one process side by side; else every process has the whole A."""
+    (whole,) = worlds(1).run(drawn, {})
+    parts = worlds(2).run(drawn, {"tp": 2})
+    split = {name for name, a in whole.items() if parts[0][name].shape != a.shape}
+    assert {name.split(".")[-2] for name in split} == {"linear_proj", "linear_fc2"}
+    for name, a in whole.items():
+        if name in split:
+            assert torch.equal(a, torch.cat([part[name] for part in parts], 1)), name
+        else:
+            assert all(torch.equal(a, part[name]) for part in parts), name
 
 
 @pytest.mark.parametrize("mistake", [without_the_scale, with_the_other_shard, with_one_matrix_for_all])
