@@ -1,4 +1,4 @@
-"""``python -m megatron_eagle``, the form in which torchrun starts the command line, and what the command itself calls."""
+"""``python -m megatron_eagle``, the form in which torchrun starts the command line, and what the command calls."""
 
 import signal
 import sys
