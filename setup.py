@@ -117,7 +117,7 @@ setup(
         "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *LORA, *ENDPOINT],
     },
     entry_points={
-        "console_scripts": ["megatron-eagle=megatron_eagle.cli:main"],
+        "console_scripts": ["megatron-eagle=megatron_eagle.__main__:run"],
         # vLLM has an environment of its own, where this package is installed without what it requires (docs/vllm.md).
         "vllm.general_plugins": ["megatron_eagle=megatron_eagle.serving.vllm:register"],
         "lmms_eval.models": ["megatron_eagle=megatron_eagle.serving.lmms:manifest"],

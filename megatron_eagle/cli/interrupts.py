@@ -43,7 +43,7 @@ def interruptible(options: argparse.Namespace) -> Iterator[None]:
         return
     came: list[signal.Signals] = []
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _handler(came)) for number in heard}
+    before = {number: signal.signal(number, _handler(came, lambda: kept(options))) for number in heard}
     try:
         yield
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def interruptible(options: argparse.Namespace) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _handler(came: list[signal.Signals]) -> Callable[[int, FrameType | None], None]:
+def _handler(came: list[signal.Signals], kept: Callable[[], str]) -> Callable[[int, FrameType | None], None]:
     process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -65,7 +65,8 @@ def _handler(came: list[signal.Signals]) -> Callable[[int, FrameType | None], No
                 os._exit(128 + number)
             return
         if came:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT:  # no print: it may have come amid one
+                os.write(2, f"megatron-eagle: aborted: {kept()}; {to_continue()}\n".encode())
                 os._exit(128 + number)
             return
         came.append(signal.Signals(number))

@@ -208,3 +208,37 @@ def test_workers_do_not_hear_what_a_terminal_sends_to_all() -> None:
     with WorkerPool(1) as pool:
         assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+DURING_IMPORT = """
+import os, sys
+from megatron_eagle.__main__ import run
+class Interrupting:
+    def find_spec(self, name, *more):
+        os.kill(os.getpid(), 2) if name == "megatron_eagle.cli" else None
+sys.meta_path.insert(0, Interrupting())
+run()
+"""
+UNWINDING = """
+import os, time
+from argparse import Namespace
+from megatron_eagle.cli.interrupts import interruptible
+with interruptible(Namespace(kept=lambda options: "all")):
+    try:
+        os.kill(os.getpid(), 2)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), 2)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "said"),
+    [(DURING_IMPORT, -2, ""), (UNWINDING, 130, "megatron-eagle: aborted: all; continue with: megatron-eagle\n")],
+)
+def test_an_end_is_without_traceback_from_first_to_last(code: str, ended: int, said: str) -> None:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=hear_ctrl_c, check=False)
+    assert (done.returncode, done.stderr) == (ended, said)
