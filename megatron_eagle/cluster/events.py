@@ -93,11 +93,24 @@ def attempts(events: Sequence[dict[str, Any]], stage: str) -> list[Attempt]:
 
 
 def newest_step(run_folder: Path, stage: str) -> int:
-    """Step of the stage's newest whole checkpoint, 0 without one. Reads what ``training.checkpoint`` publishes, without
-    importing it: that takes seconds."""
+    """Step of the stage's newest whole checkpoint, 0 without one."""
+    return int(_newest(run_folder, stage).get("step", 0))
+
+
+def ended_early(run_folder: Path, stage: str) -> bool:
+    """Whether the stage is over before its last step, because its score rose no more (``evaluation.patience``)."""
+    newest = _newest(run_folder, stage)
+    patience = newest.get("recipe", {}).get(f"stages.{stage}.evaluation.patience")
+    return patience is not None and newest.get("waited", 0) >= patience
+
+
+def _newest(run_folder: Path, stage: str) -> dict[str, Any]:
+    """What the stage's newest whole checkpoint says of itself, nothing without one. Reads what ``checkpoint``
+    publishes, without importing it: that takes seconds."""
     folder = run_folder / "checkpoints" / stage
     try:
         name = (folder / "latest").read_text(encoding="utf-8").strip()
-        return int(json.loads((folder / name / "checkpoint.json").read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
-        return 0
+        found: dict[str, Any] = json.loads((folder / name / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}

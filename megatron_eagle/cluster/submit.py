@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import newest_step
+from megatron_eagle.cluster.events import ended_early, newest_step
 from megatron_eagle.cluster.profile import Profile, shipped_profiles
 from megatron_eagle.cluster.script import JOBS, batch_script
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -77,7 +77,7 @@ def plan_chain(
     if EXPORT in (stage.name for stage in stages):
         raise UserError(f"a stage cannot be called '{EXPORT}', as the chain's last job is: rename it in the recipe")
     before = recipe.stage_before(stages[0])
-    if before is not None and newest_step(folder, before.name) < before.steps and not _is_queued(folder, before):
+    if before is not None and not _is_over(folder, before) and not _is_queued(folder, before):
         raise UserError(
             f"stage '{stages[0].name}' starts from '{before.name}', which is at step "
             f"{newest_step(folder, before.name)} of {before.steps} in {folder}; submit it, too"
@@ -90,6 +90,10 @@ def plan_chain(
             raise UserError(f"the model would be exported to {export}, which exists already; name another folder")
         links.append(_export_link(recipe, stages[-1], profile, folder, export.resolve()))
     return Chain(recipe, folder, tuple(links))
+
+
+def _is_over(folder: Path, stage: Stage) -> bool:
+    return newest_step(folder, stage.name) >= stage.steps or ended_early(folder, stage.name)
 
 
 def _is_queued(folder: Path, stage: Stage) -> bool:

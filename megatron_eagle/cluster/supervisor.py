@@ -22,6 +22,7 @@ from megatron_eagle.cluster.events import (
     Attempt,
     append_event,
     attempts,
+    ended_early,
     newest_step,
     read_events,
 )
@@ -164,7 +165,7 @@ def _missing(run_folder: Path, stage: str) -> str | None:
     """What a stage that is said to be complete lacks of what was submitted: a srun that lost a node ends with 0."""
     submitted = [e["steps"] for e in read_events(run_folder) if e["event"] == "submitted" and e["stage"] == stage]
     step = newest_step(run_folder, stage)
-    if not submitted or step >= submitted[-1]:
+    if not submitted or step >= submitted[-1] or ended_early(run_folder, stage):
         return None
     return f"ended without an error at step {step} of {submitted[-1]}, as when a node is lost"
 

@@ -46,6 +46,9 @@ class EncoderConfig(Protocol):
     makes, a ``shuffled`` encoder takes those of the tile's own size, in [-1, 1], and ``pixel_shuffle_concat`` shuffles
     its tokens; an ``appended`` one takes those resized to its ``image_size``, in CLIP's normalisation, and its features
     come behind them.
+
+    One whose layers a stage may freeze or give rates of their own also has ``depth`` and ``layer_of``
+    (``config.layers.Layered``).
     """
 
     kernel_role: ClassVar[KernelRole | None]

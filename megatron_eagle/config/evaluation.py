@@ -20,7 +20,8 @@ class EvaluationSettings:
     limit: how many questions of each are asked, its first ones; null for all.
     answer_tokens: longest answer to a question of ``data``; benchmarks have their own.
     keep: ``best`` also keeps the checkpoint with the highest score, beside the newest ones.
-    best_by: name of the score that is meant by ``keep: best``; null for the mean of all.
+    best_by: name of the score that is meant by ``keep: best`` and ``patience``; null for the mean of all.
+    patience: evaluations in a row without a higher score after which the stage ends, complete; null for never.
     """
 
     every: Positive
@@ -31,6 +32,7 @@ class EvaluationSettings:
     answer_tokens: Positive = 16
     keep: Literal["newest", "best"] = "newest"
     best_by: str | None = None
+    patience: Positive | None = None
 
     def __post_init__(self) -> None:
         names = self.scores
@@ -42,9 +44,11 @@ class EvaluationSettings:
             )
         if bool(self.benchmarks) != (self.benchmark_data is not None):
             raise ValueError("evaluation.benchmarks and .benchmark_data, the folder with their files, belong together")
-        if self.best_by is not None and (self.keep != "best" or self.best_by not in names):
+        asked_for = self.keep == "best" or self.patience is not None
+        if self.best_by is not None and (not asked_for or self.best_by not in names):
             raise ValueError(
-                f"evaluation.best_by={self.best_by!r} needs keep: best and one of the scores {', '.join(names)}"
+                f"evaluation.best_by={self.best_by!r} needs keep: best or patience, and one of the scores "
+                f"{', '.join(names)}"
             )
 
     @property
@@ -52,6 +56,10 @@ class EvaluationSettings:
         """Their names, in the order in which they are asked for."""
         of_benchmarks = [one.partition("=")[0].strip() for one in self.benchmarks]
         return [Path(folder).name for folder in self.data] + of_benchmarks
+
+    def ends_after(self, waited: int) -> bool:
+        """Whether a stage is over after ``waited`` evaluations in a row without a higher score."""
+        return self.patience is not None and waited >= self.patience
 
     def check(self, layout: Layout, pack_length: int, checkpoint_every: int) -> None:
         """ValueError if a stage of this layout cannot be evaluated while it trains."""

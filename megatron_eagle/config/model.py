@@ -5,6 +5,7 @@ in its folder, found by the ``kind`` a recipe names (``encoders.py``).
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import field
 from typing import Any
@@ -62,6 +63,17 @@ class QwenConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def depth(self) -> int:
+        return self.num_hidden_layers
+
+    def layer_of(self, name: str) -> int:
+        """As ``config.layers.Layered``; the output layer is an embedding where the two are one."""
+        if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+            return int(match[1])
+        tied = self.tie_word_embeddings and name.startswith("output_layer.")
+        return -1 if tied or name.startswith("embedding.") else self.depth
 
     @property
     def parameters_without_embeddings(self) -> int:

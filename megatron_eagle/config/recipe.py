@@ -18,10 +18,21 @@ from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.findings import Refused, Where, checked, findings_of, refusing, words_of
+from megatron_eagle.config.layers import LayerNames, check_frozen, towers
 from megatron_eagle.config.layout import STRICT, Layout
 from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, QwenConfig, check_layout, tokens_per_tile
-from megatron_eagle.config.numbers import AboveZero, BelowOne, Count, Flag, Fraction, NotNegative, Positive, shown
+from megatron_eagle.config.numbers import (
+    AboveZero,
+    BelowOne,
+    Count,
+    Flag,
+    Fraction,
+    NotNegative,
+    Positive,
+    Share,
+    shown,
+)
 from megatron_eagle.config.overrides import apply_overrides
 from megatron_eagle.config.pack_costs import model_costs
 from megatron_eagle.config.presets import PRESETS
@@ -169,6 +180,12 @@ class Stage:
     learning_rate: peak, reached after the warm-up.
     blend: data sets with the weight at which they are drawn.
     part_learning_rates: another peak for single parts that train.
+    freeze: layers of these parts that stay as they are, by tower (language, vision.ENCODER): its embeddings, its
+        layers as Python slices them, counted over the whole model, or its output (last norm, output layer), as in
+        [language.embeddings, "language.layers[:-4]"]; vision.ENCODER alone is all of it.
+    layer_decay: what the learning rate is multiplied by from layer to layer, from the output of a tower down to its
+        embeddings, of parts that train and have layers.
+    neftune_alpha: size of the noise on text embeddings while it trains (NEFTune); the paper takes 5 to 15, 0 is none.
     warmup_fraction: share of the steps in which the rate grows from 0 to its peak.
     decay: how the rate goes down from its peak after the warm-up.
     final_fraction: what is left of the peak at the last step; without effect where the rate stays ``constant``.
@@ -190,6 +207,9 @@ class Stage:
     learning_rate: AboveZero
     blend: tuple[BlendSource, ...]
     part_learning_rates: dict[Part, AboveZero] = field(default_factory=dict)
+    freeze: tuple[LayerNames, ...] = ()
+    layer_decay: dict[Literal["vision", "language"], Share] = field(default_factory=dict)
+    neftune_alpha: NotNegative = 0.0
     warmup_fraction: Fraction = 0.03
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: Fraction = 0.0
@@ -206,11 +226,10 @@ class Stage:
             raise ValueError(f"stage '{self.name}' trains nothing: trainable is empty")
         if not self.blend:
             raise ValueError(f"stage '{self.name}' has no data: blend is empty")
-        frozen = sorted(set(self.part_learning_rates) - set(self.trainable))
-        if frozen:
-            raise ValueError(
-                f"stage '{self.name}' gives a learning rate to {', '.join(frozen)}, which it does not train"
-            )
+        given = (("a learning rate", list(self.part_learning_rates)), ("a layer_decay", list(self.layer_decay)))
+        for what, parts in given:
+            if frozen := sorted({*parts} - {*self.trainable}):
+                raise ValueError(f"stage '{self.name}' gives {what} to {', '.join(frozen)}, which it does not train")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -273,6 +292,9 @@ class Recipe:
                     stage.evaluation.check(layout, stage.pack_length, stage.checkpoint_every)
                 self.data_settings(stage)
                 self._check_lora(stage)
+                if stage.freeze or stage.layer_decay:
+                    check_frozen(config, stage.freeze, stage.trainable)
+                    towers(config)
             except ValueError as error:
                 raise ValueError(f"stage '{stage.name}': {words_of(error, DataSettings)}") from None
 
@@ -283,6 +305,8 @@ class Recipe:
             raise ValueError(f"trains {', '.join(without)}, and lora.targets has no layer of it")
         if self.model.transformer_impl != "local":
             raise ValueError("lora needs transformer_impl: local; Transformer Engine's layers get no adapters yet")
+        if stage.freeze:
+            raise ValueError("lora and freeze: adapters alone train, name the layers that get one in lora.targets")
         if self.lora.dropout and self.stage_layout(stage).encoder_chunk and "vision" in stage.trainable:
             raise ValueError("lora.dropout and encoder_chunk: tiles encoded again would be dropped otherwise")
 

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layers import frozen_layers
 from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
@@ -125,7 +126,9 @@ def _summary(
 ) -> Measurement:
     mean = statistics.mean(map(sum, times))
     own = [_shape(batch) for batch in whole[:: groups.dp_size]]
-    rate = useful_flops(recipe.model.eagle(), stage.trainable, whole, recipe.lora) / mean / groups.world_size
+    config = recipe.model.eagle()
+    frozen = frozen_layers(config, stage.freeze)
+    rate = useful_flops(config, stage.trainable, whole, recipe.lora, frozen) / mean / groups.world_size
     useful = sum(batch.useful_tokens for batch in whole)
     return Measurement(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

@@ -5,9 +5,10 @@ only, importable without torch.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_eagle.config.layers import Frozen
 from megatron_eagle.config.lora import LoraSettings, is_adapter
 
 Rate = Literal["products", "convolutions"]
@@ -45,22 +46,29 @@ class Flops:
 class Parts:
     """Which parts of a model train, hence which gradients a step needs.
 
-    lora: their adapters alone train.
+    lora: their adapters alone train. frozen: layers of them that do not.
     """
 
     vision: bool
     connector: bool
     language: bool
     lora: LoraSettings | None = None
+    frozen: tuple[Frozen, ...] = ()
 
     @staticmethod
-    def of(trainable: Collection[str], lora: LoraSettings | None = None) -> "Parts":
-        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable, lora)
+    def of(trainable: Collection[str], lora: LoraSettings | None = None, frozen: tuple[Frozen, ...] = ()) -> "Parts":
+        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable, lora, frozen)
 
     def learns(self, weight: str) -> bool:
         """Whether a parameter, by its global name, has a gradient."""
         trains: bool = getattr(self, weight.partition(".")[0])
-        return trains and (self.lora is None or is_adapter(weight))
+        if not trains or any(one.holds(weight) for one in self.frozen):
+            return False
+        return self.lora is None or is_adapter(weight)
+
+    def without_language(self) -> "Parts":
+        """The same with the language model frozen as a whole."""
+        return replace(self, language=False)
 
     def learns_weights(self, part: str) -> bool:
         """Whether ``part`` trains, and not by adapters."""

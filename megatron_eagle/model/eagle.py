@@ -33,6 +33,7 @@ from megatron_eagle.model.build_context import (
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.key_value_cache import CachedRows
 from megatron_eagle.model.mixture import Mixture
+from megatron_eagle.model.noise import EmbeddingNoise
 from megatron_eagle.model.qwen import QwenModel
 from megatron_eagle.model.tile_encoder import encode_tiles, make_encoders
 from megatron_eagle.model.weights import initialise, weight_slices
@@ -43,7 +44,7 @@ class EagleModel(MegatronModule):
     """One pipeline stage of an Eagle.
 
     vision, connector: None on every stage but the first, and everywhere with ``encoder: spread``. language: this
-    stage's layers.
+    stage's layers. noise: what is added to the embeddings in training mode; the engine sets it anew for each step.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class EagleModel(MegatronModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.pg_collection = build.groups
         self.tp_group = build.groups.tp
+        self.noise: EmbeddingNoise | None = None
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = eagle.language.tie_word_embeddings
 
@@ -144,6 +146,8 @@ class EagleModel(MegatronModule):
         embeddings = self.language.embedding(
             input_ids=batch.tokens[None, held], position_ids=batch.position_ids[None, held]
         )
+        if self.noise and self.training:
+            embeddings = embeddings + self.noise.of(batch, held, embeddings)
         if features is None and len(batch.tiles):
             features = self.encode(batch.tiles)
         if features is None:

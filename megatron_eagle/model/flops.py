@@ -17,7 +17,8 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_eagle.config.encoders import encoder_config
-from megatron_eagle.config.model import EagleConfig, QwenConfig, mixture_channels, tokens_per_tile
+from megatron_eagle.config.layers import Tower, learning_layers
+from megatron_eagle.config.model import EagleConfig, QwenConfig, encoder_names, mixture_channels, tokens_per_tile
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.cost import Flops, Parts
 from megatron_eagle.model.encoders import encoder_cost
@@ -75,9 +76,24 @@ def step_flops(config: EagleConfig, parts: Parts, work: Work) -> StepFlops:
 
 
 def language_flops(language: QwenConfig, parts: Parts, work: Work) -> Flops:
-    """All layers and the prediction of the vocabulary."""
-    layers = layer_flops(language, parts, work.tokens) + attention_flops(language, parts, work.pairs)
-    return layers * language.num_hidden_layers + head_flops(language, parts, work.tokens)
+    """All layers and the prediction of the vocabulary; of frozen layers no gradients of weights."""
+    layers, tokens = language.num_hidden_layers, work.tokens
+    learn, head = learning_of_language(language, parts)
+    frozen = parts.without_language()
+    return (
+        layer_flops(language, parts, tokens) * len(learn)
+        + layer_flops(language, frozen, tokens) * (layers - len(learn))
+        + attention_flops(language, parts, work.pairs) * layers
+        + head_flops(language, parts if head else frozen, tokens)
+    )
+
+
+def learning_of_language(language: QwenConfig, parts: Parts) -> tuple[list[int], bool]:
+    """(layers of the language model that have something to train, whether its output matrix has)."""
+    own = Tower("language", language)
+    learn = learning_layers(own, parts.frozen) if parts.language else []
+    matrix = -1 if language.tie_word_embeddings else own.depth
+    return [layer for layer in learn if 0 <= layer < own.depth], matrix in learn
 
 
 def layer_flops(language: QwenConfig, parts: Parts, tokens: float) -> Flops:
@@ -146,14 +162,30 @@ def connector_flops(config: EagleConfig, parts: Parts) -> Flops:
 
 def vision_flops(config: EagleConfig, parts: Parts) -> Flops:
     """All encoders on one tile."""
-    return sum((encoder_flops(settings, parts) for settings in config.encoders), Flops())
+    found = zip(encoder_names(config), config.encoders, strict=True)
+    return sum((encoder_flops(settings, parts, name) for name, settings in found), Flops())
 
 
-def encoder_flops(settings: dict[str, Any], parts: Parts) -> Flops:
+def encoder_flops(settings: dict[str, Any], parts: Parts, name: str = "") -> Flops:
     """One encoder on one tile; pixels need no gradient, so its first product makes none. Its adapters, less than a
-    hundredth of it, are left out."""
+    hundredth of it, are left out. name: the encoder's among the weights, for frozen layers, all taken as alike.
+    """
     first, rest = encoder_cost(settings).operations(encoder_config(settings))
-    if not parts.vision:
+    learns, behind = _learning_shares(settings, parts, name)
+    if not behind:
         return Flops(first.forward + rest.forward)
     weights = first.weight_gradient + rest.weight_gradient if parts.learns_weights("vision") else 0.0
-    return Flops(first.forward + rest.forward, rest.input_gradient, weights)
+    return Flops(first.forward + rest.forward, rest.input_gradient * behind, weights * learns)
+
+
+def _learning_shares(settings: dict[str, Any], parts: Parts, name: str) -> tuple[float, float]:
+    """(share of an encoder's layers that train, share from the first of them on, through which gradients pass)."""
+    own = [one for one in parts.frozen if one.tower.name == f"vision.{name}"]
+    if not own or not parts.vision:
+        return float(parts.vision), float(parts.vision)
+    tower = own[0].tower
+    learn = learning_layers(tower, own)
+    if not learn:
+        return 0.0, 0.0
+    layers = [layer for layer in learn if 0 <= layer < tower.depth]
+    return len(layers) / tower.depth, (tower.depth - max(0, learn[0])) / tower.depth

@@ -26,13 +26,13 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 
 from megatron_eagle.config.lora import LoraSettings, layer_name
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.recomputation import pass_gradients
 from megatron_eagle.model.weights import weight_slices
 
 
@@ -136,9 +136,7 @@ def attach(model: nn.Module, settings: LoraSettings, tp_group: Any, *, seed: int
         adapted = _adapt(module, settings, names[id(module.weight)].removesuffix("weight"), tp_group)
         if seed is not None:
             _draw(adapted, seed)
-    for module in model.modules():
-        if isinstance(module, TransformerBlock) and module.config.recompute_granularity == "full":
-            module.register_forward_pre_hook(_need_gradient, with_kwargs=True)
+    pass_gradients(model)
 
 
 def adapted_layers(model: nn.Module) -> set[str]:
@@ -219,29 +217,3 @@ def seed_dropout(seed: int, step: int, phase: str) -> None:
     """Begin a step's draws of masks anew, the same on every process: however many draws others have made before."""
     digest = hashlib.sha256(f"{seed}/{step}/{phase}".encode()).digest()
     torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class _NeedGradient(torch.autograd.Function):
-    """Passes ``x`` on as something that has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def _need_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Megatron's recomputation runs no backward pass in a layer whose input needs no gradient: behind a frozen
-    embedding its adapters would never learn."""
-
-    def treat(x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.is_floating_point() and torch.is_grad_enabled()) or x.requires_grad:
-            return x
-        return _NeedGradient.apply(x, torch.zeros((), device=x.device, requires_grad=True))
-
-    if args:
-        return (treat(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": treat(kwargs["hidden_states"])}

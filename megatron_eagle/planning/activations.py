@@ -10,16 +10,17 @@ written down per module, not fitted.
 All sizes are bytes on one process.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.layers import frozen_layers, learning_layers
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.model import EagleConfig, kernels_take, mixture_channels, tokens_per_tile
+from megatron_eagle.config.model import EagleConfig, encoder_names, kernels_take, mixture_channels, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.build_context import AttentionCore, Kernels, Precision, Recompute, TransformerImpl
 from megatron_eagle.model.cost import EncoderRun, Held, Parts
 from megatron_eagle.model.encoders import encoder_cost
-from megatron_eagle.model.flops import Work, language_adapters
+from megatron_eagle.model.flops import Work, language_adapters, learning_of_language
 from megatron_eagle.parallel.context import MASKED_QUERIES, ContextShard, pieces
 
 # Rows whose logits exist at a time in eagle_kernels.linear_cross_entropy (its rows_per_chunk).
@@ -66,13 +67,35 @@ class Activations:
         return Activations(
             config=recipe.model.eagle(),
             layout=recipe.stage_layout(stage),
-            parts=Parts.of(stage.trainable, recipe.lora),
+            parts=Parts.of(stage.trainable, recipe.lora, frozen_layers(recipe.model.eagle(), stage.freeze)),
             precision=recipe.precision,
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,
             kernels=recipe.model.kernels or "torch",
             attention=recipe.model.attention,
         )
+
+    def layers(self, numbers: range, pack: PackShape) -> Held:
+        """These decoder layers, counted over the whole model, of which some may be frozen."""
+        held = [(sizes.layer(pack), count) for sizes, count in self.by_learning(numbers)]
+        return Held(
+            sum(layer.saved * count for layer, count in held),
+            max(layer.forward for layer, _ in held),
+            max(layer.backward for layer, _ in held),
+        )
+
+    def by_learning(self, numbers: range) -> list[tuple["Activations", int]]:
+        """The sizes around those of ``numbers`` that train and how many these are, and the same of the others."""
+        learn, _ = learning_of_language(self.config.language, self.parts)
+        count = sum(layer in numbers for layer in learn)
+        return [(sizes, some) for sizes, some in ((self, count), (self._frozen(), len(numbers) - count)) if some]
+
+    def of_head(self) -> "Activations":
+        """The sizes around the output matrix, which may be frozen."""
+        return self if learning_of_language(self.config.language, self.parts)[1] else self._frozen()
+
+    def _frozen(self) -> "Activations":
+        return replace(self, parts=self.parts.without_language())
 
     @property
     def _liger(self) -> bool:
@@ -299,9 +322,16 @@ class Activations:
             adapters=self.parts.lora is not None and "vision" in self.parts.lora.parts,
         )
         total = Held()
-        for settings in self.config.encoders:
-            total = total.then(encoder_cost(settings).activations(encoder_config(settings), run))
+        for name, settings in zip(encoder_names(self.config), self.config.encoders, strict=True):
+            trains = run.trains and self._encoder_learns(name)
+            own = replace(run, trains=trains)
+            total = total.then(encoder_cost(settings).activations(encoder_config(settings), own))
         return total
+
+    def _encoder_learns(self, name: str) -> bool:
+        """Whether anything of an encoder trains; one that is frozen in part is counted as if all of it did."""
+        own = [one for one in self.parts.frozen if one.tower.name == f"vision.{name}"]
+        return not own or bool(learning_layers(own[0].tower, own))
 
     @property
     def encoder_tp(self) -> int:

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from pydantic import TypeAdapter
 
+from megatron_eagle.config.layers import frozen_layers
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -96,7 +97,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
     """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
     number, settings = BYTES[recipe.precision], recipe.optimizer
     weights = gradients = states = largest = 0
-    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), Parts.of(stage.trainable, recipe.lora)
+    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), _parts(recipe, stage)
     key = json.dumps(asdict(config), sort_keys=True)
     for owned in _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp):
         in_buffer = settings.distributed and owned.buffer.elements
@@ -112,9 +113,13 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
 def gradient_buffers(recipe: Recipe, stage: Stage, world_size: int, pp_rank: int) -> list[tuple[int, int, bool]]:
     """(elements, processes that share them, whether it is that of spread encoders) of each gradient buffer."""
     config, layout, settings = recipe.model.eagle(), recipe.stage_layout(stage), recipe.optimizer
-    key, parts = json.dumps(asdict(config), sort_keys=True), Parts.of(stage.trainable, recipe.lora)
+    key, parts = json.dumps(asdict(config), sort_keys=True), _parts(recipe, stage)
     all_owned = _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, pp_rank)
     return [(owned.buffer.elements, owned.ranks, owned.copy) for owned in all_owned if owned.buffer.elements]
+
+
+def _parts(recipe: Recipe, stage: Stage) -> Parts:
+    return Parts.of(stage.trainable, recipe.lora, frozen_layers(recipe.model.eagle(), stage.freeze))
 
 
 @lru_cache(maxsize=4096)
@@ -198,16 +203,17 @@ def _encode(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape])
 def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: PackShape) -> Held:
     layout = sizes.layout
     place, count = chunks_of_stage(layout, pp_rank)[chunk], layout.pp * (layout.vpp or 1)
-    layers = layers_of_chunks(sizes.config, layout)[place]
-    layer = sizes.layer(pack)
-    whole = Held(layers * layer.saved, layer.forward, layer.backward)
+    counts = layers_of_chunks(sizes.config, layout)
+    start = sum(counts[:place])
+    layers = whole = sizes.layers(range(start, start + counts[place]), pack)
     if place == 0:
         whole = _first(sizes, pack).then(whole)
     if place == count - 1:
-        whole = whole.then(sizes.head(pack))
-        waiting, both = sizes.tied_gradient() if place == 0 else (0.0, 0.0)
+        head = sizes.of_head().head(pack)
+        whole = whole.then(head)
+        waiting, both = sizes.of_head().tied_gradient() if place == 0 else (0.0, 0.0)
         # Beyond what is saved, and by then none of that is left: the head's own backward pass counts its gradient.
-        behind_head = whole.saved - sizes.head(pack).saved + waiting + layer.backward
+        behind_head = whole.saved - head.saved + waiting + layers.backward
         return Held(whole.saved, whole.forward, max(whole.backward, behind_head - whole.saved, both - whole.saved))
     hidden = sizes.hidden(pack)  # the output, kept until its gradient has come back
     return Held(whole.saved + hidden, whole.forward, whole.backward + hidden)

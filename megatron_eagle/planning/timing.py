@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.encoders import encoder_config
+from megatron_eagle.config.model import encoder_names
 from megatron_eagle.model.cost import Flops
 from megatron_eagle.model.encoders import encoder_cost
 from megatron_eagle.model.flops import attention_flops, connector_flops, encoder_flops, head_flops, layer_flops
@@ -74,9 +75,9 @@ class Timing:
         config, parts, tp = self.sizes.config, self.sizes.parts, self.sizes.encoder_tp
         total = self._compute(connector_flops(config, parts) * (count / tp), self.hardware.products)
         layers = 0
-        for settings in config.encoders:
+        for name, settings in zip(encoder_names(config), config.encoders, strict=True):
             cost = encoder_cost(settings)
-            flops = encoder_flops(settings, parts) * (count / tp)
+            flops = encoder_flops(settings, parts, name) * (count / tp)
             one = self._compute(flops, getattr(self.hardware, cost.RATE))
             repeats = self.sizes.recompute in ("full", "offload") and parts.vision
             total += PassTime(one.forward, one.backward + one.forward * repeats)
@@ -91,11 +92,13 @@ class Timing:
         """A virtual stage's passes over each of ``packs``."""
         layout = self.sizes.layout
         layers = layers_of_chunks(self.sizes.config, layout)
+        own = range(sum(layers[:stage]), sum(layers[: stage + 1]))
+        kinds = [(replace(self, sizes=sizes), count) for sizes, count in self.sizes.by_learning(own)]
         times = []
         for pack in packs:
-            total = self.layer(pack) * layers[stage]
+            total = sum((kind.layer(pack) * count for kind, count in kinds), PassTime(0.0, 0.0))
             if stage == len(layers) - 1:
-                total += self.head(pack)
+                total += replace(self, sizes=self.sizes.of_head()).head(pack)
             if stage == 0 and layout.encoder == "tensor":
                 total += self.tiles(pack.tiles)
             times.append(total)

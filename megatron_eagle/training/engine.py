@@ -21,16 +21,21 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.sharded_state import TrainingState, Which
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.layers import Frozen, frozen_layers
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.lora import LoraSettings, is_adapter
+from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
+from megatron_eagle.model.cost import Parts
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.lora import attach, seed_dropout
+from megatron_eagle.model.noise import EmbeddingNoise
+from megatron_eagle.model.recomputation import pass_gradients
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
+from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.adapters import require_targets
-from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler
+from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler, peak_rates
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 
@@ -42,7 +47,8 @@ class Engine:
     models: the same parts without wrapping; they share the weights.
     optimizer: a chain of one, or with spread encoders of two; clips by the norm over all of them.
     encoder: this process's copy of the spread encoders; None with ``encoder: tensor``, where ``models`` hold them.
-    lora: the adapters' numbers, where they alone train. seed: what their dropout is drawn from.
+    lora: the adapters' numbers, where they alone train. frozen: layers that do not train.
+    neftune_alpha: size of the noise on embeddings, 0 for none. seed: what dropout and noise are drawn from.
     """
 
     chunks: list[DistributedDataParallel]
@@ -54,6 +60,8 @@ class Engine:
     final_learning_rate: float
     trainable_parameters: int
     lora: LoraSettings | None = None
+    frozen: tuple[Frozen, ...] = ()
+    neftune_alpha: float = 0.0
     seed: int = 0
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> Tensor:
@@ -64,6 +72,7 @@ class Engine:
         for buffers in self.gradient_owners():
             buffers.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._make_noise()
         self._seed_dropout("encoders")
         features = self.encoder.encode(batches) if self.encoder else None
         self._seed_dropout("pipeline")  # of spread encoders every process has run its own number
@@ -77,6 +86,11 @@ class Engine:
     def _seed_dropout(self, phase: str) -> None:
         if self.lora and self.lora.dropout:
             seed_dropout(self.seed, self.scheduler.num_steps, phase)
+
+    def _make_noise(self) -> None:
+        if self.neftune_alpha:
+            for model in self.models:
+                model.noise = EmbeddingNoise(self.neftune_alpha, self.seed, self.scheduler.num_steps)
 
     def update(self) -> float:
         """Clip the gradients and step; returns their norm before clipping. No weight changes if that is not finite."""
@@ -116,7 +130,10 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     """Model with random weights of the recipe's seed, ready to load a checkpoint and to train ``stage``."""
     layout = recipe.stage_layout(stage)
     models = build_chunks(recipe, layout, platform)
-    freeze_all_but(models, stage.trainable, recipe.lora)
+    eagle = recipe.model.eagle()
+    frozen = frozen_layers(eagle, stage.freeze)
+    parts = Parts.of(stage.trainable, recipe.lora, frozen)
+    freeze_all_but(models, parts)
     config = models[0].config
     wrapped = [Float16Module(config, model) for model in models] if recipe.precision == "bf16" else models
     settings = recipe.optimizer
@@ -128,11 +145,12 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     encoder = None
     if layout.encoder == "spread":
         copy = _build_copy(recipe, platform, groups)
-        freeze_all_but([copy], stage.trainable, recipe.lora)
+        freeze_all_but([copy], parts)
         encoder = SpreadEncoder.of(copy, config, gradient_buckets(settings, overlap=False), groups, layout)
     if recipe.lora and platform.device.type != "meta":  # where one process walks for all, as the plan has done it
         require_targets(recipe.lora, [*models, *([encoder.copy] if encoder else [])])
-    optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder)
+    rates = peak_rates(stage, eagle, [*models, *([encoder.copy] if encoder else [])])
+    optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder, rates)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _finalize_without_division
     if settings.overlap:
@@ -148,6 +166,8 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
         final_learning_rate=stage.learning_rate * stage.final_fraction,
         trainable_parameters=count_trainable(models) + (encoder.trainable_parameters if encoder else 0),
         lora=recipe.lora,
+        frozen=frozen,
+        neftune_alpha=stage.neftune_alpha,
         seed=recipe.seed,
     )
 
@@ -216,15 +236,13 @@ def _seed(recipe: Recipe, platform: Platform) -> int | None:
     return None if platform.device.type == "meta" else recipe.seed
 
 
-def freeze_all_but(
-    models: Sequence[torch.nn.Module], trainable: Sequence[str], lora: LoraSettings | None = None
-) -> None:
-    """Leave gradients on for the parts named (``vision``, ``connector``, ``language``) and off for all else; with
-    ``lora`` for these parts' adapters alone."""
+def freeze_all_but(models: Sequence[EagleModel | TileEncoder], parts: Parts) -> None:
+    """Leave gradients on for the weights that ``parts`` says learn, by their global names, and off for all else."""
     for model in models:
-        for name, parameter in model.named_parameters():
-            learns = lora is None or is_adapter(name)
-            parameter.requires_grad = learns and name.split(".")[0] in trainable
+        for weight in weight_slices(model, model.tp_group):
+            weight.parameter.requires_grad = parts.learns(weight.name)
+        if parts.frozen:
+            pass_gradients(model)
 
 
 def count_trainable(models: Sequence[EagleModel]) -> int:

@@ -41,7 +41,7 @@ from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.opening import newest, open_stage, opening_line
 from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
-from megatron_eagle.training.run_folder import RunFolder
+from megatron_eagle.training.run_folder import RunFolder, ended_early
 from megatron_eagle.training.step import Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected, peak_rss_bytes
 from megatron_eagle.training.throughput import utilisation
@@ -105,6 +105,8 @@ class StageRun:
         self.fallback, self.number = fallback, start
         self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
+        self.best_score: float | None = None  # of this stage's evaluations so far
+        self.waited = 0  # evaluations since, none with a higher score
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
         self.start: Start | None = None
@@ -134,13 +136,14 @@ class StageRun:
         own = on_rank_zero(lambda: newest(stage_folder, fallback=self.fallback, say=self._say))
         if own:
             require_same_model(own.path, own.description, self.recipe.model.eagle())
-            if own.description.step == self.stage.steps:
+            if self._completes(own.description):
                 self._say(f"{self.stage.name} is complete: {own.description.step} steps, {own.path}")
                 self._say_changes(own.description, "was trained otherwise than the recipe says now")
                 return
             require_continuable(own.path, own.description, self.recipe, self.stage)
             self.step, self.rejected_total = own.description.step, own.description.rejected_total
             self.peak_rss_bytes = own.description.peak_rss_bytes
+            self.best_score, self.waited = own.description.best_score, own.description.waited
         on_rank_zero(self._read_tokenizer)  # before anything is built
         self.evaluation = self._open_evaluation()
         opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups)
@@ -181,7 +184,14 @@ class StageRun:
 
     def _is_complete(self) -> bool:
         latest = find_latest(self.run_folder.stage_checkpoints(self.stage.name))
-        return latest is not None and read_description(latest).step == self.stage.steps
+        return latest is not None and self._completes(read_description(latest))
+
+    def _completes(self, description: Description) -> bool:
+        return description.step == self.stage.steps or ended_early(description, self.stage)
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return self.stage.evaluation is not None and self.stage.evaluation.ends_after(self.waited)
 
     def _require_newest(self) -> None:
         """Raise Superseded on rank 0, which writes, if a newer start of the run is at work."""
@@ -234,9 +244,9 @@ class StageRun:
         )
         self.watch.training_begins()
         try:
-            while self.step < self.stage.steps:
+            while self.step < self.stage.steps and not self._out_of_patience:
                 stop = self._one_step(step, read, log, lambda leaving: self._save_if_due(engine, stream, leaving))
-                if stop and self.step < self.stage.steps:
+                if stop and self.step < self.stage.steps and not self._out_of_patience:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
         finally:
             if log:
@@ -293,7 +303,7 @@ class StageRun:
         if log and self._is_newest():
             log.step(self._record(step.engine, result, stats, rejected, seconds, scores))
         if not saved_first:
-            save(stats.stop or last)
+            save(stats.stop or last or self._out_of_patience)
         return stats.stop
 
     def _evaluate(self, engine: Engine, *, skip: bool) -> Scores:
@@ -306,9 +316,23 @@ class StageRun:
         with self.watch.saving(), self._doing("evaluating"):
             scores = self.evaluation.run(engine)
             settings = self.evaluation.settings
+            score = scores.best_by(settings.best_by)
             if settings.keep == "best":
-                self.saver.score(self.step, scores.best_by(settings.best_by))
+                self.saver.score(self.step, score)
+        self._compare(score)
         return scores
+
+    def _compare(self, score: float) -> None:
+        """Count how many evaluations have not been the best; say so when that ends the stage."""
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.waited = score, 0
+            return
+        self.waited += 1
+        if self._out_of_patience and self.step < self.stage.steps:
+            self._say(
+                f"{self.stage.name} ends at step {self.step} of {self.stage.steps}: none of the last {self.waited} "
+                f"evaluations scored above {self.best_score:.4f}"
+            )
 
     def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:
         with self._doing("looking for what is not finite"):
@@ -378,6 +402,8 @@ class StageRun:
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, peak_rss_bytes(self.platform.device)),
             recipe=recipe_values(self.recipe, self.stage),
+            best_score=self.best_score,
+            waited=self.waited,
             base=self.base,
             lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )

@@ -87,6 +87,8 @@ def opening_line(
     """What a stage is about to do, on one line. step: those that it has already."""
     layout, engine = recipe.stage_layout(stage), opened.engine
     origin, what = str(opened.weights or "random weights"), ", ".join(stage.trainable)
+    if stage.freeze:
+        what = f"{what} without {', '.join(stage.freeze)}"
     if recipe.lora:
         drawn = recipe.model.initial_weights or "random weights"
         origin, what = f"{opened.weights or 'new adapters'} on {drawn} ({opened.base})", f"adapters of {what}"

@@ -1,4 +1,5 @@
-"""Optimizer and learning-rate schedule of a stage: Megatron's, with a rate for each part of the model.
+"""Optimizer and learning-rate schedule of a stage: Megatron's, with a rate for each part of the model and, where
+a stage wants it, each layer.
 
 With ``encoder: spread`` there are two optimizers in one chain: the language model's, and that of the encoders' copies,
 which every process holds and whose state is therefore cut over all of them. Each sums up the squares of its own
@@ -6,8 +7,9 @@ gradients over its own processes, so every parameter counts once in the norm tha
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,11 +20,16 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_eagle.compat.gradient_buffers import count_padding_as_content
-from megatron_eagle.config.recipe import OptimizerSettings, Stage
+from megatron_eagle.config.layers import rate_multiple, towers
+from megatron_eagle.config.model import EagleConfig
+from megatron_eagle.config.recipe import OptimizerSettings, Part, Stage
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.tile_encoder import TileEncoder
+from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 
@@ -54,8 +61,12 @@ def build_optimizer(
     precision: str,
     chunks: Sequence[DistributedDataParallel],
     encoder: SpreadEncoder | None,
+    rates: Mapping[float, frozenset[int]],
 ) -> ChainedOptimizer:
-    """One chain for all that learns, in the order language model, spread encoders; what is frozen has no optimizer."""
+    """One chain for all that learns, in the order language model, spread encoders; what is frozen has no optimizer.
+
+    rates: as ``peak_rates``.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.learning_rate,
@@ -70,12 +81,11 @@ def build_optimizer(
         use_distributed_optimizer=settings.distributed,
     )
     overrides = dict(get_standard_config_overrides(config))  # no weight decay on biases and norms
-    for part, rate in stage.part_learning_rates.items():
-        if rate != stage.learning_rate:
-            # lr_mult has no effect: by it, Megatron tells groups apart when it loads them.
-            multiple = rate / stage.learning_rate
-            key = ParamKey(name=(f"{part}.*", f"*.{part}.*"))
-            overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction, "lr_mult": multiple}
+    for rate, weights in rates.items():
+        # lr_mult has no effect: by it, Megatron tells groups apart when it loads them.
+        multiple = rate / stage.learning_rate
+        key = ParamKey(predicate=ParamPredicate(f"peak {rate!r}", partial(_is_one_of, weights)))
+        overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction, "lr_mult": multiple}
     chain: list[MegatronOptimizer] = []
     if encoder is None or "language" in stage.trainable:
         chain += _make(list(chunks), config, overrides)
@@ -83,6 +93,28 @@ def build_optimizer(
         groups = {"pg_collection": encoder.megatron_groups(), "use_gloo_process_groups": False}
         chain += _make([encoder.buffers], config, overrides, **groups)
     return FiniteOptimizer(chain)
+
+
+def peak_rates(
+    stage: Stage, config: EagleConfig, modules: Sequence[EagleModel | TileEncoder]
+) -> dict[float, frozenset[int]]:
+    """Peak -> weights of this process, by ``id``, that have it instead of the stage's: their part's, decayed by layer.
+
+    Asked by global names, because Megatron's groups know those of this process, where layers count from 0.
+    """
+    found = towers(config) if stage.layer_decay else []
+    rates: dict[float, set[int]] = {}
+    for module in modules:
+        for weight in weight_slices(module, module.tp_group):
+            peak = stage.part_learning_rates.get(cast(Part, weight.name.partition(".")[0]), stage.learning_rate)
+            rate = peak * rate_multiple(found, stage.layer_decay, weight.name)
+            if rate != stage.learning_rate:
+                rates.setdefault(rate, set()).add(id(weight.parameter))
+    return {rate: frozenset(weights) for rate, weights in rates.items()}
+
+
+def _is_one_of(weights: frozenset[int], parameter: torch.nn.Parameter) -> bool:
+    return id(parameter) in weights
 
 
 def _make(

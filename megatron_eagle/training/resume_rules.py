@@ -24,6 +24,7 @@ NOTHING = "(nothing)"  # a key that one side does not have
 # ``stage.`` is the stage that continues. A key that is not here may change, and is said.
 REFUSED = {
     "stage.trainable": "the optimizer has moments of these parts only",
+    "stage.freeze": "the optimizer has moments of the other weights only",
     "lora.rank": "the adapters have this shape",
     "lora.targets": "these layers have adapters",
     "lora.alpha": "the adapters were trained with this scale",

@@ -3,9 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eagle.checkpoint.files import find_good, find_latest, read_description, require_same_model, require_whole
+from megatron_eagle.checkpoint.files import (
+    Description,
+    find_good,
+    find_latest,
+    read_description,
+    require_same_model,
+    require_whole,
+)
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
+
+
+def ended_early(description: Description, stage: Stage) -> bool:
+    """Whether ``stage`` is over with this checkpoint of it because its score rose no more (``evaluation.patience``)."""
+    return stage.evaluation is not None and stage.evaluation.ends_after(description.waited)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class RunFolder:
         require_same_model(checkpoint, description, recipe.model.eagle())
         if recipe.lora is None:
             require_whole(checkpoint, description)
-        if before is not None and description.step < min(description.steps, before.steps):
+        reached = before is None or description.step >= min(description.steps, before.steps)
+        if before is not None and not (reached or ended_early(description, before)):
             raise UserError(
                 f"stage '{before.name}' has reached step {description.step} of {description.steps}; finish it first"
             )

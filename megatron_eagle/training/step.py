@@ -109,6 +109,7 @@ class Step:
             self.stage.trainable,
             self.groups,
             lora=self.engine.lora,
+            frozen=self.engine.frozen,
             stop=stop,
             superseded=superseded,
         )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_eagle.config.layers import Frozen
 from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
@@ -57,6 +58,7 @@ def collect_stats(
     groups: Groups,
     *,
     lora: LoraSettings | None = None,
+    frozen: tuple[Frozen, ...] = (),
     stop: bool = False,
     superseded: bool = False,
 ) -> StepStats:
@@ -74,7 +76,7 @@ def collect_stats(
             "digest_low": float(digest % (1 << _HALF)),
             "useful_tokens": float(sum(batch.useful_tokens for batch in batches)),
             "tiles": float(tiles),
-            "flops": useful_flops(config, trainable, batches, lora),
+            "flops": useful_flops(config, trainable, batches, lora, frozen),
             "rejected": float(sum(len(batch.rejected) for batch in batches)),
         }
     own = loss if groups.is_last_stage and groups.tp_rank == 0 else torch.zeros_like(loss)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_eagle.config.layers import Frozen
 from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.data.sample.packed_batch import PackedBatch
@@ -27,11 +28,15 @@ STATED_PEAKS = {
 
 
 def useful_flops(
-    config: EagleConfig, trainable: Sequence[str], batches: Sequence[PackedBatch], lora: LoraSettings | None = None
+    config: EagleConfig,
+    trainable: Sequence[str],
+    batches: Sequence[PackedBatch],
+    lora: LoraSettings | None = None,
+    frozen: tuple[Frozen, ...] = (),
 ) -> float:
     """Operations that ``batches`` need, forward and backward, on the whole model; for one that knows all tiles."""
     work = sum((Work.useful(batch) for batch in batches), Work(0, 0, 0))
-    return step_flops(config, Parts.of(trainable, lora), work).total
+    return step_flops(config, Parts.of(trainable, lora, frozen), work).total
 
 
 def stated_peak(device: torch.device) -> float | None:

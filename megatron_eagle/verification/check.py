@@ -29,11 +29,13 @@ from megatron_eagle.parallel.groups import initialise
 from megatron_eagle.parallel.process_pool import World, WorldError
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.step import Step
+from megatron_eagle.verification import finetuning
 from megatron_eagle.verification.reference import Expected, ReferenceEagle, expected_steps, plain_name, with_tied_names
 from megatron_eagle.verification.rows import Row
 from megatron_eagle.verification.subject import STEPS, Subject, tables_subject
 
 SEED = 5
+NOISE_SEED = 1234
 LEARNING_RATE = 1e-3
 SUBJECT = "subject.pt"
 TIMEOUT = 300.0  # seconds for one row; a user's recipe at reduced width can take a while on two cores
@@ -122,11 +124,12 @@ class Verifier:
 
     def _expect(self, row: Row) -> None:
         """Run the reference, once for each choice of what trains."""
-        path = Path(self._folder.name) / _expected_file(row.trainable, row.lora)
+        path = Path(self._folder.name) / _expected_file(row.trainable, row.lora, row.tuned)
         if not path.exists():
             steps, config = self._subject.steps["packed"], self._subject.config
             trainable, lora = TRAINABLE[row.trainable], LORA if row.lora else None
-            expected = expected_steps(config, SEED, steps, trainable, OPTIMIZER, LEARNING_RATE, lora)
+            noise = NOISE_SEED if row.tuned else None
+            expected = expected_steps(config, SEED, steps, trainable, OPTIMIZER, LEARNING_RATE, lora, noise)
             torch.save(asdict(expected), path)
 
 
@@ -135,13 +138,13 @@ def _load_subject(folder: str) -> Subject:
     return Subject.load(Path(folder) / SUBJECT)
 
 
-def _expected_file(trainable: str, lora: bool) -> str:
-    return f"{trainable}{'-lora' if lora else ''}.pt"
+def _expected_file(trainable: str, lora: bool, tuned: bool) -> str:
+    return f"{trainable}{'-lora' if lora else ''}{'-tuned' if tuned else ''}.pt"
 
 
 @functools.cache
-def _load_expected(folder: str, trainable: str, lora: bool) -> Expected:
-    return Expected(**torch.load(Path(folder) / _expected_file(trainable, lora), weights_only=True))
+def _load_expected(folder: str, trainable: str, lora: bool, tuned: bool) -> Expected:
+    return Expected(**torch.load(Path(folder) / _expected_file(trainable, lora, tuned), weights_only=True))
 
 
 @functools.cache
@@ -161,7 +164,7 @@ def measure(row: Row, folder: str) -> tuple[float, float, float]:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     platform = install(local_rank=dist.get_rank())
-    subject, expected = _load_subject(folder), _load_expected(folder, row.trainable, row.lora)
+    subject, expected = _load_subject(folder), _load_expected(folder, row.trainable, row.lora, row.tuned)
     recipe = _recipe(row, subject)
     stage = recipe.stages[0]
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=2))
@@ -202,6 +205,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
         blend=(BlendSource("synthetic"),),
         warmup_fraction=0.0,
         decay="constant",
+        **(finetuning.KEYS if row.tuned else {}),
     )
     return Recipe(
         name="verify",
@@ -219,6 +223,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
         optimizer=replace(OPTIMIZER, distributed=row.distributed_optimizer, overlap=row.overlap),
         precision=row.precision,
         lora=LORA if row.lora else None,
+        seed=NOISE_SEED,
     )
 
 

@@ -5,8 +5,10 @@ mistake in those cannot be in both. float64 leaves all rounding to the side that
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +25,7 @@ from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.encoders import EncoderReference, encoder_hf_names, encoder_reference
+from megatron_eagle.verification.finetuning import noise_by_hand, rate_by_hand
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,16 @@ class ReferenceEagle(nn.Module):
         self.to(dtype)
         _draw(self, seed)
 
-    def forward(self, tokens: Tensor, tiles: Tensor, slots: Tensor) -> Tensor:
-        """Logits [n, vocab] of one sample: tokens [n], its tiles, and each tile's first position."""
+    def forward(
+        self, tokens: Tensor, tiles: Tensor, slots: Tensor, noise: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Logits [n, vocab] of one sample: tokens [n], its tiles, and each tile's first position.
+
+        noise: what is added to the text's embeddings [n, d].
+        """
         embeddings = F.embedding(tokens, self.get_parameter("language.model.embed_tokens.weight"))
+        if noise:
+            embeddings = embeddings + noise(embeddings)
         if len(tiles):
             features = self.visual(tiles)
             places = (slots[:, None] + torch.arange(features.shape[1])).flatten()
@@ -140,36 +150,43 @@ def expected_steps(
     optimizer: OptimizerSettings,
     learning_rate: float,
     lora: LoraSettings | None = None,
+    tuned_seed: int | None = None,
 ) -> Expected:
     """Train the reference on ``steps`` (each the packs of one global batch) with AdamW and gradient clipping.
 
-    lora: trains PEFT's adapters of the parts in ``trainable`` instead of their weights.
+    lora: trains PEFT's adapters of the parts in ``trainable`` instead of their weights. tuned_seed: fine-tunes as
+    ``finetuning.py`` says, with noise of that seed.
     """
     model = ReferenceEagle(config, seed)
     if lora:
         model.add_adapters(lora, seed)
+    rates = {name: 1.0 if tuned_seed is None else rate_by_hand(name) for name, _ in model.named_parameters()}
     learning = {
         plain_name(name): p
         for name, p in model.named_parameters()
-        if part_of(name) in trainable and (lora is None or ".lora_" in name)
+        if part_of(name) in trainable and (lora is None or ".lora_" in name) and rates[name]
     }
     model.requires_grad_(False)
     for parameter in learning.values():
         parameter.requires_grad_(True)
     adam = torch.optim.AdamW(
         [
-            {"params": [p for p in learning.values() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in learning.values() if p.ndim == 1], "weight_decay": 0.0},
+            {
+                "params": [p],
+                "weight_decay": optimizer.weight_decay if p.ndim > 1 else 0.0,
+                "lr": learning_rate * rates.get(name, 1.0),
+            }
+            for name, p in learning.items()
         ],
-        lr=learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
     )
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
-    for packs in steps:
+    for step, packs in enumerate(steps):
         adam.zero_grad()
-        loss = square_root_average(model, packs)
+        noise = None if tuned_seed is None else partial(noise_by_hand, tuned_seed, step)
+        loss = square_root_average(model, packs, noise)
         loss.backward()
         if not gradients:
             gradients = {name: _gradient(p) for name, p in learning.items()}
@@ -185,14 +202,21 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
-def square_root_average(model: ReferenceEagle, packs: Sequence[PackedBatch]) -> Tensor:
-    """sum_i sqrt(n_i) mean_i / sum_i sqrt(n_i) over all samples of ``packs``, each run alone."""
+def square_root_average(
+    model: ReferenceEagle, packs: Sequence[PackedBatch], noise: Callable[[str, Tensor], Tensor] | None = None
+) -> Tensor:
+    """sum_i sqrt(n_i) mean_i / sum_i sqrt(n_i) over all samples of ``packs``, each run alone.
+
+    noise: on the embeddings of a sample, by its id; padding has none.
+    """
     top, bottom = torch.zeros((), dtype=torch.float64), 0.0
-    for tokens, labels, tiles, slots in samples_of(packs):
+    ids = [[*pack.sample_ids, ""][: len(pack.borders) - 1] for pack in packs]
+    for (tokens, labels, tiles, slots), identity in zip(samples_of(packs), chain.from_iterable(ids), strict=True):
         labelled = labels != IGNORE_LABEL
         count = int(labelled.sum())
         if count:
-            mean = F.cross_entropy(model(tokens, tiles, slots)[labelled], labels[labelled])
+            logits = model(tokens, tiles, slots, partial(noise, identity) if noise else None)
+            mean = F.cross_entropy(logits[labelled], labels[labelled])
             top, bottom = top + count**0.5 * mean, bottom + count**0.5
     return top / bottom
 

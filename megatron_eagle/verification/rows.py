@@ -21,7 +21,10 @@ _UNEVEN = {2: (3, 5), 4: (1, 2, 2, 3)}
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a layout and how it trains. dp, with the layout's sizes, gives the number of processes."""
+    """One row of the table: a layout and how it trains. dp, with the layout's sizes, gives the number of processes.
+
+    tuned: with what ``finetuning.py`` adds, everything trainable, the tables' own model.
+    """
 
     tp: int = 1
     sequence_parallel: bool = False
@@ -40,6 +43,7 @@ class Row:
     precision: Literal["fp32", "bf16"] = "fp32"
     kernels: Literal["torch", "triton"] = "torch"
     lora: bool = False
+    tuned: bool = False
 
     @property
     def processes(self) -> int:

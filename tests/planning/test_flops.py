@@ -8,6 +8,7 @@ from eagle_cases import DINOV2, EAGLE, SIGLIP, EagleConfig, pack
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from megatron_eagle.compat.platform import install
+from megatron_eagle.config.layers import frozen_layers
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.model.cost import Parts
@@ -52,13 +53,13 @@ COUNTERS = {
 }
 
 
-def count_operations(trainable, config=EAGLE, lora=None):
+def count_operations(trainable, config=EAGLE, lora=None, freeze=()):
     """Forward and backward of one pack, counted by what PyTorch really runs; in a world of one process."""
     initialise(Layout(), install(), timeout=timedelta(seconds=60))
     model: EagleModel = build_eagle(config, Layout(), precision="fp32", pre_process=True, post_process=True)
     if lora:
         attach(model, lora, model.tp_group, seed=0)
-    freeze_all_but([model], trainable, lora)
+    freeze_all_but([model], Parts.of(trainable, lora, frozen_layers(config, freeze)))
     batch = pack()
     totals = []
     for backward in (False, True):
@@ -85,6 +86,15 @@ def test_equal_to_the_operators_that_run_in_a_mixture_with_dinov2(worlds, traina
     work = Work.computed(pack())
     assert step_flops(config, FORWARD_ONLY, work).total == pytest.approx(forward, rel=0.01)
     assert step_flops(config, Parts.of(trainable), work).total == pytest.approx(total, rel=0.01)
+
+
+def test_equal_to_the_operators_that_run_where_layers_are_frozen(worlds):
+    freeze = ("language.embeddings", "language.layers[:3]", "language.output", "vision.siglip")
+    _, total = worlds(1).run(count_operations, EVERYTHING, EAGLE, None, freeze)[0]
+    parts = Parts.of(EVERYTHING, None, frozen_layers(EAGLE, freeze))
+    planned = step_flops(EAGLE, parts, Work.computed(pack())).total
+    assert planned == pytest.approx(total, rel=0.01)
+    assert planned < 0.9 * step_flops(EAGLE, Parts.of(EVERYTHING), Work.computed(pack())).total
 
 
 def test_published_sizes():

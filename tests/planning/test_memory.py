@@ -26,6 +26,9 @@ SIGLIP = PRESETS["tiny"].encoders[0]
 DINOV2 = {**SIGLIP, "kind": "dinov2", "intermediate_size": 256}
 BOTH = {"encoders": [SIGLIP, DINOV2]}
 
+# Half of an encoder frozen is counted as none, which a second one that is frozen as a whole outweighs.
+FROZEN = {"freeze": ["language.embeddings", "language.layers[:-1]", "vision.siglip"], "neftune_alpha": 5.0}
+
 CASES = {
     1: [
         ({}, {}, EVEN),
@@ -40,6 +43,7 @@ CASES = {
         ({}, {**BOTH, "recompute": "full"}, EVEN),
         ({}, {**BOTH, "trainable": ["connector"]}, EVEN),
         ({}, {**BOTH, "precision": "bf16"}, RAGGED),
+        ({}, {**BOTH, **FROZEN}, EVEN),
     ],
     2: [
         (UNEVEN, {}, RAGGED),
@@ -54,6 +58,8 @@ CASES = {
         ({**UNEVEN, "encoder": "spread"}, {"recompute": "full"}, RAGGED),
         ({"tp": 2}, BOTH, RAGGED),
         ({**UNEVEN, "encoder": "spread"}, BOTH, RAGGED),
+        ({**UNEVEN, "encoder": "spread"}, {**BOTH, **FROZEN}, RAGGED),
+        (UNEVEN, {**FROZEN, "freeze": ["language.embeddings", "vision.siglip.layers[:1]"]}, RAGGED),
     ],
     4: [
         ({"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}, RAGGED),
@@ -89,7 +95,7 @@ def compare(worlds, size, layout, changes, packs):
     return peaks
 
 
-QUICK = {1: (0, 2, 4, 8), 2: (1, 5, 10)}
+QUICK = {1: (0, 2, 4, 8, 12), 2: (1, 5, 10, 12)}
 
 
 @pytest.mark.parametrize("size", QUICK)

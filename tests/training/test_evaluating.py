@@ -1,6 +1,7 @@
 """Evaluation while a stage trains: what it says, what it leaves alone, and which checkpoint it keeps."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from benchmark_files import made_questions, made_tsv
 from train_cases import metrics
+from worlds import WorldError
 
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.layout import Layout
@@ -142,6 +144,39 @@ def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run
         assert json.loads((folder / "best.json").read_text())["step"] == best
 
 
+def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: Path) -> None:
+    """And continues if it is given more patience; what it waited for outlives a restart."""
+    from megatron_eagle.checkpoint.files import find_latest, read_description
+    from megatron_eagle.cluster.events import ended_early
+    from megatron_eagle.training.run_folder import RunFolder
+
+    asked = {"every": 1, "data": ["unread"], "patience": 2}
+    stage = {"steps": 9, "checkpoint_every": 1, "async_save": False}
+    file, runs = write(small_run, tmp_path / "r.yaml", asked, stage=stage), str(tmp_path / "runs")
+    folder = RunFolder(tmp_path / "runs" / "small")
+
+    def state() -> tuple[int, float | None, int, bool]:
+        newest = read_description(find_latest(folder.stage_checkpoints("second")))
+        return newest.step, newest.best_score, newest.waited, ended_early(folder.path, "second")
+
+    with pytest.raises(WorldError, match="StopIteration"):  # dies in its fourth evaluation
+        worlds(1).run(train, file, runs, [0.5, 0.7, 0.6])
+    assert state() == (3, 0.7, 1, False)
+    worlds(1).run(train, file, runs, [0.7])
+    assert state() == (4, 0.7, 2, True)
+    worlds(1).run(train, file, runs, [])  # complete: nothing is asked
+    assert [line["step"] for line in metrics(tmp_path / "runs")] == [1, 2, 3, 4]
+    recipe = load_recipe(Path(file))
+    after = replace(recipe.stages[0], name="third", evaluation=None)
+    recipe = replace(recipe, stages=(recipe.stages[0], after))
+    assert folder.weights_before(recipe, after).name == "step_00000004"
+    without = replace(recipe, stages=(replace(recipe.stages[0], evaluation=None), after))
+    with pytest.raises(UserError, match="'second' has reached step 4 of 9; finish it first"):
+        folder.weights_before(without, after)
+    worlds(1).run(train, file, runs, [0.8, 0.1, 0.1, 0.1], ("stages.second.evaluation.patience=3",))
+    assert state() == (8, 0.8, 3, True)
+
+
 def train_watched(
     recipe_path: str, runs: str, scripted: list[float] | None, stop_in: int = 0, trouble: str = ""
 ) -> tuple[list[str | None], int, str]:
@@ -256,8 +291,6 @@ def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path
 
 
 def test_data_that_cannot_be_asked_ends_the_run_before_its_first_step(small_run, worlds, tmp_path: Path) -> None:
-    from worlds import WorldError
-
     file = write(small_run, tmp_path / "r.yaml", {"every": 2, "data": [str(tmp_path / "nothing")]})
     with pytest.raises(WorldError, match="stage 'second', evaluation: .*nothing"):
         worlds(2).run(train, file, str(tmp_path / "runs"))
@@ -288,7 +321,10 @@ def test_a_recipe_says_it_in_one_line(small_run, tmp_path: Path) -> None:
         ({"every": 2, "data": ["x/docvqa"], "benchmarks": ["docvqa=a.tsv"], "benchmark_data": "b"}, "name docvqa more"),
         ({"every": 2, "benchmarks": ["docvqa"]}, "benchmarks and .benchmark_data, .*, belong together"),
         ({"every": 2, "data": ["a"], "benchmark_data": "b"}, "belong together"),
-        ({"every": 2, "data": ["a"], "best_by": "a"}, "best_by='a' needs keep: best and one of the scores a"),
+        (
+            {"every": 2, "data": ["a"], "best_by": "a"},
+            "best_by='a' needs keep: best or patience, and",
+        ),
         ({"every": 3, "data": ["a"], "best_by": "b", "keep": "best"}, "one of the scores a"),
     ):
         with pytest.raises(UserError, match=message):

@@ -115,6 +115,7 @@ REFUSED = {
     "steps": (("stages.second.steps=3",), "is at step 4, stage 'second' has only 3 steps (it had 4)"),
     "precision": (("precision=bf16", "optimizer.distributed=false"), "precision is fp32 there, bf16 in the recipe"),
     "freeze": (("stages.second.trainable=[connector]",), '["vision", "connector", "language"] there, ["connector"] in'),
+    "layers": (("stages.second.freeze=[language.embeddings]",), 'freeze is [] there, ["language.embeddings"] in'),
     "normaliser": (("stages.second.loss_normaliser=pack",), "loss_normaliser is global there, pack in the recipe"),
     "model": (("model.language.intermediate_size=96",), "language.intermediate_size is 64 there, 96 in the recipe"),
     "pack length": (("stages.second.pack_length=1024",), "pack_length was 512, is 1024"),

@@ -1,5 +1,6 @@
 """Numbers of a vision transformer that sees a tile as it is and whose patches PixelShuffle joins two by two."""
 
+import re
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -50,6 +51,16 @@ class VitConfig:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of {self.num_attention_heads} attention heads"
             )
+
+    @property
+    def depth(self) -> int:
+        return self.num_hidden_layers
+
+    def layer_of(self, name: str) -> int:
+        """As ``config.layers.Layered``."""
+        if match := re.match(r"transformer\.layers\.(\d+)\.", name):
+            return int(match[1])
+        return self.depth if name.startswith("transformer.") else -1
 
     @property
     def patches_per_side(self) -> int:

@@ -1,5 +1,6 @@
 """ConvNeXt's numbers, by default those of timm's ``convnext_xxlarge.clip_laion2b_soup``."""
 
+import re
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -40,6 +41,18 @@ class Config:
     def __post_init__(self) -> None:
         if self.image_size % STRIDE:
             raise ValueError(f"image_size={self.image_size} is not a multiple of convnext's stride {STRIDE}")
+
+    @property
+    def depth(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, name: str) -> int:
+        """As ``config.layers.Layered``: blocks, counted over all stages; what shrinks the map is its next block's."""
+        match = re.match(r"stages\.(\d+)\.(\d+)\.", name)
+        if match is None:
+            return -1
+        stage, place = int(match[1]), int(match[2])
+        return sum(self.depths[:stage]) + max(0, place - 1 if stage else place)
 
     @property
     def output_tokens(self) -> int:
