@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 5.0  # to those that lost another one, which they notice at once
 STOPPING = "ending the step and saving it; Ctrl-C again aborts"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def launch(processes: int, arguments: Sequence[str], *, saves: bool = False) -> int:
     """Run ``python -m megatron_eagle <arguments>`` in ``processes`` processes and wait for them.
 
-    When one fails, the others are ended. A process that was ended by a signal is named on stderr, because it could not
+    When one fails, the others have some seconds to say so and are ended. A process that was ended by a signal is named on stderr, because it could not
     speak for itself. Returns the exit code of the first to fail (128 + signal number after a signal), or 0.
 
     A KeyboardInterrupt ends them and is raised. saves: instead they are asked to stop (SIGTERM) and waited for; it is
@@ -31,12 +32,13 @@ def launch(processes: int, arguments: Sequence[str], *, saves: bool = False) -> 
     """
     port = _free_port()
     running = [_start(process_variables(rank, processes, port), arguments) for rank in range(processes)]
-    grace = 0.0
+    grace = LAST_WORDS_SECONDS
     try:
         rank, code = _first_to_fail(running)
         return _explain(rank, code)
     except KeyboardInterrupt:
         if not saves:
+            grace = 0.0
             raise
         print(f"megatron-eagle: {STOPPING}", file=sys.stderr, flush=True)
         for process in running:
