@@ -81,7 +81,7 @@ def test_own_pictures_on_one_gpu(worlds, tmp_path: Path) -> None:
 def test_fine_tuning_on_few_gpus(worlds, tmp_path: Path) -> None:
     draw_own_pictures(tmp_path / "mine", 200, held_out=8)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    changes = [*small_eagle(tmp_path), "stages.mine.batch=2", "stages.mine.steps=80", "stages.mine.learning_rate=1e-2"]
+    changes = [*small_eagle(tmp_path), "stages.mine.batch=2", "stages.mine.steps=60", "stages.mine.learning_rate=1e-2"]
     lines = [line.replace("stages.mine.steps=200", "") for line in commands(FINETUNE)]
     type_in(lines, tmp_path, worlds(1), {RECIPE: changes})
     run = tmp_path / "runs" / RECIPE
