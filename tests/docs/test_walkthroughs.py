@@ -79,16 +79,16 @@ def test_own_pictures_on_one_gpu(worlds, tmp_path: Path) -> None:
 
 
 def test_fine_tuning_on_few_gpus(worlds, tmp_path: Path) -> None:
-    draw_own_pictures(tmp_path / "mine", 200, held_out=20)
+    draw_own_pictures(tmp_path / "mine", 200, held_out=8)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    changes = [*small_eagle(tmp_path), "stages.mine.batch=2", "stages.mine.steps=40", "stages.mine.learning_rate=1e-2"]
+    changes = [*small_eagle(tmp_path), "stages.mine.batch=2", "stages.mine.steps=60", "stages.mine.learning_rate=1e-2"]
     lines = [line.replace("stages.mine.steps=200", "") for line in commands(FINETUNE)]
     type_in(lines, tmp_path, worlds(1), {RECIPE: changes})
     run = tmp_path / "runs" / RECIPE
     losses = metrics(run)
-    assert losses[-1] < 0.5 * losses[0]
-    before = (run / "evaluation-before" / "predictions.jsonl").read_text()
-    assert (run / "evaluation" / "predictions.jsonl").read_text() != before
+    assert losses[-1] < 0.1 * losses[0]
+    assert accuracy(run / "evaluation-before") == 0
+    assert accuracy(run / "evaluation") >= 1 / 3  # what needs no sight, at least
     assert (tmp_path / "released" / "mine-adapter" / "adapter_config.json").is_file()
     kept = (tmp_path / "curated" / "kept" / "mine" / "samples.jsonl").read_text().splitlines()
-    assert 100 < len(kept) <= 180
+    assert 100 < len(kept) <= 192
