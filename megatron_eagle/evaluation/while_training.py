@@ -164,11 +164,12 @@ def _score(
     platform: Platform,
     goes_on: Callable[[], None],
 ) -> float:
-    """The score of all replicas' answers, on every process."""
+    """The score of all replicas' answers, on every process; pictures that turn out to be broken are said on rank 0."""
     said: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for some in generate(
         engine.chunks[0].module,
-        filled(asked.packs[groups.dp_rank :: groups.dp_size], asked.fill, broken={}),
+        filled(asked.packs[groups.dp_rank :: groups.dp_size], asked.fill, broken),
         tokenizer,
         groups,
         platform.device,
@@ -178,10 +179,13 @@ def _score(
     ):
         goes_on()
         said |= {name: answer.text for name, answer in some.items()}
-    parts: list[dict[str, str]] = [{}] * groups.dp_size
-    dist.all_gather_object(parts, said, group=groups.dp)
+    parts: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * groups.dp_size
+    dist.all_gather_object(parts, (said, broken), group=groups.dp)
     goes_on()
-    return asked.score({name: text for part in parts for name, text in part.items()})
+    reasons = {name: reason for _, some in parts for name, reason in some.items()}
+    if reasons and groups.rank == 0:
+        _say_what_is_not_asked(asked.name, reasons, " and are wrong")
+    return asked.score({name: text for some, _ in parts for name, text in some.items()})
 
 
 @contextmanager

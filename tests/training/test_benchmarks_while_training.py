@@ -30,6 +30,19 @@ def ask(recipe_path: str, data: str, runs: str, out: str, limit: int) -> None:
     evaluate_benchmarks(recipe, recipe.stages[-1], run, requests, Path(out), install(), Wishes(limit))
 
 
+def train_and_listen(recipe_path: str, runs: str, out: str) -> None:
+    """``train``; what the first process printed, in ``out``."""
+    import contextlib
+    import io
+
+    import torch.distributed as dist
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(recipe_path, runs)
+    if dist.get_rank() == 0:
+        Path(out).write_text(said.getvalue())
+
+
 def test_the_score_is_what_evaluate_says_of_the_checkpoint_and_broken_questions_are_wrong(
     small_run, worlds, tmp_path: Path
 ) -> None:
@@ -48,7 +61,10 @@ def test_the_score_is_what_evaluate_says_of_the_checkpoint_and_broken_questions_
     evaluation = {"every": 20, "benchmarks": ["exact=exact.tsv"], "benchmark_data": str(tmp_path), "limit": 8}
     stage = {"steps": 20, "checkpoint_every": 20, "learning_rate": 5e-3, "blend": [{"path": str(tmp_path / "said")}]}
     file = write(small_run, tmp_path / "r.yaml", evaluation, stage=stage)
-    worlds(2).run(train, file, str(tmp_path / "runs"))
+    worlds(2).run(train_and_listen, file, str(tmp_path / "runs"), str(tmp_path / "said.txt"))
+    heard = (tmp_path / "said.txt").read_text()
+    assert "exact: 2 questions cannot be asked and are wrong; 1: a picture is not in base64" in heard
+    assert "exact: 1 questions cannot be asked and are wrong; 3: " in heard
     worlds(2).run(ask, file, str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "out"), 8)
     result = json.loads((tmp_path / "out" / "scores.json").read_text())["benchmarks"]["exact"]
     assert (result["value"], result["questions"], result["unreadable"]) == (37.5, 8, 3)
