@@ -26,7 +26,7 @@ SIGLIP = PRESETS["tiny"].encoders[0]
 DINOV2 = {**SIGLIP, "kind": "dinov2", "intermediate_size": 256}
 BOTH = {"encoders": [SIGLIP, DINOV2]}
 
-# Half of an encoder frozen is counted as none, which a second one that is frozen as a whole outweighs.
+# An encoder that is frozen in part is planned as if all of it trained, so here it is one as a whole.
 FROZEN = {"freeze": ["language.embeddings", "language.layers[:-1]", "vision.siglip"], "neftune_alpha": 5.0}
 
 CASES = {
@@ -59,7 +59,6 @@ CASES = {
         ({"tp": 2}, BOTH, RAGGED),
         ({**UNEVEN, "encoder": "spread"}, BOTH, RAGGED),
         ({**UNEVEN, "encoder": "spread"}, {**BOTH, **FROZEN}, RAGGED),
-        (UNEVEN, {**FROZEN, "freeze": ["language.embeddings", "vision.siglip.layers[:1]"]}, RAGGED),
     ],
     4: [
         ({"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}, RAGGED),
