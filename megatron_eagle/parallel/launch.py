@@ -24,8 +24,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def launch(processes: int, arguments: Sequence[str], *, saves: bool = False) -> int:
     """Run ``python -m megatron_eagle <arguments>`` in ``processes`` processes and wait for them.
 
-    When one fails, the others have some seconds to say so and are ended. A process that was ended by a signal is named on stderr, because it could not
-    speak for itself. Returns the exit code of the first to fail (128 + signal number after a signal), or 0.
+    When one fails, the others have some seconds to say so and are ended. A process that was ended by a signal is named
+    on stderr, because it could not speak for itself. Returns the exit code of the first to fail (128 + signal number
+    after a signal), or 0.
 
     A KeyboardInterrupt ends them and is raised. saves: instead they are asked to stop (SIGTERM) and waited for; it is
     raised all the same if one of them did not know yet how to do that.
