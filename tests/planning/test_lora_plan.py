@@ -8,6 +8,7 @@ from test_memory import EVEN, RAGGED, compare
 
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.lora import LoraSettings
+from megatron_eagle.config.presets import PRESETS
 from megatron_eagle.dry_run.walk import dry_run
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.cost import Parts
@@ -18,9 +19,12 @@ install()
 
 LORA = {"rank": 4, "alpha": 8, "targets": ["vision", "connector", "language"]}
 LANGUAGE = {"rank": 8, "alpha": 8, "dropout": 0.1}
+SIGLIP, CONVNEXT = PRESETS["tiny"].encoders
+DEEPER = [SIGLIP, {**CONVNEXT, "depths": [2, 1, 2, 1]}]  # as in real ones, several blocks in the first stage
 CASES = {
     1: [
         ({}, {"lora": LORA}, EVEN),
+        ({}, {"lora": LORA, "recompute": "full", "encoders": DEEPER}, EVEN),
         ({}, {"lora": LANGUAGE, "trainable": ["language"], "precision": "bf16"}, EVEN),
         ({}, {"lora": {**LANGUAGE, "targets": ["language.qkv", "language.fc2"]}, "trainable": ["language"]}, EVEN),
     ],
