@@ -74,16 +74,22 @@ def compare(encoders: tuple, groups) -> None:
 
 
 @pytest.mark.interpreter
-def test_a_layout_with_all_kernels_equals_the_reference() -> None:
-    """Tiles, join, attention and loss in kernels under tp=2 with sequence parallelism: loss, gradients, weights."""
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_layout_with_all_kernels_equals_the_reference(lora: bool) -> None:
+    """Tiles, join, attention and loss in kernels under tp=2 with sequence parallelism: loss, gradients, weights.
+
+    lora: adapters beside the kernels, against PEFT's.
+    """
     from megatron_eagle.verification.check import Verifier
     from megatron_eagle.verification.packs import PACK_LENGTH, make_step
     from megatron_eagle.verification.rows import CONFIG, Row
     from megatron_eagle.verification.subject import Subject
 
+    if lora:
+        pytest.importorskip("peft")
     config = replace(CONFIG, language=replace(CONFIG.language, num_hidden_layers=2))
     packs = make_step(config, "packed", 0)
     subject = Subject(config, PACK_LENGTH, {"packed": [[packs[0], packs[2]]]})
     with Verifier(subject) as verifier:
-        result = verifier.check(Row(tp=2, sequence_parallel=True, kernels="triton"))
+        result = verifier.check(Row(tp=2, sequence_parallel=True, kernels="triton", lora=lora))
     assert result.ok, result
