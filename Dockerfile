@@ -32,6 +32,7 @@ RUN pip install --no-cache-dir \
     pyyaml==6.0.3 \
     safetensors==0.8.0 \
     sentencepiece==0.2.3 \
+    shtab==1.13.0 \
     simplejpeg==1.9.0 \
     tensorboard==2.21.0 \
     tokenizers==0.23.3 \

@@ -51,4 +51,5 @@ def test_a_gpu_holds_one_process(monkeypatch) -> None:
 
 
 def test_every_option_of_the_table_has_a_name_in_the_row() -> None:
-    assert [item.name for item in fields(Row)] == [*OPTIONS, "kernels", "lora"]  # the same for all rows of a table
+    same_for_all_rows_of_a_table = ("kernels", "lora", "tuned")
+    assert [item.name for item in fields(Row)] == [*OPTIONS, *same_for_all_rows_of_a_table]
