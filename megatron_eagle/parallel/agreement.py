@@ -4,12 +4,14 @@ Every process of the run calls these at the same place. An error of another kind
 process that has it, with its traceback.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_eagle.errors import Superseded, UserError
+from megatron_eagle.errors import LostContact, Superseded, UserError
 
 Found = TypeVar("Found")
 
@@ -39,3 +41,20 @@ def refuse_together(message: str | None) -> None:
     for said in messages:
         if said:
             raise UserError(said)
+
+
+@contextmanager
+def naming_a_loss(where: str) -> Iterator[None]:
+    """Raise LostContact, and say ``where`` this process was, if another one is lost in the middle of a collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        failure = (
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost contact with another one {where}: "
+            f"{str(error).splitlines()[0][:200]}"
+        )
+        # Said here, not by whoever catches it: leaving the broken run can take longer than this process has.
+        print(f"megatron-eagle: {failure}", file=sys.stderr, flush=True)
+        raise LostContact(failure) from error

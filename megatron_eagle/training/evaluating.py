@@ -1,4 +1,4 @@
-"""When a stage that trains is evaluated.
+"""When a stage that trains is evaluated, and when its scores end it.
 
 What is asked and how answers are scored is for who starts the training to say (``evaluation/while_training.py``): the
 trainer hands over its engine and gets numbers.
@@ -33,20 +33,40 @@ class Scores:
         return self.by_name[name] if name else sum(self.by_name.values()) / len(self.by_name)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
-    """The evaluations of a stage of so many steps."""
+    """The evaluations of a stage of so many steps.
+
+    best_score: highest of them so far, also of earlier starts. waited: how many have come since, none higher.
+    """
 
     settings: EvaluationSettings
     steps: int
     evaluate: Evaluator
+    best_score: float | None = None
+    waited: int = 0
 
     def due(self, step: int) -> bool:
         """Whether the model is asked after ``step``."""
         return step % self.settings.every == 0 or step == self.steps
 
     def run(self, engine: Engine) -> Scores:
-        """Ask; every process calls this after the same step."""
+        """Ask, and count whether that was the best so far; every process calls this after the same step."""
         started = time.perf_counter()
-        scores = self.evaluate(engine)
-        return Scores(scores, time.perf_counter() - started)
+        by_name = self.evaluate(engine)
+        scores = Scores(by_name, time.perf_counter() - started)
+        score = self.score_of(scores)
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.waited = score, 0
+        else:
+            self.waited += 1
+        return scores
+
+    def score_of(self, scores: Scores) -> float:
+        """What a checkpoint is the best by."""
+        return scores.best_by(self.settings.best_by)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the stage is over, however many steps are left."""
+        return self.settings.ends_after(self.waited)

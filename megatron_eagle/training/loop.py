@@ -6,32 +6,24 @@ the stage is complete does nothing.
 """
 
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_eagle.checkpoint.best import forget_best_after
-from megatron_eagle.checkpoint.files import (
-    Description,
-    find_latest,
-    read_description,
-    require_same_model,
-)
+from megatron_eagle.checkpoint.files import Description, find_latest, read_description, require_same_model
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
 from megatron_eagle.data.stream.streams import Stream
-from megatron_eagle.errors import Damaged, LostContact, Superseded, UserError
-from megatron_eagle.parallel.agreement import on_rank_zero
+from megatron_eagle.errors import Damaged, Superseded, UserError
+from megatron_eagle.parallel.agreement import naming_a_loss, on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
@@ -105,8 +97,6 @@ class StageRun:
         self.fallback, self.number = fallback, start
         self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
-        self.best_score: float | None = None  # of this stage's evaluations so far
-        self.waited = 0  # evaluations since, none with a higher score
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
         self.start: Start | None = None
@@ -143,9 +133,8 @@ class StageRun:
             require_continuable(own.path, own.description, self.recipe, self.stage)
             self.step, self.rejected_total = own.description.step, own.description.rejected_total
             self.peak_rss_bytes = own.description.peak_rss_bytes
-            self.best_score, self.waited = own.description.best_score, own.description.waited
         on_rank_zero(self._read_tokenizer)  # before anything is built
-        self.evaluation = self._open_evaluation()
+        self.evaluation = self._open_evaluation(own.description if own else None)
         opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups)
         self.base = opened.base
         if own:
@@ -191,7 +180,7 @@ class StageRun:
 
     @property
     def _out_of_patience(self) -> bool:
-        return self.stage.evaluation is not None and self.stage.evaluation.ends_after(self.waited)
+        return self.evaluation is not None and self.evaluation.out_of_patience
 
     def _require_newest(self) -> None:
         """Raise Superseded on rank 0, which writes, if a newer start of the run is at work."""
@@ -218,13 +207,16 @@ class StageRun:
         elif found := changes(saved, self.recipe, self.stage):
             self._say(f"{self.stage.name} {what}: {', '.join(found)}")
 
-    def _open_evaluation(self) -> Evaluation | None:
+    def _open_evaluation(self, saved: Description | None) -> Evaluation | None:
         settings = self.stage.evaluation
         if settings is None or self.make_evaluator is None:
             return None
         run, goes_on = self.run_folder.path, self.watch.goes_on
         evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform, run, goes_on)
-        return Evaluation(settings, self.stage.steps, evaluate)
+        evaluation = Evaluation(settings, self.stage.steps, evaluate)
+        if saved:
+            evaluation.best_score, evaluation.waited = saved.best_score, saved.waited
+        return evaluation
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         on_rank_zero(self._require_newest)  # the log's file is written anew
@@ -315,24 +307,14 @@ class StageRun:
             return Scores({})
         with self.watch.saving(), self._doing("evaluating"):
             scores = self.evaluation.run(engine)
-            settings = self.evaluation.settings
-            score = scores.best_by(settings.best_by)
-            if settings.keep == "best":
-                self.saver.score(self.step, score)
-        self._compare(score)
-        return scores
-
-    def _compare(self, score: float) -> None:
-        """Count how many evaluations have not been the best; say so when that ends the stage."""
-        if self.best_score is None or score > self.best_score:
-            self.best_score, self.waited = score, 0
-            return
-        self.waited += 1
+            if self.evaluation.settings.keep == "best":
+                self.saver.score(self.step, self.evaluation.score_of(scores))
         if self._out_of_patience and self.step < self.stage.steps:
             self._say(
-                f"{self.stage.name} ends at step {self.step} of {self.stage.steps}: none of the last {self.waited} "
-                f"evaluations scored above {self.best_score:.4f}"
+                f"{self.stage.name} ends at step {self.step} of {self.stage.steps}: none of the last "
+                f"{self.evaluation.waited} evaluations scored above {self.evaluation.best_score:.4f}"
             )
+        return scores
 
     def _explain_non_finite(self, step: Step, result: StepResult, loss: float) -> str:
         with self._doing("looking for what is not finite"):
@@ -343,21 +325,9 @@ class StageRun:
         last_good = find_latest(self.run_folder.stage_checkpoints(self.stage.name))
         return describe(where, loss, result.grad_norm, found, samples, last_good)
 
-    @contextmanager
-    def _doing(self, operation: str) -> Iterator[None]:
+    def _doing(self, operation: str) -> AbstractContextManager[None]:
         """Say what was being done if another process is lost in the middle of it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            failure = (
-                f"process {self.groups.rank} of {self.groups.world_size} lost contact with another one in "
-                f"{self.stage.name}, step {self.step + 1}, {operation}: {str(error).splitlines()[0][:200]}"
-            )
-            # Said here, not by whoever catches it: leaving the broken run can take longer than this process has.
-            print(f"megatron-eagle: {failure}", file=sys.stderr, flush=True)
-            raise LostContact(failure) from error
+        return naming_a_loss(f"in {self.stage.name}, step {self.step + 1}, {operation}")
 
     def _record(
         self,
@@ -402,8 +372,8 @@ class StageRun:
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, peak_rss_bytes(self.platform.device)),
             recipe=recipe_values(self.recipe, self.stage),
-            best_score=self.best_score,
-            waited=self.waited,
+            best_score=self.evaluation.best_score if self.evaluation else None,
+            waited=self.evaluation.waited if self.evaluation else 0,
             base=self.base,
             lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )
