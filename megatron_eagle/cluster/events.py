@@ -97,11 +97,13 @@ def newest_step(run_folder: Path, stage: str) -> int:
     return int(_newest(run_folder, stage).get("step", 0))
 
 
-def ended_early(run_folder: Path, stage: str) -> bool:
-    """Whether the stage is over before its last step, because its score rose no more (``evaluation.patience``)."""
+def is_over(run_folder: Path, stage: str, steps: int, patience: int | None) -> bool:
+    """Whether the stage's newest whole checkpoint is its last one: of its last step, or its score rose no more.
+
+    steps, patience: of the recipe as it was submitted, ``stages.<stage>.evaluation.patience``.
+    """
     newest = _newest(run_folder, stage)
-    patience = newest.get("recipe", {}).get(f"stages.{stage}.evaluation.patience")
-    return patience is not None and newest.get("waited", 0) >= patience
+    return newest.get("step", 0) >= steps or (patience is not None and newest.get("waited", 0) >= patience)
 
 
 def _newest(run_folder: Path, stage: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _submit_chain(chain: Chain) -> list[str]:
                     raise KeyboardInterrupt
             entries = [
                 {"stage": link.name, "job": job, "steps": link.stage.steps if link.stage else 0}
-                | {"processes": link.processes}
+                | {"processes": link.processes, "patience": link.stage.patience if link.stage else None}
                 for link, job in zip(chain.links, jobs, strict=True)
             ]
             append_events(chain.folder, "submitted", entries)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import ended_early, newest_step
+from megatron_eagle.cluster.events import is_over, newest_step
 from megatron_eagle.cluster.profile import Profile, shipped_profiles
 from megatron_eagle.cluster.script import JOBS, batch_script
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -93,7 +93,7 @@ def plan_chain(
 
 
 def _is_over(folder: Path, stage: Stage) -> bool:
-    return newest_step(folder, stage.name) >= stage.steps or ended_early(folder, stage.name)
+    return is_over(folder, stage.name, stage.steps, stage.patience)
 
 
 def _is_queued(folder: Path, stage: Stage) -> bool:

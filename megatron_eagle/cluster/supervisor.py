@@ -22,7 +22,7 @@ from megatron_eagle.cluster.events import (
     Attempt,
     append_event,
     attempts,
-    ended_early,
+    is_over,
     newest_step,
     read_events,
 )
@@ -109,8 +109,7 @@ def end(
     last = attempts(read_events(run_folder), stage)
     offset = last[-1].log_offset if last else 0
     finding = find_cause(code, asked, _tail(log, offset), _stacks(stacks))
-    if finding.outcome == "complete" and (left := _missing(run_folder, stage)):
-        finding = Finding("interrupted", left)
+    finding = _against_checkpoints(finding, run_folder, stage)
     free = shutil.disk_usage(run_folder).free
     if code and free < FULL_DISK_BYTES:  # then srun's messages could not be written to the log, either
         finding = Finding("refused", f"the disk is full: {free / 1e6:.1f} MB free for {run_folder}")
@@ -161,13 +160,22 @@ def _require_newest(start: Start) -> None:
     start.require_newest()
 
 
-def _missing(run_folder: Path, stage: str) -> str | None:
-    """What a stage that is said to be complete lacks of what was submitted: a srun that lost a node ends with 0."""
-    submitted = [e["steps"] for e in read_events(run_folder) if e["event"] == "submitted" and e["stage"] == stage]
-    step = newest_step(run_folder, stage)
-    if not submitted or step >= submitted[-1] or ended_early(run_folder, stage):
-        return None
-    return f"ended without an error at step {step} of {submitted[-1]}, as when a node is lost"
+def _against_checkpoints(finding: Finding, run_folder: Path, stage: str) -> Finding:
+    """Of a stage that trains its last checkpoint says whether it is complete, whatever its processes said.
+
+    A srun that lost a node ends with 0; and a process may be stopped, or hang, after its last step.
+    """
+    submitted = [e for e in read_events(run_folder) if e["event"] == "submitted" and e["stage"] == stage and e["steps"]]
+    if not submitted or finding.outcome == "refused":
+        return finding
+    steps, patience = submitted[-1]["steps"], submitted[-1].get("patience")
+    if is_over(run_folder, stage, steps, patience):
+        after = "" if finding.outcome == "complete" else f"; after it {finding.cause}"
+        return Finding("complete", f"reached its end{after}")
+    if finding.outcome == "complete":
+        step = newest_step(run_folder, stage)
+        return Finding("interrupted", f"ended without an error at step {step} of {steps}, as when a node is lost")
+    return finding
 
 
 def _note_end(run_folder: Path, stage: str, job: str, finding: Finding) -> None:

@@ -221,6 +221,11 @@ class Stage:
     gpus: Positive | None = None
     evaluation: EvaluationSettings | None = None
 
+    @property
+    def patience(self) -> int | None:
+        """``evaluation.patience``, None without an evaluation."""
+        return self.evaluation.patience if self.evaluation else None
+
     def __post_init__(self) -> None:
         if not self.trainable:
             raise ValueError(f"stage '{self.name}' trains nothing: trainable is empty")

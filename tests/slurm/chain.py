@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -113,7 +114,11 @@ class SubmittedChain:
         return {stage: self.slurm.state(job) for stage, job in self.jobs.items()}
 
     def logs(self) -> str:
-        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in sorted((self.folder / "jobs").glob("*.log")))
+        """Of its jobs, and what the controller said of them."""
+        logs = [f"--- {log.name}\n{log.read_text()}" for log in sorted((self.folder / "jobs").glob("*.log"))]
+        about = re.compile(rf"JobId=({'|'.join(self.jobs.values())})\b|slurmctld version|Terminate signal")
+        told = (self.slurm.folder / "slurmctld.log").read_text().splitlines()
+        return "\n".join([*logs, "--- slurmctld.log", *filter(about.search, told)])
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         lines = (self.folder / "events.jsonl").read_text().splitlines()

@@ -149,9 +149,9 @@ def test_who_was_silent_at_the_end_counts_even_if_it_woke_up_later() -> None:
 class Run:
     """A stage that is started again and again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, steps: int = 9, patience: int | None = None) -> None:
         self.folder = folder
-        append_event(folder, "submitted", stage="s", job="1", steps=9, processes=4)
+        append_event(folder, "submitted", stage="s", job="1", steps=steps, processes=4, patience=patience)
 
     def begin(self) -> str | None:
         verdict = begin(self.folder, "s", job="1", nodes="n[1-2]", log=self.folder / "log", budget=BUDGET)
@@ -162,15 +162,15 @@ class Run:
         files = {"log": self.folder / "log", "stacks": self.folder / "stacks"}
         return end(self.folder, "s", job="1", code=code, asked=asked, budget=BUDGET, **files).action
 
-    def checkpoint(self, step: int) -> None:
+    def checkpoint(self, step: int, waited: int = 0) -> None:
         folder = self.folder / "checkpoints" / "s"
         (folder / f"step_{step}").mkdir(parents=True)
-        (folder / f"step_{step}" / "checkpoint.json").write_text(f'{{"step": {step}}}')
+        (folder / f"step_{step}" / "checkpoint.json").write_text(f'{{"step": {step}, "waited": {waited}}}')
         (folder / "latest").write_text(f"step_{step}")
 
 
 def test_stops_with_progress_go_on_for_ever(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, steps=10)
     for step in range(1, 10):
         assert run.begin() is None
         run.checkpoint(step)
@@ -264,6 +264,32 @@ def test_an_exit_of_0_before_the_last_step_is_no_end(tmp_path: Path) -> None:
     assert run.begin() is None
     run.checkpoint(9)
     assert run.end(0) == "complete"
+
+
+@pytest.mark.parametrize("code", [0, 1, 85, 137])
+def test_a_stage_at_its_last_step_is_complete_however_its_start_ended(tmp_path: Path, code: int) -> None:
+    run = Run(tmp_path)
+    assert run.begin() is None
+    run.checkpoint(9)
+    assert run.end(code, asked=code == 85) == "complete"
+    cause = read_events(tmp_path)[-1]["cause"]
+    assert cause.startswith("reached its end") and ("after it" in cause) == (code != 0)
+
+
+@pytest.mark.parametrize(("patience", "action"), [(None, "requeue"), (3, "requeue"), (2, "complete")])
+def test_patience_counts_as_it_was_submitted(tmp_path: Path, patience: int | None, action: str) -> None:
+    run = Run(tmp_path, patience=patience)
+    assert run.begin() is None
+    run.checkpoint(5, waited=2)
+    assert run.end(0) == action
+
+
+@pytest.mark.parametrize("steps", [9, 0])
+def test_a_refusal_and_what_trains_nothing_are_not_complete_by_their_step(tmp_path: Path, steps: int) -> None:
+    run = Run(tmp_path, steps=steps)
+    assert run.begin() is None
+    run.checkpoint(9)
+    assert run.end(2 if steps else 1) == ("stop" if steps else "requeue")
 
 
 def test_what_only_reads_the_run_ends_no_other_start(tmp_path: Path) -> None:
