@@ -12,19 +12,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from megatron_eagle.curation.block import Job, Result, Segment, read_result, result_file, segments
+from megatron_eagle.curation.decisions import decided_of, decision_folder, write_decisions
 from megatron_eagle.curation.operator import Row, SetOperator, Verdict
 from megatron_eagle.curation.output import KEPT, SAMPLES_FILE, SHARDS, Summary, write_output
 from megatron_eagle.curation.plan import Plan
 from megatron_eagle.curation.processes import Processes
 from megatron_eagle.curation.ray_cluster import LOCAL, RayCluster
-from megatron_eagle.curation.sample import Finding
 from megatron_eagle.data.build.shard_writer import STATE_FOLDER, write_atomically
 from megatron_eagle.data.build.sources import spool
 from megatron_eagle.data.build.walk import Ledger
@@ -184,44 +183,29 @@ def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: P
 
 
 def _later_jobs(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Job]:
-    decided: dict[str, Any] = {"samples": {}}
-    if segment.decided is not None:
-        decided = json.loads(_decision_file(state, segment.number - 1).read_text(encoding="utf-8"))
+    folder = decision_folder(state, segment.number - 1)
     for number, source in enumerate(plan.sources):
-        by_block: dict[int, dict[int, list[Finding]]] = {}
-        for key, found in decided["samples"].get(source.name, {}).items():
-            by_block.setdefault(int(key) // plan.block, {})[int(key)] = [Finding(**one) for one in found]
         for block in range(blocks[number]):
             if not result_file(state, segment.number, number, block).exists():
-                yield Job(number, block, (), by_block.get(block, {}))
-
-
-def _decision_file(state: Path, segment: int) -> Path:
-    return state / f"decided-{segment}.json"
+                decided = decided_of(folder, source.name, block) if segment.decided is not None else {}
+                yield Job(number, block, (), decided)
 
 
 def _decide(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> None:
     """Asks the operator at the end of a segment, once all blocks have come to it."""
-    file = _decision_file(state, segment.number)
-    if file.exists() or segment.asks is None:
+    folder = decision_folder(state, segment.number)
+    if folder.exists() or segment.asks is None:
         return
     operator = segment.asks.operator
     assert isinstance(operator, SetOperator)
-    samples: dict[str, dict[int, list[dict[str, Any]]]] = {source.name: {} for source in plan.sources}
-    sources: list[tuple[str, dict[str, Any]]] = []
-    for verdict in operator.decide(_rows(plan, state, segment, blocks)):
-        _check_verdict(verdict, operator)
-        source, number = verdict.key
-        if number is None:
-            sources.append((source, asdict(verdict.finding)))
-        else:
-            samples[source].setdefault(number, []).append(asdict(verdict.finding))
-    write_atomically(file, json.dumps({"samples": samples, "sources": sources}, ensure_ascii=False))
+    verdicts = operator.decide(_rows(plan, state, segment, blocks))
+    write_decisions(folder, (_checked(verdict, operator) for verdict in verdicts), plan.block)
 
 
-def _check_verdict(verdict: Verdict, operator: SetOperator) -> None:
+def _checked(verdict: Verdict, operator: SetOperator) -> Verdict:
     if verdict.key[1] is None and verdict.finding.decision != "noted":
         raise ValueError(f"operator '{operator.name}' says of a whole source that it is {verdict.finding.decision}")
+    return verdict
 
 
 def _rows(plan: Plan, state: Path, segment: Segment, blocks: list[int]) -> Iterator[Row]:

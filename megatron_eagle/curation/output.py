@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_eagle.curation.block import Result, Segment, read_result, segments
+from megatron_eagle.curation.decisions import decision_folder, source_decisions
 from megatron_eagle.curation.ledger import LEDGER_FILE, LedgerWriter
 from megatron_eagle.curation.plan import Plan, PlannedSource
 from megatron_eagle.curation.report import SHOWN, Example, write_report
@@ -145,8 +146,7 @@ def _notes(state: Path, cut: list[Segment]) -> dict[str, list[tuple[str, dict[st
     found: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for segment in cut:
         if segment.asks is not None:
-            decided = json.loads((state / f"decided-{segment.number}.json").read_text(encoding="utf-8"))
-            for name, finding in decided["sources"]:
+            for name, finding in source_decisions(decision_folder(state, segment.number)):
                 row = {key: finding[key] for key in ("decision", "reason", "detail", "scores")}
                 text = f"{finding['reason']}: {finding['detail']}"
                 found[name].append((text, {**row, "operator": segment.asks.operator.name}))

@@ -21,10 +21,11 @@ import yaml
 from planted import write_planted
 
 from megatron_eagle.cli import main
-from megatron_eagle.curation import engine, output, processes
+from megatron_eagle.curation import decisions, engine, output, processes
 from megatron_eagle.curation.block import READ, Result, Segment, _Work, segments
+from megatron_eagle.curation.decisions import decided_of, decision_folder, write_decisions
 from megatron_eagle.curation.engine import curate
-from megatron_eagle.curation.operator import Resources, Step, make_operator
+from megatron_eagle.curation.operator import Resources, Step, Verdict, make_operator
 from megatron_eagle.curation.output import SourceSummary, Summary
 from megatron_eagle.curation.plan import Plan, load_plan
 from megatron_eagle.curation.processes import processes_for
@@ -306,13 +307,27 @@ def test_what_is_shown_is_ranked_by_the_first_score() -> None:
 
 
 def test_a_decision_is_read_once_for_all_sources(tmp_path: Path, monkeypatch: Any) -> None:
-    note = {"decision": "noted", "reason": "r", "detail": "d", "scores": {}}
-    said = {"samples": {}, "sources": [["a", note], ["b", {**note, "detail": "e"}]]}
-    (tmp_path / "decided-0.json").write_text(json.dumps(said))
+    said = [Verdict((name, None), Finding("noted", "r", detail)) for name, detail in (("a", "d"), ("b", "e"))]
+    write_decisions(decision_folder(tmp_path, 0), said, block=2)
     step = Step(make_operator("duplicates", {}), frozenset(), "exchange")
     notes = output._notes(tmp_path, [Segment(0, None, (), step), Segment(1, step, (), None)])
     assert {name: [text for text, _ in own] for name, own in notes.items()} == {"a": ["r: d"], "b": ["r: e"]}
     assert notes["c"] == []
+
+
+def test_decisions_come_back_by_block_however_many_are_held(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(decisions, "HELD", 3)
+    keys = [("a", 5), ("b", 0), ("a", 1), ("a", 5), ("a", 4), ("b", 0), ("a", 0)]
+    said = [Verdict(key, Finding("noted", "é", str(number))) for number, key in enumerate(keys)]
+    write_decisions(tmp_path / "d", said, block=2)
+    found = {block: decided_of(tmp_path / "d", "a", block) for block in range(4)}
+    details = {block: {key: [one.detail for one in own] for key, own in of.items()} for block, of in found.items()}
+    assert details == {0: {1: ["2"], 0: ["6"]}, 1: {}, 2: {5: ["0", "3"], 4: ["4"]}, 3: {}}
+    assert [one.detail for one in decided_of(tmp_path / "d", "b", 0)[0]] == ["1", "5"]
+    (tmp_path / "e.partial" / "a").mkdir(parents=True)
+    (tmp_path / "e.partial" / "a" / "000000.jsonl").write_text("of a process that was killed\n")
+    write_decisions(tmp_path / "e", said[:1], block=2)
+    assert decided_of(tmp_path / "e", "a", 0) == {} and not (tmp_path / "e.partial").exists()
 
 
 def test_the_report_shows_pictures_and_reasons(whole: Path) -> None:

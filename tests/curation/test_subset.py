@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_eagle.curation import decisions
+from megatron_eagle.curation.decisions import decided_of, write_decisions
 from megatron_eagle.curation.operator import Row, SetOperator, make_operator
 from megatron_eagle.curation.operators import subset
 from megatron_eagle.curation.plan import Plan
@@ -108,8 +110,11 @@ def test_samples_without_a_picture_are_drawn_in_proportion(planted: tuple[Any, A
     assert len(left) == 900 and len([one for one in left if one >= 500]) == 450
 
 
-def test_it_holds_what_it_says(tmp_path: Path) -> None:
+def test_it_holds_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together with what writes its verdicts, but for the fixed number of them that it has in hand."""
     import tracemalloc
+
+    monkeypatch.setattr(decisions, "HELD", 100)
 
     rng = np.random.default_rng(1)
     store, keys = VectorStore(tmp_path), list(range(1, 6001))
@@ -122,9 +127,11 @@ def test_it_holds_what_it_says(tmp_path: Path) -> None:
             yield Row(("a", key), f"sample-{key}", "c", json.loads(json.dumps([[key], str(tmp_path)])))
 
     tracemalloc.start()
-    assert sum(one.finding.decision == "left" for one in operator.decide(rows())) == 5400
+    write_decisions(tmp_path / "decided", operator.decide(rows()), block=1000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    written = [decided_of(tmp_path / "decided", "a", block) for block in range(7)]
+    assert sum(one.decision == "left" for block in written for own in block.values() for one in own) == 5400
     assert peak / 6000 < operator.holds, peak / 6000
 
 
