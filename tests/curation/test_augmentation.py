@@ -1,7 +1,14 @@
 """Operators that add and change turns: by rule from what a record knows, and by a model behind a real HTTP endpoint."""
 
 import json
+import os
 import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -32,6 +39,16 @@ TABLE = {
     "rows": [["Oslo", "700", "4.5"], ["Rome", "2,800", "12.25"], ["Bern", "130", "5"]],
 }
 MARKDOWN = "| city | people |\n|---|---|\n| Oslo | 700 |\n| Rome | 2,800 |\n| Bern | 130 |"
+
+PROCESS = """
+import sys
+from pathlib import Path
+from megatron_eagle.curation.engine import curate
+from megatron_eagle.curation.plan import load_plan
+folder = Path(sys.argv[1])
+if not (folder / "out").exists():
+    curate(load_plan(folder / "plan.yaml"), folder / "out", progress=False)
+"""
 
 
 def sample(folder: Path, record: dict[str, Any], size: tuple[int, int] = (200, 100)) -> Sample:
@@ -225,6 +242,34 @@ def test_short_answers_are_expanded_and_the_judge_has_its_say(tmp_path: Path) ->
     ]
     images = [part for body in map(json.loads, server.asked) for part in body["messages"][0]["content"]]
     assert sum(part["type"] == "image_url" for part in images) == len(server.asked)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_kills_while_a_model_is_asked_change_no_byte(tmp_path: Path) -> None:
+    """One question is never answered, and so asked anew at each start; of the others at most those in flight are."""
+
+    def act(body: dict[str, Any], before: int) -> Act:
+        return Act(status=500) if "number 5 " in asked_text(body) else replace(model(body, 1), wait=0.05)
+
+    use = [{"use": "expand_answers", "judge": str(tmp_path / "judge.yaml")}, {"use": "reasoning", "tasks": ["number"]}]
+    rng, kills = random.Random(3), 0
+    with endpoint_server(act) as server:
+        whole = curated(tmp_path, server, use, "whole", attempts=2, at_once=3)
+        shutil.rmtree(tmp_path / "answers")
+        server.answered.clear()
+        for start in range(12):
+            process = subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path)], start_new_session=True)
+            until = sum(server.answered.values()) + rng.randint(0, 6)
+            while process.poll() is None and (start == 11 or sum(server.answered.values()) < until):
+                time.sleep(0.005)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+            process.wait()
+    assert kills > 3 and sum(server.answered.values()) - len(server.answered) <= 2 * 3 * kills
+    for name in ("ledger.parquet", "summary.json", "kept/dots/samples.jsonl", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_steps_are_kept_where_they_come_to_the_answer_and_wrong_answers_go(tmp_path: Path) -> None:
