@@ -21,6 +21,7 @@ from unittest import mock
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 STACKS = {"3.11": "0.16", "3.12": "0.19", "3.13": "0.19"}  # megatron-core of each Python
@@ -92,9 +93,13 @@ def missing(machine: dict[str, str], python: str, leave_out: Iterable[str] = ())
             continue
         seen.add(name)
         try:
-            waiting += map(Requirement, importlib.metadata.requires(name) or [])
+            needs = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+            other = name not in found and has != importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             sys.exit(f"{name} is not installed here, so what it needs is not known: run this where make setup has been")
+        for need in needs if other else ():  # it stays, and may need other versions than the one here does
+            need.specifier = SpecifierSet()
+        waiting += needs
     return sorted(found.values(), key=lambda wheel: wheel.name)
 
 

@@ -1,6 +1,7 @@
 """Which wheels a machine without a network needs: what it has and what is new enough stays, all else is pinned."""
 
 import runpy
+from importlib.metadata import version as version_of
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,15 @@ def test_nothing_is_carried_to_a_machine_that_has_the_tested_versions():
 def test_what_is_too_old_is_replaced_and_said():
     (wheel,) = wanted(constraints() | {"numpy": "1.26.4"}).values()
     assert (wheel.name, wheel.version, wheel.instead_of) == ("numpy", constraints()["numpy"], "1.26.4")
+
+
+def test_a_newer_package_keeps_what_it_needs_itself():
+    """pydantic takes one version of pydantic-core, each of its own."""
+    core = version_of("pydantic-core")
+    newer = {"pydantic": f"{version_of('pydantic')}.post1", "pydantic-core": f"{core}.post1"}
+    assert wanted(constraints() | newer) == {}
+    without = {name: version for name, version in (constraints() | newer).items() if name != "pydantic-core"}
+    assert {name: wheel.version for name, wheel in wanted(without).items()} == {"pydantic-core": core}
 
 
 def test_another_python_gets_its_own_megatron():
