@@ -49,6 +49,13 @@ ours() {  # whether Slurm still runs this start of the job; a lost node's script
     [ "$restarts" = "$restart" ] || { echo "start $((restart + 1)) is over, Slurm is at $((restarts + 1))"; return 1; }
 }
 
+leave() {  # until Slurm ends this script. If it ended by itself while the controller is away, word of that would arrive when
+    # the job waits again already, and Slurm 22.05 takes that job for cancelled. What traps TERM sets `ended`.
+    local give_up=$((SECONDS + 300))
+    until [ -n "${ended:-}" ] || [ "$SECONDS" -ge "$give_up" ]; do sleep 1; done
+    exit 1
+}
+
 log=${LOG_PREFIX:+$LOG_PREFIX-$SLURM_JOB_ID.log}
 [ -n "$log" ] || log=$(job_is StdOut)
 
@@ -65,7 +72,8 @@ note() {  # megatron-eagle job, in one process on this node. A signal for the ra
             killed=$((killed + 1))
             echo "megatron-eagle job $1 was killed, time $killed of 3" >&2
         elif [ "$status" -ne 0 ] && [ "$said" = "${said#noting}" ] && [ "$SECONDS" -lt "$until" ] && [ "$failed" -lt 6 ]; then
-            ! scontrol ping >/dev/null 2>&1 || failed=$((failed + 1)) # Slurm did not start it; its controller may be away
+            ours >&2 || break # nobody starts it for a job that waits again
+            failed=$((failed + 1))
             sleep "$pause"
             pause=$((pause < 30 ? pause * 2 : 30))
         else
