@@ -49,10 +49,13 @@ ours() {  # whether Slurm still runs this start of the job; a lost node's script
     [ "$restarts" = "$restart" ] || { echo "start $((restart + 1)) is over, Slurm is at $((restarts + 1))"; return 1; }
 }
 
-leave() {  # until Slurm ends this script. If it ended by itself while the controller is away, word of that would arrive when
-    # the job waits again already, and Slurm 22.05 takes that job for cancelled. What traps TERM sets `ended`.
+leave() {  # where the job is no longer ours. While it waits again Slurm has to end this script: word that it ended by
+    # itself may arrive late, from beside an absent controller, and Slurm 22.05 then takes the job for cancelled. Where a
+    # newer start runs, or nothing will, nobody is waited for. What traps TERM sets `ended`.
     local give_up=$((SECONDS + 300))
-    until [ -n "${ended:-}" ] || [ "$SECONDS" -ge "$give_up" ]; do sleep 1; done
+    while [ -z "${ended:-}" ] && [ "$SECONDS" -lt "$give_up" ]; do
+        case $(job_is JobState) in PENDING | COMPLETING) sleep 1 ;; *) break ;; esac
+    done
     exit 1
 }
 
