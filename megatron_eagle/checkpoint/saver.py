@@ -151,6 +151,8 @@ class Saver:
 
     def _copy(self, final: Path, description: Description, state: TrainingState, data_position: bytes | None) -> Save:
         started = time.perf_counter()
+        if state.ema:
+            state.ema.to_gradients()
         stored = sharded_state(state, optimizer_parts(state, is_loading=False))
         # That the shards make up whole tensors is checked once; the next saves have the same.
         partial = final.with_suffix(self._partial)

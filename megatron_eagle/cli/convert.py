@@ -121,13 +121,14 @@ def _add_peft(actions: Verbs) -> None:
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the running mean (stage key ema) in place of the weights")
     parser.add_argument("--base", type=Path, default=None, help="of LoRA's adapters (default: what they trained on)")
 
 
 def _export_peft(options: argparse.Namespace) -> None:
     from megatron_eagle.conversion.adapters import megatron_to_peft
 
-    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format)
+    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format, ema=options.ema)
     print(f"{options.out}: adapters of {layers} layers; peft.PeftModel.from_pretrained(model, '{options.out}')")
 
 
@@ -170,6 +171,7 @@ def _export_hf(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         code=options.code,
         base=options.base,
+        ema=options.ema,
     )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 
