@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ from megatron_eagle.conversion.adapters import Merged, base_of, lora_of
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, check_code, write_configs
+from megatron_eagle.conversion.new_tokens import WithNewRows
 from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.reading_of import reading_of
@@ -68,11 +69,13 @@ def hf_to_megatron(
     tile_size: int | None = None,
     tokens: Literal["eagle2", "eagle2.5"] | None = None,
     seed: int | None = None,
+    words: tuple[str, ...] = (),
 ) -> Proof:
     """One released Eagle, or the parts of a new one, as a checkpoint that ``initial_weights`` of a recipe can name.
 
     tile_size, tokens, seed: for a new one, by default ``NEW``; Eagle's tokens that the tokenizer lacks, and the
-    connector's draw. UserError if one of them is given for a released one, which has its own.
+    connector's draw. UserError if one of them is given for a released one, which has its own. words: tokens of one's
+    own to add, as text (``new_tokens.py``).
     """
     asked = {"tile_size": tile_size, "tokens": tokens, "seed": seed}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -80,20 +83,28 @@ def hf_to_megatron(
         said = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(f"{said} is for a new Eagle, made of several sources; {sources[0]} alone is a released one")
     new = NEW | given
-    partial = start(out, sources, {**asdict(options), **new})
+    partial = start(out, sources, {**asdict(options), **new, **({"words": words} if words else {})})
     clock = _Clock()
     folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
-    released: Finite | Assembled
+    released: Finite | Assembled | WithNewRows
     if len(sources) == 1:
         released = Finite(SafetensorsFolder(folder))
         config, dialect = recognise(released.infos, read_config(folder), str(folder))
         if (folder / "tokenizer.json").is_file():
-            copied = copy_tokenizer(folder, partial / TOKENIZER, ())
+            copied = copy_tokenizer(folder, partial / TOKENIZER, (), words)
+            if words:
+                released = WithNewRows(released, dialect, copied)
+                config = released.widened(config)
             check_vocabulary(copied, config.language.vocab_size, folder)
             _check_image_token(copied, folder)
+        elif words:
+            raise UserError(f"{folder} has no tokenizer.json to add tokens to")
         published = logits.published_by(folder, config)
+        if words:
+            wider = {**published.language, "vocab_size": config.language.vocab_size}
+            published = replace(published, language=wider)
     else:
-        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[new["tokens"]])
+        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[new["tokens"]], words)
         released, config, dialect = assemble(sources, vocabulary, tile_size=new["tile_size"], seed=new["seed"])
         published = logits.published_by_parts(folder, released.encoder_sources)
     rounded = WithDtype(released, options.dtype) if options.dtype else released
@@ -113,7 +124,7 @@ def hf_to_megatron(
     files = [file for source in sources for file in SafetensorsFolder(source).files]
     proof = Proof(
         direction="Hugging Face to Megatron",
-        source=", ".join(map(str, sources)),
+        source=", ".join(map(str, sources)) + (f" and {len(words)} tokens more" if words else ""),
         target=str(out),
         source_sha256=digests(files),
         target_sha256=digests(_weight_files(partial)),
