@@ -48,6 +48,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="which tokens a new Eagle adds, in order (default: eagle2)",
     )
+    come.add_argument(
+        "--add-tokens", type=Path, default=None, metavar="FILE", help="add tokens of your own, one a line, as text"
+    )
     come.add_argument("--seed", type=count, default=None, help="draws a new Eagle's connector (default: 1234)")
     _add_common(come)
     come.set_defaults(run=_import_hf, kept=_kept)
@@ -121,13 +124,14 @@ def _add_peft(actions: Verbs) -> None:
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the running mean (stage key ema) in place of the weights")
     parser.add_argument("--base", type=Path, default=None, help="of LoRA's adapters (default: what they trained on)")
 
 
 def _export_peft(options: argparse.Namespace) -> None:
     from megatron_eagle.conversion.adapters import megatron_to_peft
 
-    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format)
+    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format, ema=options.ema)
     print(f"{options.out}: adapters of {layers} layers; peft.PeftModel.from_pretrained(model, '{options.out}')")
 
 
@@ -146,8 +150,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_hf(options: argparse.Namespace) -> None:
+    from megatron_eagle.checkpoint.files import read_description
     from megatron_eagle.conversion.convert import hf_to_megatron
+    from megatron_eagle.conversion.new_tokens import read_tokens
 
+    words = read_tokens(options.add_tokens) if options.add_tokens else ()
     proof = hf_to_megatron(
         options.sources,
         options.out,
@@ -155,7 +162,11 @@ def _import_hf(options: argparse.Namespace) -> None:
         tile_size=options.tile_size,
         tokens=options.tokens,
         seed=options.seed,
+        words=words,
     )
+    if words:
+        rows = read_description(options.out).model["language"]["vocab_size"]
+        print(f"{len(words)} tokens added: a recipe needs model.language.vocab_size={rows}")
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 
 
@@ -170,6 +181,7 @@ def _export_hf(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         code=options.code,
         base=options.base,
+        ema=options.ema,
     )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 

@@ -67,10 +67,12 @@ def measure_losses(
     platform: Platform,
     *,
     before: bool = False,
+    ema: bool = False,
 ) -> None:
     """Write the losses of all samples of ``data`` into ``out``; every process of the run calls this.
 
-    The model is the newest checkpoint of ``stage``, with ``before`` what the stage starts from, in the stage's layout.
+    The model is the newest checkpoint of ``stage``, with ``before`` what the stage starts from, in the stage's layout;
+    with ``ema`` the running mean of its weights.
     ``losses.jsonl`` has a SampleLoss a line, ``losses_rejected.jsonl`` the id and the reason of every sample that has
     none: broken media, too long for a pack.
 
@@ -80,7 +82,7 @@ def measure_losses(
     recipe, checkpoint = model_to_ask(recipe, stage, run_folder, before=before)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
-        model = load_model(recipe, checkpoint, layout, platform)
+        model = load_model(recipe, checkpoint, layout, platform, ema=ema)
         planner = VisualPlanner(recipe.data_settings(stage), recipe_tokenizer(recipe))
         rejected: Rejected = []
         found: list[tuple[int, SampleLoss]] = []
