@@ -243,10 +243,13 @@ class LogSettings:
 
     tensorboard: write event files.
     wandb_project: also send them to this project of Weights & Biases.
+    every: steps between two printed lines; the last step and those with a score are always printed, and metrics.jsonl
+        has every step.
     """
 
     tensorboard: Flag = True
     wandb_project: str | None = None
+    every: Positive = 1
 
 
 @dataclass(frozen=True, config=STRICT)

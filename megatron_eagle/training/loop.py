@@ -390,6 +390,7 @@ class StageRun:
             wandb_project=settings.wandb_project,
             resumed_at=self.step,
             about=self.origin,
+            every=settings.every,
         )
 
     def _say(self, line: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import quiet
 from megatron_eagle.training.log import (
     StepRecord,
     TrainingLog,
@@ -274,3 +275,19 @@ def test_wandb_continues_the_same_run_after_a_resume_and_a_new_one_after_a_resta
     assert {options["project"] for options in started} == {"eagle"}
     assert [values["step"] for values in logged] == [1, 2, 3, 1]
     assert logged[1]["loss"] == 2.5
+
+
+def test_fewer_lines_are_printed_and_every_step_is_stored(tmp_path, capsys):
+    with open_log(tmp_path, every=4) as log:
+        for step in range(1, 21):
+            log.step(record(step, scores={"heldout": 0.5} if step == 10 else {}))
+    printed = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [4, 8, 10, 12, 16, 20]
+    assert len(stored_steps(tmp_path)) == 20
+
+
+def test_a_quiet_log_stores_every_step_and_names_what_was_skipped(tmp_path, capsys):
+    with quiet(), open_log(tmp_path) as log:
+        log.step(record(1, rejected=[("a", "broken")], rejected_total=1))
+    assert capsys.readouterr().out == "stage1 skipped sample 'a': broken (1 so far)\n"
+    assert stored_steps(tmp_path) == [("stage1", 1)]
