@@ -92,8 +92,10 @@ setup(
     package_data={
         "megatron_eagle": ["py.typed"],
         "megatron_eagle.curation": ["*.j2"],
+        "megatron_eagle.data.reports": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
+        "megatron_eagle.pages": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml"],
         "megatron_eagle.recipes": [
             "*/recipe.yaml",
