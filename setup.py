@@ -96,7 +96,7 @@ setup(
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
         "megatron_eagle.pages": ["*.j2"],
-        "megatron_eagle.planning": ["profiles/*.yaml"],
+        "megatron_eagle.planning": ["profiles/*.yaml", "*.j2"],
         "megatron_eagle.recipes": [
             "*/recipe.yaml",
             "finetune/*/recipe.yaml",
