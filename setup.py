@@ -95,6 +95,7 @@ setup(
         "megatron_eagle.data.reports": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
+        "megatron_eagle.measuring": ["*.j2"],
         "megatron_eagle.pages": ["*.j2"],
         "megatron_eagle.planning": ["profiles/*.yaml", "*.j2"],
         "megatron_eagle.recipes": [

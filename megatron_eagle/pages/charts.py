@@ -1,4 +1,4 @@
-"""Histograms as numbers that a template draws with boxes: text keeps its size on any screen, colours are the page's."""
+"""Histograms and stacked bars as numbers; a template draws boxes, so that text keeps its size on any screen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,24 @@ from numpy.typing import ArrayLike, NDArray
 
 BINS = 40
 LOGARITHMIC_FROM = 50  # largest over smallest value
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a bar: its width in percent of the whole axis, and what it is."""
+
+    width: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bar with a name and what it adds up to."""
+
+    name: str
+    parts: tuple[Part, ...]
+    total: str
+    good: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.pages import render, write
+from megatron_eagle.pages.charts import Part, Row
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.memory import Memory
 from megatron_eagle.planning.plan import StagePlan, describe_layout
@@ -20,24 +21,6 @@ from megatron_eagle.planning.report import (
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "inputs", "activations")
 STEP_PARTS = ("pipeline", "encoders", "reduction", "update")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a bar: its width in percent of the whole axis, and what it is."""
-
-    width: float
-    title: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A bar with a name and what it adds up to."""
-
-    name: str
-    parts: tuple[Part, ...]
-    total: str
-    good: bool = True
 
 
 @dataclass(frozen=True)
