@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.progress import is_quiet
-from megatron_eagle.training.dashboards import open_tensorboard, open_wandb
+from megatron_eagle.training.dashboards import MlflowRun, open_tensorboard, open_wandb
 from megatron_eagle.training.json_lines import append_text, read_lines, warn
 
 METRICS_FILE = "metrics.jsonl"
@@ -180,6 +180,7 @@ class TrainingLog:
         total_steps: int,
         tensorboard: bool,
         wandb_project: str | None,
+        mlflow_experiment: str | None = None,
         resumed_at: int,
         about: Mapping[str, Any] | None = None,
         every: int = 1,
@@ -202,6 +203,9 @@ class TrainingLog:
         self._wandb: Any = None
         if wandb_project is not None:
             self._wandb = open_wandb(folder, wandb_project, stage, resumed_at, about or {})
+        self._mlflow: MlflowRun | None = None
+        if mlflow_experiment is not None:
+            self._mlflow = MlflowRun(folder, mlflow_experiment, stage, resumed_at, about or {})
 
     def step(self, record: StepRecord) -> None:
         """Print, store and plot one step; UserError if the disk does not take the whole of its line."""
@@ -226,6 +230,8 @@ class TrainingLog:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log({"step": record.step, **record.scalars()})
+        if self._mlflow is not None:
+            self._mlflow.log(record.scalars(), record.step)
 
     def _is_printed(self, record: StepRecord) -> bool:
         due = record.step % self._every == 0 or record.step == record.steps or bool(record.scores)
@@ -244,6 +250,9 @@ class TrainingLog:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        if self._mlflow is not None:
+            self._mlflow.finish()
+            self._mlflow = None
 
     def __enter__(self) -> "TrainingLog":
         return self

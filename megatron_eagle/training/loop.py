@@ -388,6 +388,7 @@ class StageRun:
             total_steps=self.stage.steps,
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
+            mlflow_experiment=settings.mlflow_experiment,
             resumed_at=self.step,
             about=self.origin,
             every=settings.every,

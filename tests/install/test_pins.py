@@ -23,7 +23,7 @@ import megatron_eagle
 from megatron_eagle.compat.versions import KNOWN_MEGATRON
 
 OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
-OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
+OPTIONAL = {"mlflow", "wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
 BESIDE = {"vllm", "lmms-eval"}  # call our plug-ins where both are installed; constraints/vllm.txt, lmms.txt
 # Modules whose first name does not tell the distribution, longest first.
 DISTRIBUTIONS = {
