@@ -38,6 +38,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "  megatron-eagle convert hf-to-megatron hub/Eagle2-1B checkpoints/eagle2-1b\n"
         "  megatron-eagle convert hf-to-megatron hub/Qwen2.5-7B-Instruct hub/paligemma-3b-pt-448 \\\n"
         "      hub/convnext_xxlarge.safetensors checkpoints/eagle2-9b-start\n",
+        progress=True,
     )
     come.add_argument("sources", type=Path, nargs="+", metavar="SOURCE")
     come.add_argument("out", type=Path, metavar="OUT")
@@ -61,6 +62,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken. LoRA's adapters are merged with\n"
         "their base.",
         "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my\n",
+        progress=True,
     )
     go.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     go.add_argument("out", type=Path, metavar="OUT")
@@ -87,6 +89,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "compare the weights of two checkpoints, bit by bit",
         "Each may be a released folder or a Megatron checkpoint of any layout. Exits 1 if they differ.",
         "  megatron-eagle convert check hub/Eagle2-1B runs/my/checkpoints/stage1\n",
+        progress=True,
     )
     check.add_argument("first", type=Path, metavar="A")
     check.add_argument("second", type=Path, metavar="B")

@@ -39,6 +39,7 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n"
         "  megatron-eagle evaluate eagle2-9b --benchmarks docvqa,mmmu=MMMU_DEV_VAL.tsv --data LMUData\n"
         "  megatron-eagle evaluate eagle2-9b-lora --data data/held-out --before\n",
+        progress=True,
     )
     add_recipe_arguments(parser)
     parser.add_argument(

@@ -246,10 +246,15 @@ class LogSettings:
 
     tensorboard: write event files.
     wandb_project: also send them to this project of Weights & Biases.
+    mlflow_experiment: also send them to this experiment of MLflow, kept where MLFLOW_TRACKING_URI says.
+    every: steps between two printed lines; the last step and those with a score are always printed, and metrics.jsonl
+        has every step.
     """
 
     tensorboard: Flag = True
     wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+    every: Positive = 1
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -32,6 +31,7 @@ from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.progress import Progress
 from megatron_eagle.training.run_folder import RunFolder
 
 LOSSES, REJECTED = "losses.jsonl", "losses_rejected.jsonl"
@@ -89,7 +89,7 @@ def measure_losses(
         numbered = enumerate(_packs(iterate_samples(data), planner, rejected if groups.rank == 0 else []))
         own = ((number, pack) for number, pack in numbered if number % groups.dp_size == groups.dp_rank)
         broken: Rejected = []
-        progress = iter(tqdm(own, desc="losses", unit="pack", disable=groups.rank != 0))
+        progress = iter(Progress("losses", own, unit="pack", shown=groups.rank == 0))
         while some := list(islice(progress, IN_PIPELINE * groups.pp_size)):
             batches = [(number, batch) for number, pack in some if (batch := _decode(pack, planner, broken))]
             if not batches:

@@ -389,8 +389,10 @@ class StageRun:
             total_steps=self.stage.steps,
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
+            mlflow_experiment=settings.mlflow_experiment,
             resumed_at=self.step,
             about=self.origin,
+            every=settings.every,
         )
 
     def _say(self, line: str) -> None:
