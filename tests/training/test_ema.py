@@ -15,7 +15,12 @@ from megatron_eagle.errors import UserError
 
 DECAY = 0.75  # far from both ends, so that three steps show any slip
 EMA = f"stages.second.ema={DECAY}"
-EVERY = ("stages.second.checkpoint_every=1", "stages.second.keep_checkpoints=9", "stages.second.steps=3")
+EVERY = (
+    "stages.second.checkpoint_every=1",
+    "stages.second.keep_checkpoints=9",
+    "stages.second.steps=3",
+    "stages.second.decay=constant",
+)
 CASES = {"dp=2": ("precision=bf16",), "pp=2, tied, spread": ("layout.pp=2", "layout.encoder=spread")}
 
 
