@@ -42,7 +42,7 @@ from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, writ
 from megatron_eagle.conversion.sentencepiece_files import write_as_tokenizer_json
 from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
 from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer, own_tokenizer
-from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist, stored_weights
+from megatron_eagle.conversion.torch_dist import AveragedWeights, TensorAddress, TorchDist, stored_weights
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
 from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary
 from megatron_eagle.errors import UserError
@@ -284,6 +284,8 @@ def _unused(released: TensorSource, used: set[str], config: EagleConfig, dialect
 def _unused_of_training(stored: TorchDist, config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
     """Every tensor that is no weight: the optimizer's and running means, a line each; nothing else has a reason."""
     weights = {TensorAddress.of(name).key for name in dialect.sources(config)}
+    if isinstance(stored, AveragedWeights):  # which reads them by the weights' names
+        weights |= {EMA + name for name in weights}
     rest = sorted(stored.names - weights)
     reasons = {
         "optimizer.": "the optimizer's state is not part of a released model",

@@ -15,7 +15,12 @@ from megatron_eagle.errors import UserError
 
 DECAY = 0.75  # far from both ends, so that three steps show any slip
 EMA = f"stages.second.ema={DECAY}"
-EVERY = ("stages.second.checkpoint_every=1", "stages.second.keep_checkpoints=9", "stages.second.steps=3")
+EVERY = (
+    "stages.second.checkpoint_every=1",
+    "stages.second.keep_checkpoints=9",
+    "stages.second.steps=3",
+    "stages.second.decay=constant",
+)
 CASES = {"dp=2": ("precision=bf16",), "pp=2, tied, spread": ("layout.pp=2", "layout.encoder=spread")}
 
 
@@ -133,6 +138,7 @@ def test_it_goes_out_in_place_of_the_weights(trained, tmp_path: Path) -> None:
     end = steps_of(trained["pp=2, tied, spread"])[-1]
     proof = megatron_to_hf(end.folder, tmp_path / "out", Options(), ema=True)
     assert proof.source.endswith("step_00000003, its running mean") and not proof.failures
+    assert not any(name.startswith("ema.") for name in proof.unused)
     embedding = SafetensorsFolder(tmp_path / "out").read("language_model.model.embed_tokens.weight")
     assert torch.equal(embedding, end.read("ema.language.embedding.word_embeddings.weight")[:400])
     assert not torch.equal(embedding, end.read("language.embedding.word_embeddings.weight")[:400])
