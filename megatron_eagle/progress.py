@@ -52,7 +52,7 @@ class Progress(tqdm):
         initial: int = 0,
         shown: bool = True,
     ) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        self.in_lines, self.said = not sys.stderr.isatty(), -1.0
         pace: dict[str, Any] = {"delay": SECONDS_BEFORE_BAR, "mininterval": 0.5}
         if self.in_lines:  # miniters: tqdm's watching thread would draw in between
             pace = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
@@ -74,7 +74,9 @@ class Progress(tqdm):
         """Draw the bar, or write a line; tqdm calls it when it is time, and once more at the end if it was before."""
         if not self.in_lines:
             return super().display(msg, pos)
-        print(self, file=sys.stderr, flush=True)
+        if self.n != self.said:  # the last one may have been the end already
+            print(self, file=sys.stderr, flush=True)
+        self.said = self.n
         return False  # there is nothing to draw over
 
     def say(self, line: str) -> None:

@@ -43,6 +43,15 @@ def test_a_log_gets_lines_seldom_and_no_carriage_return(
     assert lines[-1].startswith("reading: 40 of 40 samples, 100 %")
 
 
+def test_the_end_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    work(Progress("rows", total=2, unit="row"), 2, 0.03)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "rows: 1 of 2 row",
+        "rows: 2 of 2 row",
+    ]
+
+
 def test_what_takes_less_than_that_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     work(Progress("reading", total=5, unit="samples"), 5, 0)
     assert list(Progress("packs", range(5), unit="pack")) == [0, 1, 2, 3, 4]

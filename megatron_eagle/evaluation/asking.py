@@ -106,7 +106,7 @@ class Asking:
         return self._gathered(known)
 
     def _generate(self, packs: Sequence[Sequence[Prompt]], looking: bool) -> Iterator[dict[str, Answer]]:
-        progress = Progress(f"answering, {LOOKING[looking]}", packs, unit="pack", shown=self.groups.rank == 0)
+        progress = Progress(f"answering, {LOOKING[looking]}", packs, unit="packs", shown=self.groups.rank == 0)
         fill = self.fill if looking else lambda prompt: _blanked(self.fill(prompt))
         return generate(
             self.model,

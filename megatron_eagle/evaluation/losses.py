@@ -89,7 +89,7 @@ def measure_losses(
         numbered = enumerate(_packs(iterate_samples(data), planner, rejected if groups.rank == 0 else []))
         own = ((number, pack) for number, pack in numbered if number % groups.dp_size == groups.dp_rank)
         broken: Rejected = []
-        progress = iter(Progress("losses", own, unit="pack", shown=groups.rank == 0))
+        progress = iter(Progress("losses", own, unit="packs", shown=groups.rank == 0))
         while some := list(islice(progress, IN_PIPELINE * groups.pp_size)):
             batches = [(number, batch) for number, pack in some if (batch := _decode(pack, planner, broken))]
             if not batches:

@@ -85,7 +85,7 @@ def _run(rows: Sequence[Row], subject: Subject | None, out: Path | None) -> None
     most = max(row.processes for row in rows)
     print(f"{len(rows)} rows of up to {most} processes against one plain float64 process; distances are relative")
     print(_line("processes", "layout and options", "loss", "gradients", "weights", "seconds", ""))
-    with Verifier(subject) as verifier, Progress("rows", total=len(rows), unit="row") as bar:
+    with Verifier(subject) as verifier, Progress("rows", total=len(rows), unit="rows") as bar:
 
         def show(result: Result) -> None:
             bar.say(_row_line(result))
