@@ -5,6 +5,7 @@
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
 # make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
+# make test-wheels  build both wheels, install them with all they need into an empty environment, use them there; ten minutes
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make test-lmms  lmms-eval runs a task on a checkpoint through the plug-in
@@ -49,7 +50,7 @@ VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VL
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
 .PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-long support gpu lint \
-    format clean test-bare test-text-model
+    format clean test-bare test-text-model test-wheels
 
 setup: $(READY)
 
@@ -130,6 +131,14 @@ test-bare: setup
 	      --constraint constraints/lowest.txt torch triton transformers numpy==2.5.2 && touch $(BARE_VENV)/ready; } && \
 	  $(BIN)/python -m pytest -q -rP -m long tests/install/test_bare_image.py --bare-python $(BARE_VENV)/bin/python $(RECORD); fi
 
+# What an index would get, in an environment that has nothing yet.
+WHEELS_VENV ?= .venv-wheels
+
+test-wheels: setup
+	@echo "test-wheels: making $(WHEELS_VENV) with $$($(BIN)/python --version), 2.5 to 5.6 GB"
+	@rm -rf $(WHEELS_VENV) && $(BIN)/python -m venv $(WHEELS_VENV) && \
+	  $(BIN)/python -m pytest -q -m long tests/install/test_built_wheels.py --wheels-python $(WHEELS_VENV)/bin/python
+
 $(VLLM_VENV)/ready: constraints/vllm.txt setup.py
 	@echo "test-vllm: making $(VLLM_VENV) with $(PYTHON), 2.6 GB"
 	@rm -rf $(VLLM_VENV) && $(PYTHON) -m venv $(VLLM_VENV) && \
@@ -161,4 +170,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray .text-model runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(WHEELS_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray .text-model runs build *.egg-info

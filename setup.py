@@ -75,7 +75,7 @@ setup(
     description="Trains Eagle 2 and Eagle 2.5 vision-language models on Megatron-Core, on a laptop or a cluster",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=[
         *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
@@ -92,9 +92,12 @@ setup(
     package_data={
         "megatron_eagle": ["py.typed"],
         "megatron_eagle.curation": ["*.j2"],
+        "megatron_eagle.data.reports": ["*.j2"],
         "megatron_eagle.demo": ["*.j2"],
         "megatron_eagle.evaluation.benchmarks": ["*.j2"],
-        "megatron_eagle.planning": ["profiles/*.yaml"],
+        "megatron_eagle.measuring": ["*.j2"],
+        "megatron_eagle.pages": ["*.j2"],
+        "megatron_eagle.planning": ["profiles/*.yaml", "*.j2"],
         "megatron_eagle.recipes": [
             "*/recipe.yaml",
             "finetune/*/recipe.yaml",
@@ -123,7 +126,6 @@ setup(
         "lmms_eval.models": ["megatron_eagle=megatron_eagle.serving.lmms:manifest"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

@@ -9,7 +9,7 @@ the same checkpoint, on the same packs, for as many steps, each at the given lea
 questions of the new task, in wordings not trained on, and the demo's own held-out set. Given again it continues: what
 is done is kept.
 
-Not yet run to its end: on 2026-11-26 the base answered 5 % of the new questions, and no fine-tuning was finished.
+Figures: lora_new_task_2026-11-26.md.
 """
 
 import argparse

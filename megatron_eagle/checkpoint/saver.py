@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.checkpoint.best import BEST
+from megatron_eagle.checkpoint.best import BEST, Best
 from megatron_eagle.checkpoint.files import POSITION_FILE, PROCESS_FILE, Description
 from megatron_eagle.checkpoint.sharded_state import (
     CONTENT,
@@ -78,7 +78,7 @@ class Saver:
         self._folder, self._groups, self._device, self._keep, self._say = stage_folder, groups, device, keep, say
         self._tokenizer = dict(tokenizer or {})
         self._pending: Save | None = None
-        self._score: tuple[int, float] | None = None  # of a step whose save has not begun
+        self._scored: Best | None = None  # of a step whose save has not begun
         self._saved: int | None = None  # step of the newest checkpoint that this start published
         self._checked = False
         self._failures, self._last_failure = 0, ""
@@ -94,16 +94,16 @@ class Saver:
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def score(self, step: int, score: float) -> None:
-        """What the checkpoint of ``step`` scored: noted, if it is the best, once that checkpoint is there, not before.
+    def score(self, scored: Best) -> None:
+        """What the checkpoint of a step scored: noted, if it is the best, once that checkpoint is there, not before.
 
-        step: the one saved last, whose save has been finished, or one that is saved next.
+        The step is the one saved last, whose save has been finished, or one that is saved next.
         """
-        if step != self._saved:
-            self._score = (step, score)
+        if scored.step != self._saved:
+            self._scored = scored
             return
-        final = self._folder / f"step_{step:08d}"
-        self._on_rank_zero(self._folder / BEST, lambda _: keep_best_and_newest(final, step, score, self._keep))
+        final = self._folder / scored.name
+        self._on_rank_zero(self._folder / BEST, lambda _: keep_best_and_newest(final, scored, self._keep))
 
     def start(self, description: Description, state: TrainingState, data_position: bytes | None) -> None:
         """Copy the state and begin to write it; waits for the save before this one.
@@ -151,6 +151,8 @@ class Saver:
 
     def _copy(self, final: Path, description: Description, state: TrainingState, data_position: bytes | None) -> Save:
         started = time.perf_counter()
+        if state.ema:
+            state.ema.to_gradients()
         stored = sharded_state(state, optimizer_parts(state, is_loading=False))
         # That the shards make up whole tensors is checked once; the next saves have the same.
         partial = final.with_suffix(self._partial)
@@ -161,8 +163,8 @@ class Saver:
             position = torch.frombuffer(bytearray(data_position), dtype=torch.uint8)
             small[POSITION_FILE.format(self._groups.dp_rank)] = position
         parts = (planned.index, planned.writer, planned.common, planned.buckets)
-        score = self._score[1] if self._score and self._score[0] == description.step else None
-        return Save(description, final, partial, *parts, small, self._tokenizer, started, score)
+        scored = self._scored if self._scored and self._scored.step == description.step else None
+        return Save(description, final, partial, *parts, small, self._tokenizer, started, scored)
 
     def _conclude(self, save: Save) -> None:
         self._pending = None

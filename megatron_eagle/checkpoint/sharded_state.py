@@ -10,14 +10,15 @@ keeps its own, and a checkpoint has the same keys whichever implementation wrote
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
@@ -33,6 +34,17 @@ CONTENT = {
 }
 Parts = list[dict[str, Any]]
 Which = Literal["all", "base", "adapters"]
+EMA = "ema."  # in front of the name of a weight: the name of its running mean
+
+
+class Averaged(Protocol):
+    """A running mean of the weights that train, and the weights' ``main_grad``, through which it goes in and out."""
+
+    def to_gradients(self) -> None:
+        """Make every ``main_grad`` the whole of a mean; collective."""
+
+    def from_gradients(self) -> None:
+        """Take the mean from there."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,15 @@ class TrainingState:
     """The objects of one process whose state a checkpoint holds; loading changes them in place.
 
     modules: all that have weights, parts of an Eagle. optimizers: in the order in which they step; processes must agree
-    on both orders, because names in the checkpoint follow from them. weights: which of the modules' are stored.
+    on both orders, because names in the checkpoint follow from them. weights: which of the modules' are stored. ema:
+    the running mean, if there is one.
     """
 
     modules: tuple[MegatronModule, ...]
     optimizers: tuple[MegatronOptimizer, ...]
     scheduler: OptimizerParamScheduler
     weights: Which = "all"
+    ema: Averaged | None = None
 
 
 def sharded_weights(modules: Sequence[MegatronModule], which: Which = "all") -> dict[str, Any]:
@@ -75,6 +89,20 @@ def _without_extra_state(entry: Any) -> Any:
     return LocalNonpersistentObject(entry.data)
 
 
+def averaged_weights(weights: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """``sharded_weights`` with the running mean asked for instead of each weight that has one.
+
+    stored: names of a checkpoint's tensors.
+    """
+    return {
+        model: {
+            name: replace(entry, key=EMA + entry.key) if EMA + getattr(entry, "key", "") in stored else entry
+            for name, entry in entries.items()
+        }
+        for model, entries in weights.items()
+    }
+
+
 def load_modules(modules: Sequence[MegatronModule], state: dict[str, Any], which: Which = "all") -> None:
     """Hand loaded weights, in the structure of ``sharded_weights``, to the modules; the others stay what they are."""
     for number, module in enumerate(modules):
@@ -88,9 +116,21 @@ def optimizer_parts(state: TrainingState, *, is_loading: bool) -> Parts:
 
 
 def sharded_state(state: TrainingState, parts: Parts) -> dict[str, Any]:
-    """All that is stored of ``state``; ``parts`` are its ``optimizer_parts``."""
+    """All that is stored of ``state``; ``parts`` are its ``optimizer_parts``.
+
+    Of a running mean, what ``to_gradients`` has put into the gradient buffers.
+    """
     tensors = [leaf for leaf in nested_values(parts) if isinstance(leaf, ShardedBase)]
-    stored = {**sharded_weights(state.modules, state.weights), "scheduler": state.scheduler.state_dict()}
+    weights = sharded_weights(state.modules, state.weights)
+    stored = {**weights, "scheduler": state.scheduler.state_dict()}
+    means = {
+        f"{number}.{name}": make_sharded_optimizer_tensor(
+            weights[f"model{number}"][name], parameter.main_grad, prefix=EMA.removesuffix(".")
+        )
+        for number, name, parameter in _averaged(state)
+    }
+    if means:
+        stored["ema"] = means
     if tensors:  # a process may have nothing to train
         stored["optimizer"] = {str(number): tensor for number, tensor in enumerate(tensors)}
     return stored
@@ -99,9 +139,21 @@ def sharded_state(state: TrainingState, parts: Parts) -> dict[str, Any]:
 def load_state(state: TrainingState, parts: Parts, loaded: dict[str, Any], step: int) -> None:
     """Hand what was ``loaded``, in the structure of ``sharded_state``, to the objects that ``parts`` came from."""
     load_modules(state.modules, loaded, state.weights)
+    if state.ema and "ema" in loaded:
+        for number, name, parameter in _averaged(state):
+            parameter.main_grad.copy_(loaded["ema"][f"{number}.{name}"])
+        state.ema.from_gradients()
     _load_optimizers(state.optimizers, parts, loaded.get("optimizer", {}), step)
     # Megatron's load_state_dict would bring the saved schedule along and keep the recipe's peak: half of each.
     state.scheduler.step(increment=loaded["scheduler"]["num_steps"] - state.scheduler.num_steps)
+
+
+def _averaged(state: TrainingState) -> Iterator[tuple[int, str, Any]]:
+    """(number of the module, name, parameter) of each weight with a running mean."""
+    for number, module in enumerate(state.modules if state.ema else ()):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                yield number, name, parameter
 
 
 def _load_optimizers(optimizers: Sequence[MegatronOptimizer], parts: Parts, tensors: dict[str, Any], step: int) -> None:

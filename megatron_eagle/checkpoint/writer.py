@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_eagle.checkpoint import checksums
-from megatron_eagle.checkpoint.best import note_if_best, read_best
+from megatron_eagle.checkpoint.best import Best, note_if_best, read_best
 from megatron_eagle.checkpoint.files import DESCRIPTION, LATEST, TOKENIZER, Description
 from megatron_eagle.checkpoint.safe_index import BACKEND, COMMON, METADATA
 from megatron_eagle.compat.checkpoint_saving import FileSystemWriterAsync, write_bucket
@@ -30,7 +30,7 @@ class Save:
 
     index, writer: what becomes ``.metadata`` (rank 0) and who writes it. common: what is the same in every process.
     buckets: copies of this process's tensors, by file. small: its other files' content. tokenizer: files by name.
-    partial: the folder it is written in. score: of its evaluation, if it may become the best.
+    partial: the folder it is written in. scored: as what it may become the best.
     thread, results, measured, error: who writes, and what came of it.
     """
 
@@ -44,7 +44,7 @@ class Save:
     small: dict[str, Any]
     tokenizer: dict[str, bytes]
     started: float
-    score: float | None = None
+    scored: Best | None = None
     thread: Thread | None = None
     results: list[Any] = field(default_factory=list)
     measured: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -122,13 +122,13 @@ def publish(save: Save, parts: list[Any], keep: int) -> None:
     _flush(pointer)
     pointer.rename(final.parent / LATEST)
     _flush(final.parent)
-    keep_best_and_newest(final, save.description.step, save.score, keep)
+    keep_best_and_newest(final, save.scored, keep)
 
 
-def keep_best_and_newest(final: Path, step: int, score: float | None, keep: int) -> None:
-    """Put checkpoints before ``final`` away but for ``keep`` - 1 and the best; ``score`` may make that ``final``."""
-    if score is not None:
-        note_if_best(final.parent, step, score)
+def keep_best_and_newest(final: Path, scored: Best | None, keep: int) -> None:
+    """Put checkpoints before ``final`` away but for ``keep`` - 1 and the best, which ``scored`` may make ``final``."""
+    if scored is not None:
+        note_if_best(final.parent, scored)
     older = sorted(folder for folder in final.parent.glob("step_*[0-9]") if folder.name < final.name)
     best = read_best(final.parent)
     for old in older[: max(0, len(older) + 1 - keep)]:

@@ -41,6 +41,7 @@ from megatron_eagle.cli.common import Parser, print_once
 from megatron_eagle.cli.interrupts import interruptible
 from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import LostContact, UserError
+from megatron_eagle.progress import quiet
 
 USER_ERROR = 2
 # What these say is meant for the developers of the libraries, not for users of this: what will be removed one day, that
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for logger in NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with interruptible(options):
+        with interruptible(options), quiet(getattr(options, "quiet", False)):
             options.run(options)
     except UserError as error:
         print_once(f"megatron-eagle: {error}")

@@ -31,6 +31,7 @@ def add(verbs: Verbs) -> None:
         'The answer is printed as it comes. --questions answers a JSONL file of {"question", "image", "video", "id",\n'
         '"system"}; given again, it goes on where it was.',
         "  megatron-eagle ask runs/demo/export --image chart.png 'Which bar is the tallest?'\n",
+        progress=True,
     )
     add_model_arguments(parser)
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="what is asked about the pictures")

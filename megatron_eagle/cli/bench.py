@@ -26,9 +26,10 @@ def add(verbs: Verbs) -> None:
         verbs,
         "bench",
         "measure some steps of a recipe and write a dated report beside the plan",
-        "Trains some steps without a checkpoint, on synthetic packs or the stage's own, and writes Markdown, JSON and\n"
-        "PNG: time by phase, memory and utilisation beside what the plan says of the same packs. --calibrate measures\n"
-        "this machine instead and writes a hardware profile for `plan --gpu` and `bench --gpu`.",
+        "Trains some steps without a checkpoint, on synthetic packs or the stage's own, and writes Markdown, JSON,\n"
+        "PNG and a page into the run's folder: time by phase, memory and utilisation beside what the plan says of\n"
+        "the same packs. --calibrate measures this machine instead and writes a hardware profile for `plan --gpu`\n"
+        "and `bench --gpu`.",
         "  megatron-eagle bench tiny --stage stage1.5 --processes 2 --calibrate my_cpu.yaml\n"
         "  megatron-eagle bench tiny --stage stage1.5 --processes 2 --gpu my_cpu.yaml\n",
     )
@@ -37,7 +38,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--steps", type=positive_int, default=5, help="steps to measure, after one to warm up (default: 5)"
     )
-    parser.add_argument("--gpu", default="h100", help="hardware profile, or a YAML file of one (default: h100)")
+    parser.add_argument(
+        "--gpu", default=None, help="hardware profile, or a YAML file of one (default: h100, on a CPU cpu)"
+    )
     parser.add_argument("--batch", type=positive_int, default=None, help="packs in a step, instead of the recipe's")
     parser.add_argument(
         "--layers",
@@ -49,7 +52,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--tokens-per-sample", type=tokens, default=2000.0, help="mean length of synthetic samples (default: 2000)"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/reports"), help="folder of the report")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the report (default: bench in the run's folder, see --runs)"
+    )
     parser.add_argument("--compare", type=Path, default=None, help="JSON of an earlier report to set beside")
     parser.add_argument("--profile", action="store_true", help="also write a torch profiler trace of one more step")
     parser.add_argument("--calibrate", type=Path, default=None, metavar="OUT.yaml", help="measure this machine instead")
@@ -65,7 +70,9 @@ def _bench(options: argparse.Namespace) -> None:
     from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
 
-    stage, hardware = recipe.stage(options.stage), load_hardware(options.gpu)
+    stage = recipe.stage(options.stage)
+    hardware = load_hardware(options.gpu or ("cpu" if platform.device.type == "cpu" else "h100"))
+    out = options.out or options.runs / recipe.name / "bench"
     if options.calibrate:
         become_part_of_a_run(options.processes)
         from megatron_eagle.measuring.calibrate import calibrate
@@ -84,13 +91,13 @@ def _bench(options: argparse.Namespace) -> None:
     from megatron_eagle.measuring.bench_report import report_name, write_report
 
     samples = Mix(options.tokens_per_sample, packing=recipe.reading.packing) if options.packs == "synthetic" else None
-    trace = options.out / "trace.json.gz" if options.profile else None
+    trace = out / "trace.json.gz" if options.profile else None
     measured = run_bench(recipe, stage, platform, hardware, samples, options.steps, trace=trace, reduced=reduced)
     if measured is not None:
-        path = write_report(measured, options.out, options.compare)
-        print(path.read_text(encoding="utf-8") + f"\n{path}", flush=True)
+        path = write_report(measured, out, options.compare)
+        print(f"{path.read_text(encoding='utf-8')}\n{path}\n{path.with_suffix('.html')}", flush=True)
         if trace:
-            print(trace.rename(options.out / f"{report_name(measured)}-trace.json.gz"), flush=True)
+            print(trace.rename(out / f"{report_name(measured)}-trace.json.gz"), flush=True)
 
 
 def _reduced(recipe: "Recipe", options: argparse.Namespace) -> tuple["Recipe", list[str]]:

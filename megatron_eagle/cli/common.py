@@ -114,15 +114,23 @@ def print_once(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def verb(verbs: Verbs, name: str, summary: str, text: str, example: str) -> argparse.ArgumentParser:
-    """Declare a verb (or an action of one) with what it does and a worked example."""
-    return verbs.add_parser(
+def verb(
+    verbs: Verbs, name: str, summary: str, text: str, example: str, *, progress: bool = False
+) -> argparse.ArgumentParser:
+    """Declare a verb (or an action of one) with what it does and a worked example.
+
+    progress: it shows how far it is, and has --quiet (``cli.main`` obeys it).
+    """
+    parser = verbs.add_parser(
         name,
         help=summary,
         description=text,
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if progress:
+        parser.add_argument("--quiet", action="store_true", help="do not show how far it is")
+    return parser
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:

@@ -38,6 +38,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "  megatron-eagle convert hf-to-megatron hub/Eagle2-1B checkpoints/eagle2-1b\n"
         "  megatron-eagle convert hf-to-megatron hub/Qwen2.5-7B-Instruct hub/paligemma-3b-pt-448 \\\n"
         "      hub/convnext_xxlarge.safetensors checkpoints/eagle2-9b-start\n",
+        progress=True,
     )
     come.add_argument("sources", type=Path, nargs="+", metavar="SOURCE")
     come.add_argument("out", type=Path, metavar="OUT")
@@ -47,6 +48,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         choices=("eagle2", "eagle2.5"),
         default=None,
         help="which tokens a new Eagle adds, in order (default: eagle2)",
+    )
+    come.add_argument(
+        "--add-tokens", type=Path, default=None, metavar="FILE", help="add tokens of your own, one a line, as text"
     )
     come.add_argument("--seed", type=count, default=None, help="draws a new Eagle's connector (default: 1234)")
     _add_common(come)
@@ -58,6 +62,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "CHECKPOINT is a step's folder, or a stage's, of which the newest is taken. LoRA's adapters are merged with\n"
         "their base.",
         "  megatron-eagle convert megatron-to-hf runs/my/checkpoints/stage2 released/my\n",
+        progress=True,
     )
     go.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     go.add_argument("out", type=Path, metavar="OUT")
@@ -84,6 +89,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "compare the weights of two checkpoints, bit by bit",
         "Each may be a released folder or a Megatron checkpoint of any layout. Exits 1 if they differ.",
         "  megatron-eagle convert check hub/Eagle2-1B runs/my/checkpoints/stage1\n",
+        progress=True,
     )
     check.add_argument("first", type=Path, metavar="A")
     check.add_argument("second", type=Path, metavar="B")
@@ -121,13 +127,14 @@ def _add_peft(actions: Verbs) -> None:
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the running mean (stage key ema) in place of the weights")
     parser.add_argument("--base", type=Path, default=None, help="of LoRA's adapters (default: what they trained on)")
 
 
 def _export_peft(options: argparse.Namespace) -> None:
     from megatron_eagle.conversion.adapters import megatron_to_peft
 
-    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format)
+    layers = megatron_to_peft(options.checkpoint, options.out, base=options.base, kind=options.format, ema=options.ema)
     print(f"{options.out}: adapters of {layers} layers; peft.PeftModel.from_pretrained(model, '{options.out}')")
 
 
@@ -146,8 +153,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_hf(options: argparse.Namespace) -> None:
+    from megatron_eagle.checkpoint.files import read_description
     from megatron_eagle.conversion.convert import hf_to_megatron
+    from megatron_eagle.conversion.new_tokens import read_tokens
 
+    words = read_tokens(options.add_tokens) if options.add_tokens else ()
     proof = hf_to_megatron(
         options.sources,
         options.out,
@@ -155,7 +165,11 @@ def _import_hf(options: argparse.Namespace) -> None:
         tile_size=options.tile_size,
         tokens=options.tokens,
         seed=options.seed,
+        words=words,
     )
+    if words:
+        rows = read_description(options.out).model["language"]["vocab_size"]
+        print(f"{len(words)} tokens added: a recipe needs model.language.vocab_size={rows}")
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 
 
@@ -170,6 +184,7 @@ def _export_hf(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         code=options.code,
         base=options.base,
+        ema=options.ema,
     )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 

@@ -33,6 +33,7 @@ def add(verbs: Verbs) -> None:
         "After a kill the same command goes on where it was; the output is the same bytes for any number of workers,\n"
         "processes of this machine or of a Ray cluster.",
         "  megatron-eagle curate plan.yaml curated --workers 8 --build\n",
+        progress=True,
     )
     run.add_argument("plan", type=Path, metavar="PLAN", help="YAML file with sources and operators")
     run.add_argument("out", type=Path, metavar="OUT")
@@ -92,6 +93,7 @@ def _add_admit(actions: Verbs) -> None:
         "OUT/report.html shows the best matches side by side, OUT/ledger.parquet has those of every sample.",
         "  megatron-eagle curate admit chart=new/samples.jsonl admitted --pool curated \\\n"
         "      --images sscd_disc_mixup.torchscript.pt --texts all-mpnet-base-v2\n",
+        progress=True,
     )
     admit.add_argument("new", metavar="NEW")
     admit.add_argument("out", type=Path, metavar="OUT")
@@ -131,6 +133,7 @@ def _add_synthesise(actions: Verbs) -> None:
         "scripts and fonts, with noise (--pages), and charts with their tables (--charts). The same arguments give\n"
         "the same bytes.",
         "  megatron-eagle curate synthesise made --pages 1000 --charts 1000 --seed 1\n",
+        progress=True,
     )
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--pages", type=count, default=0, metavar="N", help="pages of text (default: 0)")

@@ -66,7 +66,8 @@ def _add_inspect(actions: Verbs) -> None:
         "inspect",
         "a page that shows what the model will see",
         "Writes OUT/index.html and OUT/lengths.png: tokens, tiles, aspect ratios and padding by data set, what is\n"
-        "rejected and why, and samples as tiles and text, decoded from the tokens that are trained on.",
+        "rejected and why, and samples with tiles in their grid and questions and answers apart, decoded from the\n"
+        "tokens that are trained on; they can be searched.",
         "  megatron-eagle data inspect tiny --out runs/demo/inspect\n",
     )
     _add_recipe(parser)

@@ -32,6 +32,7 @@ def add(actions: Verbs) -> None:
         "  megatron-eagle data build samples.jsonl data/train --max-rejected 10\n"
         "  megatron-eagle data build photographs/ data/photographs --prompt 'What is in the picture?'\n"
         "  sbatch --array=1-16 --wrap 'megatron-eagle data build big.jsonl data/big --part $SLURM_ARRAY_TASK_ID/16'\n",
+        progress=True,
     )
     build.add_argument("source", type=Path, metavar="SOURCE")
     build.add_argument("out", type=Path, metavar="OUT")
@@ -78,6 +79,7 @@ def add(actions: Verbs) -> None:
         "record and image; of videos every packet is read, the first and the last frame decoded. Exits with 1 if\n"
         "anything is found.",
         "  megatron-eagle data check data/train\n  megatron-eagle data check data/big --workers 8\n",
+        progress=True,
     )
     check.add_argument("folder", type=Path, metavar="FOLDER")
     check.add_argument("--workers", type=positive_int, default=1, help="processes that read, a shard each (default: 1)")

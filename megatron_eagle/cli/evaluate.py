@@ -39,6 +39,7 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle evaluate tiny --data runs/demo/data/heldout --processes 2\n"
         "  megatron-eagle evaluate eagle2-9b --benchmarks docvqa,mmmu=MMMU_DEV_VAL.tsv --data LMUData\n"
         "  megatron-eagle evaluate eagle2-9b-lora --data data/held-out --before\n",
+        progress=True,
     )
     add_recipe_arguments(parser)
     parser.add_argument(
@@ -71,10 +72,13 @@ def add(verbs: Verbs) -> None:
         "--before", action="store_true", help="ask what the stage starts from: the stage before, or the released model"
     )
     parser.add_argument(
+        "--ema", action="store_true", help="ask the running mean of the weights, of a stage with the key ema"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=None,
-        help="folder for the results (default: <runs>/<name>/evaluation, or evaluation-before)",
+        help="folder for the results (default: <runs>/<name>/evaluation, with -before and -ema behind it)",
     )
     parser.add_argument(
         "--answer-tokens",
@@ -112,25 +116,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
-    out = options.out or run_folder.path / ("evaluation-before" if options.before else "evaluation")
-    before = options.before
+    asked: dict[str, bool] = {"before": options.before, "ema": options.ema}
+    out = options.out or run_folder.path / "-".join(["evaluation", *(name for name in asked if asked[name])])
     if options.losses:
         from megatron_eagle.evaluation.losses import measure_losses
 
-        measure_losses(recipe, stage, run_folder, options.data, out, platform, before=before)
+        measure_losses(recipe, stage, run_folder, options.data, out, platform, **asked)
     elif requests is None:
         from megatron_eagle.evaluation.sampling import Sampling
         from megatron_eagle.evaluation.score import evaluate
 
         most = options.answer_tokens or ANSWER_TOKENS
         sampling = Sampling(**drawn)
-        evaluate(recipe, stage, run_folder, options.data, out, platform, most, sampling, before=before)
+        evaluate(recipe, stage, run_folder, options.data, out, platform, most, sampling, **asked)
     else:
         from megatron_eagle.evaluation.benchmarks.run import Wishes, evaluate_benchmarks
         from megatron_eagle.evaluation.sampling import Sampling
 
         wishes = Wishes(options.limit, options.answer_tokens, options.blank, _judge(options), Sampling(**drawn))
-        evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes, before=before)
+        evaluate_benchmarks(recipe, stage, run_folder, requests, out, platform, wishes, **asked)
     if options.trace_platform:
         print_once(platform.report())
 

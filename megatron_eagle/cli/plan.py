@@ -18,7 +18,7 @@ def add(verbs: Verbs) -> None:
         "through a step without memory and checks that all processes meet in every exchange. No GPU is needed.\n"
         "Ends with 2 if a stage does not fit, and names the nearest layout that does.",
         "  megatron-eagle plan eagle2-9b --gpus 256 --gpu h100\n"
-        "  megatron-eagle plan eagle2-9b --gpus 1024 --stage stage1.5 --search\n",
+        "  megatron-eagle plan eagle2-9b --gpus 1024 --stage stage1.5 --search --html plan.html\n",
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, or the name of one that comes along")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. layout.tp=2")
@@ -41,6 +41,9 @@ def add(verbs: Verbs) -> None:
     mode.add_argument(
         "--dry-run", action="store_true", help="walk every distinct process through a step and let all meet"
     )
+    parser.add_argument(
+        "--html", type=Path, default=None, metavar="OUT.html", help="also write a page: memory, schedule, layouts"
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -54,6 +57,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.data.sample.tokenizer import check_if_there
     from megatron_eagle.errors import UserError
     from megatron_eagle.planning.hardware import load_hardware
+    from megatron_eagle.planning.page import write_page
     from megatron_eagle.planning.plan import plan_stage
     from megatron_eagle.planning.report import (
         assumptions,
@@ -76,6 +80,8 @@ def _plan(options: argparse.Namespace) -> None:
         if not (options.gpus or stage.gpus):
             raise UserError(f"stage '{stage.name}' names no number of GPUs: give --gpus")
     if options.dry_run:
+        if options.html:
+            raise UserError("--html shows a plan or a search, a --dry-run makes neither")
         from megatron_eagle.dry_run.walk import dry_run
 
         for stage in stages:
@@ -93,10 +99,14 @@ def _plan(options: argparse.Namespace) -> None:
     for stage in stages:
         print(f"{stage.name}: {samples[stage.name].describe()}")
     if options.search:
+        layouts = []
         for stage in stages:
             gpus = options.gpus or stage.gpus or 0
-            table = search_table(search(recipe, stage, gpus, hardware, samples[stage.name]))
-            print(f"\n{stage.name} on {gpus} {hardware.name}\n\n{table}")
+            layouts.append(search(recipe, stage, gpus, hardware, samples[stage.name]))
+            print(f"\n{stage.name} on {gpus} {hardware.name}\n\n{search_table(layouts[-1])}")
+        if options.html:
+            write_page(recipe.name, hardware, [(found[0], found) for found in layouts if found], options.html)
+            print(f"\n{options.html}")
         return
     plans = [
         plan_stage(recipe, stage, options.gpus or stage.gpus or 0, hardware, samples[stage.name]) for stage in stages
@@ -108,6 +118,9 @@ def _plan(options: argparse.Namespace) -> None:
             print(stage_line(plan))
         if options.ranks:
             print("\n" + memory_table(plan))
+    if options.html:
+        write_page(recipe.name, hardware, [(plan, ()) for plan in plans], options.html)
+        print(f"\n{options.html}")
     refused = [
         refusal(plan, nearest(recipe, plan.stage, plan.gpus, hardware, samples[plan.stage.name]))
         for plan in plans

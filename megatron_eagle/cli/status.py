@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ def _status(options: argparse.Namespace) -> None:
             stages = [{name: _plain(value) for name, value in asdict(row).items()} for row in rows]
             print(json.dumps({"run": str(options.run_folder), "notes": notes, "stages": stages}), flush=True)
         else:
-            if options.watch:
+            if options.watch and sys.stdout.isatty():
                 print("\033[H\033[J", end="")  # cursor home, clear what is below
             print("\n".join([table(rows), *notes]), flush=True)
         if not options.watch or all(row.state in OVER for row in rows):

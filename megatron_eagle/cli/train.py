@@ -37,6 +37,7 @@ def add(verbs: Verbs) -> None:
         "Ctrl-C or SIGTERM ends the step, saves it, says how to continue and exits with 85; a second Ctrl-C aborts.",
         "  megatron-eagle train tiny --stage stage1 --processes 2\n"
         "  torchrun --nproc-per-node 8 -m megatron_eagle train eagle2-1b --stage stage1.5\n",
+        progress=True,
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")

@@ -16,6 +16,7 @@ def add(verbs: Verbs) -> None:
         "weights with one plain float64 process made of transformers' modules. --quick runs a table in which every\n"
         "pair of options occurs; without it, all combinations run, which takes a night and more.",
         "  megatron-eagle verify --quick --out runs/verify\n  megatron-eagle verify --sample 50 --seed 1\n",
+        progress=True,
     )
     parser.add_argument("--quick", action="store_true", help="cover every pair of options instead of their product")
     parser.add_argument(

@@ -1,14 +1,17 @@
 """The flat buffers in which Megatron's DistributedDataParallel keeps gradients and, for its optimizer, weights.
 
-Leaned on: ``buffers`` of ``DistributedDataParallel``, and of each ``grad_data``, ``param_data``, ``numel``,
-``numel_unpadded`` and ``buckets``. The names have no underscore, but their class does (``_ParamAndGradBuffer``), and
-nothing public says how many bytes they hold or corrects what ``count_padding_as_content`` corrects. Also the hooks by
-which it listens for gradients (``_make_backward_post_hook``), which there is no public way to remove.
+Leaned on: ``buffers`` and ``ddp_config`` of ``DistributedDataParallel``, and of each buffer ``grad_data``,
+``param_data``, ``numel``, ``numel_unpadded``, ``data_parallel_group`` and ``buckets``. The distributed optimizer gives
+each process of that group one of as many equal shares of a bucket, in order. The names have no underscore, but their
+class does (``_ParamAndGradBuffer``), and nothing public says how many bytes they hold, gathers shares of gradients, or
+corrects what ``count_padding_as_content`` corrects. Also the hooks by which it listens for gradients
+(``_make_backward_post_hook``), which there is no public way to remove.
 """
 
 import gc
 from types import FunctionType
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -37,6 +40,17 @@ def count_padding_as_content(chunk: DistributedDataParallel) -> None:
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = buffer.numel
+
+
+def gather_shares(chunk: DistributedDataParallel) -> None:
+    """Give every process the shares of each bucket that the distributed optimizer leaves to the others."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return  # every process has all of it
+    for buffer in chunk.buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def let_go_of_gradients() -> None:

@@ -186,6 +186,8 @@ class Stage:
     layer_decay: what the learning rate is multiplied by from layer to layer, from the output of a tower down to its
         embeddings, of parts that train and have layers.
     neftune_alpha: size of the noise on text embeddings while it trains (NEFTune); the paper takes 5 to 15, 0 is none.
+    ema: decay of a running mean of the weights that train, which is kept beside them and in checkpoints; 0.999 is
+        usual, null for none.
     warmup_fraction: share of the steps in which the rate grows from 0 to its peak.
     decay: how the rate goes down from its peak after the warm-up.
     final_fraction: what is left of the peak at the last step; without effect where the rate stays ``constant``.
@@ -210,6 +212,7 @@ class Stage:
     freeze: tuple[LayerNames, ...] = ()
     layer_decay: dict[Literal["vision", "language"], Share] = field(default_factory=dict)
     neftune_alpha: NotNegative = 0.0
+    ema: BelowOne | None = None
     warmup_fraction: Fraction = 0.03
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: Fraction = 0.0
@@ -243,10 +246,15 @@ class LogSettings:
 
     tensorboard: write event files.
     wandb_project: also send them to this project of Weights & Biases.
+    mlflow_experiment: also send them to this experiment of MLflow, kept where MLFLOW_TRACKING_URI says.
+    every: steps between two printed lines; the last step and those with a score are always printed, and metrics.jsonl
+        has every step.
     """
 
     tensorboard: Flag = True
     wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+    every: Positive = 1
 
 
 @dataclass(frozen=True, config=STRICT)

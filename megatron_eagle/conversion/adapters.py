@@ -34,7 +34,7 @@ from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.conversion.check import dialect_of
 from megatron_eagle.conversion.resumable_output import JOURNAL, start
 from megatron_eagle.conversion.tensors import TensorInfo
-from megatron_eagle.conversion.torch_dist import TorchDist
+from megatron_eagle.conversion.torch_dist import TorchDist, stored_weights
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.base_digest import as_text, digest_of
@@ -76,9 +76,9 @@ class _Given:
 class Merged(TorchDist):
     """The base's tensors, W + s B A where a layer has an adapter, rounded to the base's type."""
 
-    def __init__(self, base: Path, adapters: Path, lora: LoraSettings, sources: HfNames) -> None:
+    def __init__(self, base: Path, adapters: TorchDist, lora: LoraSettings, sources: HfNames) -> None:
         super().__init__(base)
-        self._adapters, self._lora, self._sources = TorchDist(adapters), lora, sources
+        self._adapters, self._lora, self._sources = adapters, lora, sources
 
     def read(self, name: str) -> Tensor:
         weight = super().read(name)
@@ -124,11 +124,17 @@ def lora_of(checkpoint: Path, description: Description) -> LoraSettings:
 
 
 def megatron_to_peft(
-    checkpoint: Path, out: Path, *, base: Path | None = None, kind: Literal["A", "B"] | None = None
+    checkpoint: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    kind: Literal["A", "B"] | None = None,
+    ema: bool = False,
 ) -> int:
     """Adapters as a folder that PEFT loads on the exported base (``megatron_to_hf`` of the base); the layers in it.
 
-    kind: the form that the base is exported in, by default as ``megatron_to_hf`` chooses it.
+    kind: the form that the base is exported in, by default as ``megatron_to_hf`` chooses it. ema: the adapters' running
+    mean instead.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
     description = read_description(checkpoint)
@@ -137,8 +143,8 @@ def megatron_to_peft(
     config, lora = model_of(checkpoint, description), lora_of(checkpoint, description)
     origin = base_of(checkpoint, description, base)
     adapters = adapter_sources(dialect_of(origin, config, kind).sources(config), lora)
-    partial = start(out, [checkpoint], {"base": origin, "format": kind})
-    stored = TorchDist(checkpoint)
+    partial = start(out, [checkpoint], {"base": origin, "format": kind, "ema": ema})
+    stored = stored_weights(checkpoint, ema=ema)
     tensors: dict[str, Tensor] = {}
     for ours, source in adapters.items():
         parts = source.split(stored.read(ours))

@@ -165,27 +165,32 @@ def _add_language(made: Assembled, path: Path, source: TensorSource, vocabulary:
     for name, is_output in ((_EMBEDDING, before.tie_word_embeddings), (_OUTPUT, True)):
         if name in source.infos:
             info = source.infos[name]
-            change = partial(_resize_rows, vocabulary=vocabulary, is_output=is_output)
+            change = partial(resize_rows, rows=vocabulary.rows, added=vocabulary.added, all_are_new=is_output)
             made.replace(f"language_model.{name}", TensorInfo((vocabulary.rows, info.shape[1]), info.dtype), change)
     if before.tie_word_embeddings and _OUTPUT in source.infos:
         made.drop(f"language_model.{_OUTPUT}", "the output matrix is the embedding")
     return QwenConfig(**{**vars(before), "vocab_size": vocabulary.rows})
 
 
-def _resize_rows(old: Tensor, vocabulary: Vocabulary, is_output: bool) -> Tensor:
-    added = torch.tensor(vocabulary.added, dtype=torch.int64)
-    kept = torch.ones(min(len(old), vocabulary.rows), dtype=torch.bool)
-    kept[added[added < len(kept)]] = False
+def resize_rows(old: Tensor, rows: int, added: Sequence[int], all_are_new: bool) -> Tensor:
+    """A matrix of a vocabulary with other ``rows``: those that are new are the mean of the old ones.
+
+    added: ids of tokens that were added, whose rows do not count in the mean. all_are_new: they are the mean as well
+    where ``old`` has rows of these ids already.
+    """
+    new_ids = torch.tensor(added, dtype=torch.int64)
+    kept = torch.ones(min(len(old), rows), dtype=torch.bool)
+    kept[new_ids[new_ids < len(kept)]] = False
     total = torch.zeros(old.shape[1], dtype=torch.float64)
-    for rows, keep in zip(
+    for block, keep in zip(
         old[: len(kept)].split(8192), kept.split(8192), strict=True
     ):  # float64 takes four times as much
-        total += rows[keep].double().sum(0)
+        total += block[keep].double().sum(0)
     mean = (total / int(kept.sum())).to(old.dtype)
-    new = mean.expand(vocabulary.rows, -1).clone()
+    new = mean.expand(rows, -1).clone()
     new[: len(kept)] = old[: len(kept)]
-    if is_output:
-        new[added] = mean
+    if all_are_new:
+        new[new_ids] = mean
     return new
 
 

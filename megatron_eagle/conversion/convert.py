@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from megatron_eagle.checkpoint.files import (
     read_description,
 )
 from megatron_eagle.checkpoint.safe_index import METADATA
-from megatron_eagle.checkpoint.sharded_state import CONTENT
+from megatron_eagle.checkpoint.sharded_state import CONTENT, EMA
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.lora import LoraSettings
 from megatron_eagle.config.model import EagleConfig, tokens_per_tile
@@ -31,6 +31,7 @@ from megatron_eagle.conversion.adapters import Merged, base_of, lora_of
 from megatron_eagle.conversion.assemble import Assembled, assemble
 from megatron_eagle.conversion.check import ORIGIN, dialect_of
 from megatron_eagle.conversion.export import Code, check_code, write_configs
+from megatron_eagle.conversion.new_tokens import WithNewRows
 from megatron_eagle.conversion.processor_files import RELEASED
 from megatron_eagle.conversion.proof import Proof, compare, digests
 from megatron_eagle.conversion.reading_of import reading_of
@@ -41,7 +42,7 @@ from megatron_eagle.conversion.safetensors_folder import SafetensorsFolder, writ
 from megatron_eagle.conversion.sentencepiece_files import write_as_tokenizer_json
 from megatron_eagle.conversion.tensors import Finite, TensorSource, WithDtype
 from megatron_eagle.conversion.tokenizer_files import TOKENS, Vocabulary, copy_tokenizer, own_tokenizer
-from megatron_eagle.conversion.torch_dist import TensorAddress, TorchDist
+from megatron_eagle.conversion.torch_dist import AveragedWeights, TensorAddress, TorchDist, stored_weights
 from megatron_eagle.conversion.torch_dist_writer import write_torch_dist
 from megatron_eagle.data.sample.tokenizer import IMAGE_CONTEXT, check_vocabulary
 from megatron_eagle.errors import UserError
@@ -68,11 +69,13 @@ def hf_to_megatron(
     tile_size: int | None = None,
     tokens: Literal["eagle2", "eagle2.5"] | None = None,
     seed: int | None = None,
+    words: tuple[str, ...] = (),
 ) -> Proof:
     """One released Eagle, or the parts of a new one, as a checkpoint that ``initial_weights`` of a recipe can name.
 
     tile_size, tokens, seed: for a new one, by default ``NEW``; Eagle's tokens that the tokenizer lacks, and the
-    connector's draw. UserError if one of them is given for a released one, which has its own.
+    connector's draw. UserError if one of them is given for a released one, which has its own. words: tokens of one's
+    own to add, as text (``new_tokens.py``).
     """
     asked = {"tile_size": tile_size, "tokens": tokens, "seed": seed}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -80,20 +83,28 @@ def hf_to_megatron(
         said = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(f"{said} is for a new Eagle, made of several sources; {sources[0]} alone is a released one")
     new = NEW | given
-    partial = start(out, sources, {**asdict(options), **new})
+    partial = start(out, sources, {**asdict(options), **new, **({"words": words} if words else {})})
     clock = _Clock()
     folder = sources[0] if len(sources) == 1 else _tokenizer_folder(sources)
-    released: Finite | Assembled
+    released: Finite | Assembled | WithNewRows
     if len(sources) == 1:
         released = Finite(SafetensorsFolder(folder))
         config, dialect = recognise(released.infos, read_config(folder), str(folder))
         if (folder / "tokenizer.json").is_file():
-            copied = copy_tokenizer(folder, partial / TOKENIZER, ())
+            copied = copy_tokenizer(folder, partial / TOKENIZER, (), words)
+            if words:
+                released = WithNewRows(released, dialect, copied)
+                config = released.widened(config)
             check_vocabulary(copied, config.language.vocab_size, folder)
             _check_image_token(copied, folder)
+        elif words:
+            raise UserError(f"{folder} has no tokenizer.json to add tokens to")
         published = logits.published_by(folder, config)
+        if words:
+            wider = {**published.language, "vocab_size": config.language.vocab_size}
+            published = replace(published, language=wider)
     else:
-        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[new["tokens"]])
+        vocabulary = copy_tokenizer(folder, partial / TOKENIZER, TOKENS[new["tokens"]], words)
         released, config, dialect = assemble(sources, vocabulary, tile_size=new["tile_size"], seed=new["seed"])
         published = logits.published_by_parts(folder, released.encoder_sources)
     rounded = WithDtype(released, options.dtype) if options.dtype else released
@@ -113,7 +124,7 @@ def hf_to_megatron(
     files = [file for source in sources for file in SafetensorsFolder(source).files]
     proof = Proof(
         direction="Hugging Face to Megatron",
-        source=", ".join(map(str, sources)),
+        source=", ".join(map(str, sources)) + (f" and {len(words)} tokens more" if words else ""),
         target=str(out),
         source_sha256=digests(files),
         target_sha256=digests(_weight_files(partial)),
@@ -136,6 +147,7 @@ def megatron_to_hf(
     code: Code = "own",
     reading: ReadingSettings | None = None,
     base: Path | None = None,
+    ema: bool = False,
 ) -> Proof:
     """A checkpoint of ours, of any layout, in a released form; LoRA's adapters are merged with their base.
 
@@ -143,7 +155,7 @@ def megatron_to_hf(
     it can hold the model, else A. tokenizer: folder of a Hugging Face tokenizer; None takes the checkpoint's own. code:
     our own goes into the folder, which then loads by itself; NVIDIA's is pointed to. reading: what it was trained
     with; None takes the checkpoint's own, of one that carries none the released models'. It goes into the folder. base:
-    where adapters' base lies, by default what they were trained on.
+    where adapters' base lies, by default what they were trained on. ema: the running mean instead of the weights.
     """
     checkpoint = find_latest(checkpoint) or checkpoint
     description = read_description(checkpoint)
@@ -152,12 +164,17 @@ def megatron_to_hf(
     whole = base_of(checkpoint, description, base) if description.base else checkpoint
     dialect = dialect_of(whole, config, kind)
     check_code(config, dialect, code)
-    said = {"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)}
+    said = {
+        **{"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)},
+        "ema": ema,
+    }
     sources = [checkpoint, whole] if description.base else [checkpoint]
     partial = start(out, sources, {**asdict(options), **said})
     clock = _Clock()
     lora = lora_of(checkpoint, description) if description.base else None
-    stored = Merged(whole, checkpoint, lora, dialect.sources(config)) if lora else TorchDist(checkpoint)
+    stored = stored_weights(checkpoint, ema=ema)
+    if lora:
+        stored = Merged(whole, stored, lora, dialect.sources(config))
     renamed = Finite(AsHuggingFace(stored, config, dialect))
     rounded: TensorSource = WithDtype(renamed, options.dtype) if options.dtype else renamed
     if options.logits:
@@ -182,11 +199,11 @@ def megatron_to_hf(
     theirs = renamed if options.dtype else target
     published = logits.published_by(partial, config)
     adapters = (checkpoint, lora) if lora else None
-    shared = _for_both_directions(options, whole, config, theirs, dialect, published, adapters)
+    shared = _for_both_directions(options, whole, config, theirs, dialect, published, adapters, ema=ema)
     clock.lap("logits")
     proof = Proof(
         direction=f"Megatron to Hugging Face, format {kind}",
-        source=str(checkpoint),
+        source=f"{checkpoint}{', its running mean' if ema else ''}",
         target=str(out),
         source_sha256=digests([file for source in sources for file in _weight_files(source)]),
         target_sha256=digests([file for file in partial.iterdir() if file.name != JOURNAL and file.is_file()]),
@@ -207,10 +224,12 @@ def _for_both_directions(
     dialect: Dialect,
     published: "Published",
     adapters: tuple[Path, LoraSettings] | None = None,
+    *,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """What a proof says of the model and of both sides' logits, whichever side was there first.
 
-    adapters: of LoRA, which ``checkpoint`` is the base of.
+    adapters: of LoRA, which ``checkpoint`` is the base of. ema: by the running mean of what trained.
     """
     found: dict[str, Any] = {
         "model": asdict(config),
@@ -221,7 +240,7 @@ def _for_both_directions(
     }
     if options.logits:
         batch = logits.probe_batch(config)
-        ours = logits.megatron_logits(checkpoint, config, Layout(), batch, adapters).double()
+        ours = logits.megatron_logits(checkpoint, config, Layout(), batch, adapters, ema=ema).double()
         theirs = logits.released_logits(released, config, dialect, batch, published)
         found |= {
             "logits": float((ours - theirs).abs().max()),
@@ -263,13 +282,19 @@ def _unused(released: TensorSource, used: set[str], config: EagleConfig, dialect
 
 
 def _unused_of_training(stored: TorchDist, config: EagleConfig, dialect: Dialect) -> dict[str, str | None]:
-    """Every tensor that is no weight: the optimizer's, in one line; anything else has no reason to be there."""
+    """Every tensor that is no weight: the optimizer's and running means, a line each; nothing else has a reason."""
     weights = {TensorAddress.of(name).key for name in dialect.sources(config)}
+    if isinstance(stored, AveragedWeights):  # which reads them by the weights' names
+        weights |= {EMA + name for name in weights}
     rest = sorted(stored.names - weights)
-    optimizer = [name for name in rest if name.startswith("optimizer.")]
-    found: dict[str, str | None] = {name: None for name in rest if name not in optimizer}
-    if optimizer:
-        found[f"optimizer.* ({len(optimizer)} tensors)"] = "the optimizer's state is not part of a released model"
+    reasons = {
+        "optimizer.": "the optimizer's state is not part of a released model",
+        EMA: "the running mean of the weights goes out in their place, by --ema",
+    }
+    found: dict[str, str | None] = {name: None for name in rest if not name.startswith(tuple(reasons))}
+    for prefix, reason in reasons.items():
+        if count := sum(name.startswith(prefix) for name in rest):
+            found[f"{prefix}* ({count} tensors)"] = reason
     return found
 
 

@@ -128,14 +128,16 @@ def megatron_logits(
     layout: Layout,
     batch: PackedBatch,
     adapters: tuple[Path, LoraSettings] | None = None,
+    *,
+    ema: bool = False,
 ) -> Tensor:
     """The same logits, float32, by the Megatron model that processes of ``layout`` load from ``checkpoint``.
 
-    adapters: checkpoint of LoRA's on it.
+    adapters: checkpoint of LoRA's on it. ema: the running mean of what trained instead of the weights.
     """
     world = World(layout.model_parallel_size)
     try:
-        answers = world.run(logits_of_rank, str(checkpoint), config, layout, batch, adapters, timeout=3600.0)
+        answers = world.run(logits_of_rank, str(checkpoint), config, layout, batch, adapters, ema, timeout=3600.0)
     finally:
         world.stop()
     (logits,) = (answer for answer in answers if answer is not None)
@@ -149,6 +151,7 @@ def logits_of_rank(
     layout: Layout,
     batch: PackedBatch,
     adapters: tuple[Path, LoraSettings] | None = None,
+    ema: bool = False,
 ) -> Tensor | None:
     """Runs in every process: stages one after another, hidden states handed on; one process returns them."""
     from megatron.core import parallel_state
@@ -165,10 +168,10 @@ def logits_of_rank(
     model_parallel_cuda_manual_seed(1)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     model = build_eagle(config, layout, precision="fp32", pre_process=first, post_process=last, seed=None)
-    load_weights(Path(checkpoint), [model])
+    load_weights(Path(checkpoint), [model], ema=ema and adapters is None)
     if adapters:
         attach(model.eval(), adapters[1], model.tp_group, seed=None)
-        load_weights(adapters[0], [model], "adapters")
+        load_weights(adapters[0], [model], "adapters", ema=ema)
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_rank()
     if not first:

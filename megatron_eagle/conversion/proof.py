@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle import __version__
-from megatron_eagle.conversion.tensors import Progress, TensorInfo, TensorSource, read_all
+from megatron_eagle.conversion.tensors import TensorInfo, TensorSource, read_all
+from megatron_eagle.progress import Progress
 
 LOGITS_TOLERANCE = 1e-4
 _SHOWN = 10
@@ -99,14 +100,14 @@ class _Some:
 def digests(files: Iterable[Path]) -> dict[str, str]:
     """sha256 of every file, by its own and its folder's name."""
     files = sorted(files)
-    progress = Progress("digests", sum(file.stat().st_size for file in files))
+    progress = Progress("digests", total=sum(file.stat().st_size for file in files), unit="B")
     found = {}
     for file in files:
         digest = hashlib.sha256()
         with file.open("rb") as handle:
             while block := handle.read(1 << 22):
                 digest.update(block)
-                progress.add(len(block))
+                progress.update(len(block))
         found[f"{file.parent.name.removesuffix('.partial')}/{file.name}"] = digest.hexdigest()
     progress.close()
     return found

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.safe_index import check_relative
 from megatron_eagle.conversion.chunked_file import ChunkedFile
-from megatron_eagle.conversion.tensors import Progress, TensorInfo, TensorSource
+from megatron_eagle.conversion.tensors import TensorInfo, TensorSource
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as transformers and the released checkpoints
@@ -150,7 +151,7 @@ def write_safetensors(source: TensorSource, folder: Path, *, shard_bytes: int = 
     """
     shards = _plan(source.infos, shard_bytes)
     total = sum(info.bytes for info in source.infos.values())
-    progress = Progress("writing", total)
+    progress = Progress("writing", total=total, unit="B")
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -179,7 +180,7 @@ def _write_shard(source: TensorSource, names: list[str], file: Path, progress: P
     data = sum(info.bytes for info in infos.values())
     header = _header(infos)
     if file.is_file() and file.stat().st_size == len(header) + data and _starts_with(file, header):
-        progress.add(data)
+        progress.update(data)
         return
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as handle:
@@ -190,7 +191,7 @@ def _write_shard(source: TensorSource, names: list[str], file: Path, progress: P
             if TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                 raise ValueError(f"{name} was announced as {info} and is {tensor.dtype} {list(tensor.shape)}")
             chunked.write(tensor.reshape(-1).view(torch.uint8).numpy())
-            progress.add(info.bytes)
+            progress.update(info.bytes)
         handle.flush()
         os.fsync(handle.fileno())
     part.rename(file)

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,12 @@ class Finite:
             raise UserError(f"{self._source.file_of(name)}: {name} holds {found} of {tensor.numel()} numbers")
 
 
-class Progress:
-    """A bar of bytes on a terminal, silent elsewhere."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
-
-    def add(self, count: int) -> None:
-        self._bar.update(count)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def read_all(source: TensorSource, what: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of ``source``, one at a time, behind a progress bar."""
-    progress = Progress(what, sum(info.bytes for info in source.infos.values()))
+    progress = Progress(what, total=sum(info.bytes for info in source.infos.values()), unit="B")
     try:
         for name, info in source.infos.items():
             yield name, source.read(name)
-            progress.add(info.bytes)
+            progress.update(info.bytes)
     finally:
         progress.close()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,11 @@ def own_tokenizer(checkpoint: Path) -> Path:
     return Path(named)
 
 
-def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary:
+def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str], words: Sequence[str] = ()) -> Vocabulary:
     """Copy the Hugging Face tokenizer of folder ``source`` into ``out``, adding those of ``tokens`` that it lacks.
 
-    UserError if the result lacks one of Eagle 2's, or is none to train with.
+    words: further tokens to add, which are no control tokens but text. UserError if it has one of them already, or if
+    the result lacks one of Eagle 2's, or is none to train with.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -76,30 +77,38 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str]) -> Vocabulary
         raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer: {error}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in tokens if token not in known]
+    if there := [f"{word!r} (id {known[word]})" for word in words if word in known]:
+        raise UserError(f"{source}: {len(there)} of the tokens to add are tokens already: {', '.join(there[:5])}")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     now = tokenizer.get_vocab(with_added_tokens=True)
-    added = {token: now[token] for token in missing}
+    added = {token: now[token] for token in (*missing, *words)}
     if added:
         tokenizer.save(str(out / "tokenizer.json"))
-    _update_config(out, added)
+    _update_config(out, added, set(words))
     wanted = ("<|im_end|>", "<|endoftext|>", IMAGE_CONTEXT, *tokens)
     ids = {token: now[token] for token in wanted if token in now}
     made = HuggingFaceTokenizer(out)
     if made.added:
         raise UserError(f"{source}: the tokenizer lacks {len(made.added)} of Eagle's tokens: {', '.join(made.added)}")
+    for word in words:  # byte-level decoders take letters like a bare "é" of an added token for a byte
+        if (read := made.encode(word)) != [now[word]] or made.decode(read) != word:
+            raise UserError(f"{source}: {word!r} cannot be added: it would be read as {read}, {made.decode(read)!r}")
     return Vocabulary(made.vocab_size, made.largest_id, tuple(added.values()), ids)
 
 
-def _update_config(out: Path, added: dict[str, int]) -> None:
-    """Tell transformers of the added tokens; the chat template is written with the processor's files."""
+def _update_config(out: Path, added: dict[str, int], words: Collection[str]) -> None:
+    """Tell transformers of the added tokens, of which ``words`` are text; the chat template is elsewhere."""
     config: dict[str, Any] = {}
     if (out / "tokenizer_config.json").is_file():
         config = _read_object(out / "tokenizer_config.json")
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     if added:
         decoder = config.setdefault("added_tokens_decoder", {})
-        decoder |= {str(number): {"content": token, **flags} for token, number in added.items()}
-        config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *added]
+        for token, number in added.items():
+            decoder[str(number)] = {"content": token, **flags, "special": token not in words}
+        special = [token for token in added if token not in words]
+        config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *special]
         file = out / "added_tokens.json"
         before = _read_object(file) if file.is_file() else {}
         file.write_text(json.dumps({**before, **added}, indent=2), encoding="utf-8")

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_eagle.checkpoint.files import require_ema
 from megatron_eagle.checkpoint.safe_index import Region, verify
+from megatron_eagle.checkpoint.sharded_state import EMA
 from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.specs import NORMS_IN_CHECKPOINTS
 
-_STACKED = re.compile(r"^(language\.decoder|vision\.[^.]+\.transformer)\.layers\.(\d+)\.(.+)$")
+_STACKED = re.compile(r"^((?:ema\.)?(?:language\.decoder|vision\.[^.]+\.transformer))\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,27 @@ class TorchDist:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != size:
             raise UserError(f"{file} is damaged at {key}: a tensor of {list(size)} should be there")
         return tensor
+
+
+class AveragedWeights(TorchDist):
+    """The same with the running mean, which is float32, in place of the weights that trained; UserError if there is
+    none."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._means = {name for name in self.names if name.startswith(EMA)}
+        require_ema(folder, self._means)
+
+    def info(self, name: str) -> TensorInfo:
+        return super().info(self._mean_of(name))
+
+    def read(self, name: str) -> Tensor:
+        return super().read(self._mean_of(name))
+
+    def _mean_of(self, name: str) -> str:
+        return EMA + name if TensorAddress.of(EMA + name).key in self._means else name
+
+
+def stored_weights(folder: Path, *, ema: bool) -> TorchDist:
+    """The tensors of a torch_dist checkpoint; ema: with the running mean in place of what trained."""
+    return AveragedWeights(folder) if ema else TorchDist(folder)

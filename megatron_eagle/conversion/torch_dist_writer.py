@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.compat.checkpoint_index import StorageInfo
 from megatron_eagle.conversion.chunked_file import ChunkedFile
-from megatron_eagle.conversion.tensors import Progress, TensorInfo
+from megatron_eagle.conversion.tensors import TensorInfo
 from megatron_eagle.conversion.torch_dist import TensorAddress
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 SHARD_BYTES = 4_000_000_000
 
@@ -64,7 +65,7 @@ def write_torch_dist(
         _Item(place.key, infos[name], place.layer, lambda name=name: read(name))  # type: ignore[misc]
         for name, place in places.items()
     ]
-    progress = Progress("writing", sum(info.bytes for info in infos.values()))
+    progress = Progress("writing", total=sum(info.bytes for info in infos.values()), unit="B")
     stored: dict[str, Any] = {}
     storage: dict[MetadataIndex, StorageInfo] = {}
     for number, shard in enumerate(_shards(items, shard_bytes)):
@@ -101,7 +102,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
     if sidecar.is_file() and file.is_file():
         kept = [(start, length) for start, length in json.loads(sidecar.read_text(encoding="utf-8"))]
         if len(kept) == len(items):  # before 2026-11-26 there were extra states, too
-            progress.add(size)
+            progress.update(size)
             return kept
     places = []
     with file.open("wb") as handle, _without_checksums():
@@ -116,7 +117,7 @@ def _write_shard(items: list[_Item], file: Path, progress: Progress) -> list[tup
             value = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value.contiguous()
             torch.save(value, chunked)  # type: ignore[arg-type]  # it needs write and flush only
             places.append((start, handle.tell() - start))
-            progress.add(item.info.bytes)
+            progress.update(item.info.bytes)
         handle.flush()
         os.fsync(handle.fileno())
     part = sidecar.with_suffix(".part")

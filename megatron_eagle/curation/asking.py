@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
-from tqdm import tqdm
 
 from megatron_eagle.config.findings import checked
 from megatron_eagle.config.layout import STRICT
@@ -33,6 +32,7 @@ from megatron_eagle.endpoint.question import Question, Reply, ask_about
 from megatron_eagle.endpoint.queue import Queue
 from megatron_eagle.endpoint.settings import Endpoint
 from megatron_eagle.errors import BrokenSample
+from megatron_eagle.progress import Progress
 
 JUDGE = (
     "Judge this about all that stands above: pictures, if there are any, and text.\nQuestion: {question}\n"
@@ -261,7 +261,7 @@ def _each(rows: Iterator[Row]) -> Iterator[tuple[Row, Ask]]:
 def _shown(queue: Queue, answers: Iterable[tuple[Tag, Reply]]) -> Iterator[tuple[Tag, Reply]]:
     """The answers, with a line on a terminal that counts them."""
     title = f"asking {queue.endpoint.model}"
-    with tqdm(desc=title, unit=" answers", delay=3.0, disable=None) as bar:
+    with Progress(title, unit="answers") as bar:
         for answer in answers:
             bar.update()
             bar.set_postfix_str(str(queue.counts), refresh=False)

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from megatron_eagle.curation.block import Job, Result, Segment, read_result, result_file, segments
 from megatron_eagle.curation.decisions import decided_of, decision_folder, write_decisions
 from megatron_eagle.curation.operator import Row, SetOperator, Verdict
@@ -28,8 +26,8 @@ from megatron_eagle.data.build.shard_writer import STATE_FOLDER, write_atomicall
 from megatron_eagle.data.build.sources import spool
 from megatron_eagle.data.build.walk import Ledger
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
-SECONDS_BEFORE_PROGRESS = 3.0
 Engine = Literal["processes", "ray"]
 Pool = Processes | RayCluster
 
@@ -154,7 +152,7 @@ def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: P
     if mark.exists():
         return int(json.loads(mark.read_text(encoding="utf-8"))["blocks"])
     ledger = Ledger()
-    bar = tqdm(desc=f"reading {source.name}", unit=" samples", delay=SECONDS_BEFORE_PROGRESS, disable=not progress)
+    bar = Progress(f"reading {source.name}", unit="samples", shown=progress)
     count = 0
 
     def jobs() -> Iterator[Job]:

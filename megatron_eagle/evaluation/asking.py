@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
-from tqdm import tqdm
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -25,6 +24,7 @@ from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups
+from megatron_eagle.progress import Progress
 
 BLANK_GREY = 128
 LOOKING = {True: "with images", False: "blanked"}
@@ -106,7 +106,7 @@ class Asking:
         return self._gathered(known)
 
     def _generate(self, packs: Sequence[Sequence[Prompt]], looking: bool) -> Iterator[dict[str, Answer]]:
-        progress = tqdm(packs, desc=f"answering, {LOOKING[looking]}", unit="pack", disable=self.groups.rank != 0)
+        progress = Progress(f"answering, {LOOKING[looking]}", packs, unit="packs", shown=self.groups.rank == 0)
         fill = self.fill if looking else lambda prompt: _blanked(self.fill(prompt))
         return generate(
             self.model,

@@ -20,6 +20,8 @@ from megatron_eagle.training.adapters import base_checkpoint, load_base, require
 from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
 
+EMA_WORDS = ", its running mean"  # behind the name of a checkpoint of which that is asked
+
 
 def evaluation_layout(recipe: Recipe, stage: Stage) -> Layout:
     """The stage's layout as evaluation runs it; UserError if it cannot.
@@ -58,11 +60,16 @@ def model_to_ask(recipe: Recipe, stage: Stage, run_folder: RunFolder, *, before:
     return recipe, checkpoint
 
 
-def load_model(recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform) -> EagleModel | Float16Module:
-    """This process's part of the model in eval mode; its process groups must exist already."""
+def load_model(
+    recipe: Recipe, checkpoint: Path, layout: Layout, platform: Platform, *, ema: bool = False
+) -> EagleModel | Float16Module:
+    """This process's part of the model in eval mode; its process groups must exist already.
+
+    ema: with the running mean in place of the weights that trained; UserError if the checkpoint has none.
+    """
     models = build_chunks(recipe, layout, platform)
     if recipe.lora:
         require_fitting(checkpoint, recipe.lora, load_base(base_checkpoint(recipe), models))
-    load_weights(checkpoint, models, "adapters" if recipe.lora else "base")
+    load_weights(checkpoint, models, "adapters" if recipe.lora else "base", ema=ema)
     model = models[0].eval()
     return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_eagle.compat.platform import Platform
 from megatron_eagle.config.recipe import Recipe, Stage
@@ -32,6 +31,7 @@ from megatron_eagle.errors import BrokenSample, UserError
 from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
 from megatron_eagle.parallel.agreement import on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.progress import Progress
 from megatron_eagle.training.run_folder import RunFolder
 
 LOSSES, REJECTED = "losses.jsonl", "losses_rejected.jsonl"
@@ -67,10 +67,12 @@ def measure_losses(
     platform: Platform,
     *,
     before: bool = False,
+    ema: bool = False,
 ) -> None:
     """Write the losses of all samples of ``data`` into ``out``; every process of the run calls this.
 
-    The model is the newest checkpoint of ``stage``, with ``before`` what the stage starts from, in the stage's layout.
+    The model is the newest checkpoint of ``stage``, with ``before`` what the stage starts from, in the stage's layout;
+    with ``ema`` the running mean of its weights.
     ``losses.jsonl`` has a SampleLoss a line, ``losses_rejected.jsonl`` the id and the reason of every sample that has
     none: broken media, too long for a pack.
 
@@ -80,14 +82,14 @@ def measure_losses(
     recipe, checkpoint = model_to_ask(recipe, stage, run_folder, before=before)
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
-        model = load_model(recipe, checkpoint, layout, platform)
+        model = load_model(recipe, checkpoint, layout, platform, ema=ema)
         planner = VisualPlanner(recipe.data_settings(stage), recipe_tokenizer(recipe))
         rejected: Rejected = []
         found: list[tuple[int, SampleLoss]] = []
         numbered = enumerate(_packs(iterate_samples(data), planner, rejected if groups.rank == 0 else []))
         own = ((number, pack) for number, pack in numbered if number % groups.dp_size == groups.dp_rank)
         broken: Rejected = []
-        progress = iter(tqdm(own, desc="losses", unit="pack", disable=groups.rank != 0))
+        progress = iter(Progress("losses", own, unit="packs", shown=groups.rank == 0))
         while some := list(islice(progress, IN_PIPELINE * groups.pp_size)):
             batches = [(number, batch) for number, pack in some if (batch := _decode(pack, planner, broken))]
             if not batches:

@@ -24,7 +24,7 @@ from megatron_eagle.evaluation.asking import (
     check_answer_tokens,
     planner_to_ask,
 )
-from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
+from megatron_eagle.evaluation.loading import EMA_WORDS, evaluation_layout, load_model, model_to_ask
 from megatron_eagle.evaluation.prompt import prompts_of
 from megatron_eagle.evaluation.questions import questions_of
 from megatron_eagle.evaluation.sampling import GREEDY, Sampling
@@ -70,10 +70,11 @@ def evaluate(
     sampling: Sampling = GREEDY,
     *,
     before: bool = False,
+    ema: bool = False,
 ) -> None:
     """Answer all questions of ``data`` with the newest checkpoint of ``stage``; every process of the run calls this.
 
-    before: with what the stage starts from instead.
+    before: with what the stage starts from instead. ema: with the running mean of its weights.
 
     Writes ``predictions.jsonl`` (one Prediction a line) and ``accuracy.json`` into ``out``. Questions that cannot be
     asked (``questions.py``), whose media are broken, or that do not fit into a pack, are left out, named and counted.
@@ -95,9 +96,9 @@ def evaluate(
             raise UserError(f"{data}: none of {len(rejected)} questions can be asked; {first[0]}: {first[1]}")
         if groups.rank == 0:
             _say_what_is_not_asked(rejected, len(prompts))
-        model = load_model(recipe, checkpoint, layout, platform)
+        model = load_model(recipe, checkpoint, layout, platform, ema=ema)
         run = {
-            "checkpoint": str(checkpoint.resolve()),
+            "checkpoint": str(checkpoint.resolve()) + EMA_WORDS * ema,
             "data": dataset_identity(data),
             "answer_tokens": answer_tokens,
             "pack_length": stage.pack_length,

@@ -77,6 +77,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
             for parameter in group["params"]:
                 tensors = [parameter.data, *(v for v in inner.state[parameter].values() if torch.is_tensor(v))]
                 state += [t for t in tensors if storage_key(t.untyped_storage()) not in held]
+    state += engine.ema.means if engine.ema else []
     return {
         "weights": storage_bytes(weights),
         "gradients": storage_bytes(gradients),

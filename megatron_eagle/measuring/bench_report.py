@@ -1,7 +1,8 @@
-"""Writes a measurement of ``bench.py`` down: dated Markdown, JSON and PNG, beside the plan and an earlier report."""
+"""Writes a measurement of ``bench.py`` down: dated Markdown, JSON, PNG and HTML, beside the plan and an earlier one."""
 
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.bench import Measurement
+from megatron_eagle.pages import render, write
+from megatron_eagle.pages.charts import Part, Row
 from megatron_eagle.planning.report import markdown
 from megatron_eagle.training.step import DISTRIBUTING, PHASES
 
@@ -44,12 +47,18 @@ def write_report(measured: Measurement, folder: Path, before: Path | None = None
     text += f"{table(measured, earlier)}\n\n![time by phase and memory]({name}.png)\n"
     path = folder / f"{name}.md"
     path.write_text(text, encoding="utf-8")
+    write(_page(measured, earlier), folder / f"{name}.html")
     return path
 
 
 def table(measured: Measurement, earlier: Measurement | None = None) -> str:
     """Measured, planned, and with ``earlier`` that and by how much it changed."""
-    header, rows = ["", "measured", "planned"], []
+    return markdown(*_table(measured, earlier))
+
+
+def _table(measured: Measurement, earlier: Measurement | None) -> tuple[list[str], list[list[str]]]:
+    header: list[str] = ["", "measured", "planned"]
+    rows: list[list[str]] = []
     now = _numbers(measured)
     past = _numbers(earlier) if earlier else {}
     if earlier:
@@ -62,7 +71,7 @@ def table(measured: Measurement, earlier: Measurement | None = None) -> str:
             old = past.get(name, (None, None, ""))[0]
             row += ["", ""] if old is None else [form.format(old), f"{value / old - 1:+.1%}" if old else ""]
         rows.append(row)
-    return markdown(header, rows)
+    return header, rows
 
 
 def _numbers(m: Measurement) -> dict[str, tuple[float, float | None, str]]:
@@ -87,6 +96,40 @@ def _setting(m: Measurement) -> str:
         f"{m.processes} processes on {m.device}, {m.layout}; {m.packs} packs of {m.pack_length} tokens a step "
         f"({m.packs_are}); {len(m.seconds)} steps; torch {m.torch}; planned with the profile {m.profile}.{reduced}"
     )
+
+
+def _page(measured: Measurement, earlier: Measurement | None) -> str:
+    times = {"measured": measured.phases, "planned": measured.predicted_phases}
+    sizes = {"measured": measured.peak_bytes, "planned": measured.predicted_bytes}
+    if earlier:
+        times[f"on {earlier.date}"], sizes[f"on {earlier.date}"] = earlier.phases, earlier.peak_bytes
+    longest = max(sum(phases.values()) for phases in times.values())
+    slowest, largest = max(measured.seconds), max(sizes.values())
+    header, rows = _table(measured, earlier)
+    return render(
+        "megatron_eagle.measuring:bench.html.j2",
+        measured=measured,
+        mean=statistics.mean(measured.seconds),
+        setting=_setting(measured),
+        phases=PHASES,
+        seconds=[_phases_row(name, phases, longest) for name, phases in times.items()],
+        steps=[
+            Row(f"step {number}", (Part(100 * seconds / slowest, f"{seconds:.3f} s"),), f"{seconds:.3f} s")
+            for number, seconds in enumerate(measured.seconds, 1)
+        ],
+        memory=[
+            Row(name, (Part(100 * size / largest, f"{size / 1e9:.3f} GB"),), f"{size / 1e9:.3f} GB")
+            for name, size in sizes.items()
+        ],
+        header=header,
+        rows=rows,
+    )
+
+
+def _phases_row(name: str, phases: Mapping[str, float], axis: float) -> Row:
+    each = [(phase, phases.get(phase, 0.0)) for phase in PHASES]
+    parts = tuple(Part(100 * seconds / axis, f"{phase}: {seconds:.3f} s") for phase, seconds in each)
+    return Row(name, parts, f"{sum(phases.values()):.3f} s")
 
 
 def draw(measured: Measurement, path: Path, earlier: Measurement | None = None) -> None:

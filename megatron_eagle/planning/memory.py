@@ -106,6 +106,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
         rank = place.world if owned.copy else place.dp_cp
         kept = owned.buffer.shard(rank, owned.ranks) if settings.distributed else owned.trained
         states += kept * (12 if recipe.precision == "bf16" else 8)  # two moments, and float32 weights beside bf16 ones
+        states += kept * 4 * (stage.ema is not None)
         largest = max(largest, kept)
     return weights, gradients, states, largest * 4
 

@@ -11,6 +11,21 @@ from megatron_eagle.planning.plan import StagePlan, describe_layout
 from megatron_eagle.training.log import format_duration
 
 GB = 1e9
+STAGE_HEADER = (
+    "stage",
+    "layout",
+    "recompute",
+    "GB a GPU",
+    "fits",
+    "step s",
+    "balance",
+    "bubble",
+    "MFU",
+    "useful tokens/s/GPU",
+    "hours",
+    "GPU-hours",
+    "checkpoint",
+)
 
 
 def assumptions(hardware: Hardware) -> str:
@@ -47,25 +62,11 @@ def one_line(plan: StagePlan) -> str:
 
 def stage_table(plans: Sequence[StagePlan]) -> str:
     """One row a stage."""
-    header = [
-        "stage",
-        "layout",
-        "recompute",
-        "GB a GPU",
-        "fits",
-        "step s",
-        "balance",
-        "bubble",
-        "MFU",
-        "useful tokens/s/GPU",
-        "hours",
-        "GPU-hours",
-        "checkpoint",
-    ]
-    return markdown(header, [_stage_row(plan) for plan in plans])
+    return markdown(STAGE_HEADER, [stage_row(plan) for plan in plans])
 
 
-def _stage_row(plan: StagePlan) -> list[str]:
+def stage_row(plan: StagePlan) -> list[str]:
+    """A stage's numbers as texts, in the order of STAGE_HEADER."""
     hours = plan.hours()
     return [
         plan.stage.name,

@@ -15,11 +15,16 @@ Seconds = float
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step. busy: seconds that each stage computes; seconds: from its first pass to the last of all."""
+    """A simulated step.
+
+    busy: seconds that each stage computes; seconds: from its first pass to the last of all. ends, starts: of the passes
+    of each stage, in the order in which they run.
+    """
 
     busy: tuple[Seconds, ...]
     seconds: Seconds
     ends: tuple[dict[Pass, Seconds], ...]
+    starts: tuple[dict[Pass, Seconds], ...]
 
     @property
     def balance(self) -> float:
@@ -44,6 +49,7 @@ def simulate(
     orders = [passes(pp, vpp, rank, microbatches) for rank in range(pp)]
     done: dict[tuple[str, int, int], Seconds] = {}
     ends: list[dict[Pass, Seconds]] = [{} for _ in range(pp)]
+    starts: list[dict[Pass, Seconds]] = [{} for _ in range(pp)]
     clocks, busy, position = [0.0] * pp, [0.0] * pp, [0] * pp
     waiting = set(range(pp))
     while waiting:
@@ -56,7 +62,8 @@ def simulate(
                 if ready is None:
                     break
                 seconds = duration(stage, event)
-                clocks[rank] = max(clocks[rank], ready) + seconds
+                starts[rank][event] = max(clocks[rank], ready)
+                clocks[rank] = starts[rank][event] + seconds
                 busy[rank] += seconds
                 done[event.kind, event.microbatch, stage] = ends[rank][event] = clocks[rank]
                 position[rank] += 1
@@ -65,7 +72,7 @@ def simulate(
                 waiting.discard(rank)
         if waiting and not moved:
             raise RuntimeError(f"pipeline stages {sorted(waiting)} wait for each other for ever")
-    return Timeline(tuple(busy), max(clocks), tuple(ends))
+    return Timeline(tuple(busy), max(clocks), tuple(ends), tuple(starts))
 
 
 def _ready(

@@ -7,13 +7,11 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from megatron_eagle.errors import UserError
+from megatron_eagle.pages import render, write
 from megatron_eagle.planning.report import markdown
 from megatron_eagle.runs.charts import comparison, svg
 from megatron_eagle.runs.found import Run
@@ -63,20 +61,16 @@ def as_text(comparison: Comparison) -> str:
 
 def write_page(found: Comparison, out: Path) -> None:
     """``out`` as one HTML page that links to nothing, and its chart as PNG beside it; UserError if it is refused."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
-    )
-    template = resources.files("megatron_eagle.runs").joinpath("compare.html.j2").read_text("utf-8")
     figure = comparison(found.runs)
-    page = environment.from_string(template).render(
+    page = render(
+        "megatron_eagle.runs:compare.html.j2",
         found=found,
         header=STAGE_HEADER,
         chart=base64.b64encode(svg(figure).encode()).decode(),
         share=_share,
     )
+    write(page, out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
         figure.savefig(out.with_suffix(".png"), dpi=150, facecolor="white", metadata={"Software": None})
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 from megatron_eagle.serving.answerer import Answerer, Prompt
 from megatron_eagle.serving.conversation import Medium, Options, question
 
@@ -60,14 +59,15 @@ def answer_file(
     left = [one for one in lines if one.identity not in known]
     answers.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with answers.open("a", encoding="utf-8") as out, tqdm(total=len(lines), initial=len(known), unit="question") as bar:
+    bar = Progress("answering", total=len(lines), initial=len(known), unit="questions")
+    with answers.open("a", encoding="utf-8") as out, bar:
         for start in range(0, len(left), batch):
             for entry in _answer(answerer, left[start : start + batch], questions.parent, options, system):
                 out.write(_line(entry))
                 out.flush()
                 if "error" in entry:
                     failed += 1
-                    bar.write(f"question {entry['id']} failed: {entry['error']}")
+                    bar.say(f"question {entry['id']} failed: {entry['error']}")
                 bar.update()
     return Counts(len(lines), len(lines) - failed, failed, len(known))
 

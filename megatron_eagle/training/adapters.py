@@ -15,6 +15,7 @@ from megatron_eagle.checkpoint.files import (
     require_whole,
 )
 from megatron_eagle.checkpoint.safe_index import read_index
+from megatron_eagle.checkpoint.sharded_state import EMA
 from megatron_eagle.config.lora import LoraSettings, is_adapter, layer_name
 from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.errors import UserError
@@ -57,7 +58,7 @@ def require_fitting(checkpoint: Path, lora: LoraSettings, base: str) -> None:
         if theirs != ours:
             raise UserError(f"{checkpoint} holds adapters with lora.{key}={theirs}, the recipe says {ours}")
     names = [name for name in read_index(checkpoint).state_dict_metadata if is_adapter(name)]
-    stored = {layer_name(name.rpartition(".")[0]) for name in names if not name.startswith("optimizer.")}
+    stored = {layer_name(name.rpartition(".")[0]) for name in names if not name.startswith(("optimizer.", EMA))}
     if left := sorted(layer for layer in stored if layer and not lora.wants(layer)):
         raise UserError(f"{checkpoint} holds adapters of {', '.join(left)}, which the recipe's lora.targets leave out")
 

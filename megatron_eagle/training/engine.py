@@ -35,6 +35,7 @@ from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.adapters import require_targets
+from megatron_eagle.training.ema import Ema
 from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler, peak_rates
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -49,6 +50,7 @@ class Engine:
     encoder: this process's copy of the spread encoders; None with ``encoder: tensor``, where ``models`` hold them.
     lora: the adapters' numbers, where they alone train. frozen: layers that do not train.
     neftune_alpha: size of the noise on embeddings, 0 for none. seed: what dropout and noise are drawn from.
+    ema: the running mean of what trains, if the stage wants one.
     """
 
     chunks: list[DistributedDataParallel]
@@ -63,6 +65,7 @@ class Engine:
     frozen: tuple[Frozen, ...] = ()
     neftune_alpha: float = 0.0
     seed: int = 0
+    ema: Ema | None = None
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> Tensor:
         """Gradients of ``batches``, reduced over all that share them; returns this process's share of the loss.
@@ -94,11 +97,15 @@ class Engine:
 
     def update(self) -> float:
         """Clip the gradients and step; returns their norm before clipping. No weight changes if that is not finite."""
+        if self.ema:
+            self.ema.begin()
         self.scheduler.step(increment=1)
         try:
             _, grad_norm, _ = self.optimizer.step()
         except NonFiniteGradients as found:
             return found.norm
+        if self.ema:
+            self.ema.update()
         return float(grad_norm or 0.0)
 
     def gradient_owners(self) -> list[DistributedDataParallel]:
@@ -114,7 +121,7 @@ class Engine:
         """What a checkpoint saves and restores of this process."""
         modules = tuple(module for module, _ in self.weight_owners())
         weights: Which = "adapters" if self.lora else "all"
-        return TrainingState(modules, tuple(self.optimizer.chained_optimizers), self.scheduler, weights)
+        return TrainingState(modules, tuple(self.optimizer.chained_optimizers), self.scheduler, weights, self.ema)
 
     def reload_optimizer(self) -> None:
         """Take over weights that were changed from outside; call this after loading them."""
@@ -156,7 +163,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     if settings.overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    return Engine(
+    engine = Engine(
         chunks=chunks,
         models=models,
         optimizer=optimizer,
@@ -170,6 +177,9 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
         neftune_alpha=stage.neftune_alpha,
         seed=recipe.seed,
     )
+    if stage.ema is not None:
+        engine.ema = Ema(stage.ema, optimizer, engine.gradient_owners())
+    return engine
 
 
 def gradient_buckets(settings: OptimizerSettings, *, overlap: bool) -> DistributedDataParallelConfig:

@@ -28,6 +28,10 @@ class Scores:
     by_name: Mapping[str, float]
     seconds: float = 0.0
 
+    def best_name(self, name: str | None) -> str:
+        """Which score ``best_by`` gives, in words."""
+        return name or (f"mean of {', '.join(self.by_name)}" if len(self.by_name) > 1 else next(iter(self.by_name)))
+
     def best_by(self, name: str | None) -> float:
         """What a checkpoint is the best by: the score of that name, None for the mean of all; there must be one."""
         return self.by_name[name] if name else sum(self.by_name.values()) / len(self.by_name)

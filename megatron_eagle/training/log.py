@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.dashboards import open_tensorboard, open_wandb
+from megatron_eagle.progress import is_quiet
+from megatron_eagle.training.dashboards import MlflowRun, open_tensorboard, open_wandb
 from megatron_eagle.training.json_lines import append_text, read_lines, warn
 
 METRICS_FILE = "metrics.jsonl"
@@ -166,6 +167,7 @@ class TrainingLog:
     resumed_at: steps already in the checkpoint this process started from, 0 for a fresh start. Lines of later steps
         of this stage, left by the process that died, are dropped, so that no step is in the file twice.
     about: what this start is made of (``training.origin``), which the dashboards show beside the curves.
+    every: steps between two printed lines. The stage's last step and those with a score are printed whatever it is.
 
     Raises UserError if the folder cannot be written or a package that was asked for is missing.
     """
@@ -178,10 +180,13 @@ class TrainingLog:
         total_steps: int,
         tensorboard: bool,
         wandb_project: str | None,
+        mlflow_experiment: str | None = None,
         resumed_at: int,
         about: Mapping[str, Any] | None = None,
+        every: int = 1,
     ) -> None:
         self._stage = stage
+        self._every = every
         self._total_steps = total_steps
         self._recent: deque[float] = deque(maxlen=ETA_WINDOW)
         path = folder / METRICS_FILE
@@ -198,6 +203,9 @@ class TrainingLog:
         self._wandb: Any = None
         if wandb_project is not None:
             self._wandb = open_wandb(folder, wandb_project, stage, resumed_at, about or {})
+        self._mlflow: MlflowRun | None = None
+        if mlflow_experiment is not None:
+            self._mlflow = MlflowRun(folder, mlflow_experiment, stage, resumed_at, about or {})
 
     def step(self, record: StepRecord) -> None:
         """Print, store and plot one step; UserError if the disk does not take the whole of its line."""
@@ -214,13 +222,20 @@ class TrainingLog:
         earlier = record.rejected_total - len(record.rejected)
         for count, (identity, reason) in enumerate(record.rejected, start=earlier + 1):
             print(f"{record.stage} skipped sample {identity!r}: {_one_line(reason)} ({count} so far)", flush=True)
-        print(progress_line(record, remaining_seconds(self._recent, record.steps - record.step)), flush=True)
+        if self._is_printed(record):
+            print(progress_line(record, remaining_seconds(self._recent, record.steps - record.step)), flush=True)
         if self._tensorboard is not None:
             for name, value in record.scalars().items():
                 self._tensorboard.add_scalar(name, value, record.step)
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log({"step": record.step, **record.scalars()})
+        if self._mlflow is not None:
+            self._mlflow.log(record.scalars(), record.step)
+
+    def _is_printed(self, record: StepRecord) -> bool:
+        due = record.step % self._every == 0 or record.step == record.steps or bool(record.scores)
+        return due and not is_quiet()
 
     def _append(self, text: str) -> None:
         try:
@@ -235,6 +250,9 @@ class TrainingLog:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        if self._mlflow is not None:
+            self._mlflow.finish()
+            self._mlflow = None
 
     def __enter__(self) -> "TrainingLog":
         return self

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.best import forget_best_after
+from megatron_eagle.checkpoint.best import Best, forget_best_after
 from megatron_eagle.checkpoint.files import Description, find_latest, read_description, require_same_model
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
@@ -308,7 +308,8 @@ class StageRun:
         with self.watch.saving(), self._doing("evaluating"):
             scores = self.evaluation.run(engine)
             if self.evaluation.settings.keep == "best":
-                self.saver.score(self.step, self.evaluation.score_of(scores))
+                by = scores.best_name(self.evaluation.settings.best_by)
+                self.saver.score(Best(self.step, self.evaluation.score_of(scores), by))
         if self._out_of_patience and self.step < self.stage.steps:
             self._say(
                 f"{self.stage.name} ends at step {self.step} of {self.stage.steps}: none of the last "
@@ -388,8 +389,10 @@ class StageRun:
             total_steps=self.stage.steps,
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
+            mlflow_experiment=settings.mlflow_experiment,
             resumed_at=self.step,
             about=self.origin,
+            every=settings.every,
         )
 
     def _say(self, line: str) -> None:

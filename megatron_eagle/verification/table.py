@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.build_context import Kernels
+from megatron_eagle.progress import Progress
 from megatron_eagle.verification.check import TOLERANCES, Result, Verifier
 from megatron_eagle.verification.rows import Row, quick_table, whole_table
 from megatron_eagle.verification.subject import Subject, packs_of_a_step, recipe_rows, recipe_subject
@@ -85,10 +85,10 @@ def _run(rows: Sequence[Row], subject: Subject | None, out: Path | None) -> None
     most = max(row.processes for row in rows)
     print(f"{len(rows)} rows of up to {most} processes against one plain float64 process; distances are relative")
     print(_line("processes", "layout and options", "loss", "gradients", "weights", "seconds", ""))
-    with Verifier(subject) as verifier, tqdm(total=len(rows), unit="row") as bar:
+    with Verifier(subject) as verifier, Progress("rows", total=len(rows), unit="rows") as bar:
 
         def show(result: Result) -> None:
-            bar.write(_row_line(result))
+            bar.say(_row_line(result))
             bar.update()
 
         results = verifier.check_all(rows, show)

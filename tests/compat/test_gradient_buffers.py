@@ -8,6 +8,7 @@ from contracts import contract, megatron_groups, the, without_gpu
 
 from megatron_eagle.compat.gradient_buffers import (
     count_padding_as_content,
+    gather_shares,
     gradient_tensors,
     let_go_of_gradients,
     weight_tensors,
@@ -52,6 +53,20 @@ def test_contract_padding_of_buckets():
         assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) < buffer.numel
         count_padding_as_content(chunk)
         assert buffer.numel_unpadded == sum(b.numel_unpadded for b in buffer.buckets) == buffer.numel
+
+
+@contract(
+    "Megatron's gradient buffers no longer name the processes that share a bucket, or the shares are not equal: "
+    "training/ema.py puts a running mean together from them"
+)
+def test_contract_shares_of_buckets():
+    with megatron_groups():
+        for chunk in (wrapped(distributed=True), wrapped(distributed=False)):
+            (gradients,) = gradient_tensors(chunk)
+            gradients.copy_(torch.arange(len(gradients)))
+            gather_shares(chunk)
+            assert chunk.buffers[0].data_parallel_group.size() == 1
+            assert torch.equal(gradients, torch.arange(len(gradients)).float())
 
 
 @contract(

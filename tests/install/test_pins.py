@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import megatron_eagle
 from megatron_eagle.compat.versions import KNOWN_MEGATRON
 
 OF_THE_GPU = {"nvidia-dali-cuda130", "transformer-engine"}  # the extra "gpu"
-OPTIONAL = {"wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
+OPTIONAL = {"mlflow", "wandb"}  # looked for where a recipe asks for it, see training/dashboards.py
 BESIDE = {"vllm", "lmms-eval"}  # call our plug-ins where both are installed; constraints/vllm.txt, lmms.txt
 # Modules whose first name does not tell the distribution, longest first.
 DISTRIBUTIONS = {
@@ -144,6 +145,17 @@ def test_this_projects_version_and_python_are_said_once_and_the_same() -> None:
     settings = (ROOT / "pyproject.toml").read_text()
     assert 'python_version = "3.11"' in settings and 'target-version = "py311"' in settings
     assert "Python 3.11 to 3.13" in (ROOT / "README.md").read_text()
+
+
+def test_the_kernels_own_distribution_says_what_the_trainer_says() -> None:
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    trainer = setup_arguments()
+    assert kernels["version"] == trainer["version"]
+    assert kernels["requires-python"] == trainer["python_requires"]
+    assert kernels["license"] == trainer["license_expression"]
+    assert {one.partition(">")[0] for one in kernels["dependencies"]} == {"torch", "triton"}
+    assert set(kernels["dependencies"]) <= set(trainer["install_requires"])
+    assert (ROOT / "kernels" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_private_names_are_those_of_the_pinned_versions() -> None:

@@ -17,10 +17,11 @@ TOKENS = 4  # of an answer, as the task says
 @pytest.fixture(scope="session")
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Where lmms-eval runs: its packages, this checkout, and the entry points that an installation would have."""
-    folder = request.config.getoption("--lmms-packages")
+    given = request.config.getoption("--lmms-packages")
+    folder = str(Path(given).absolute()) if given else ""  # lmms-eval runs in another folder
     found = subprocess.run(
         [sys.executable, "-c", "import lmms_eval"],
-        env=os.environ | {"PYTHONPATH": folder or ""},
+        env=os.environ | {"PYTHONPATH": folder},
         capture_output=True,
         check=False,
     )
@@ -31,7 +32,7 @@ def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(metadata)], cwd=ROOT, check=True,
         capture_output=True,
     )  # fmt: skip
-    path = os.pathsep.join([str(metadata), str(ROOT), str(ROOT / "kernels"), folder or ""])
+    path = os.pathsep.join([str(metadata), str(ROOT), str(ROOT / "kernels"), folder])
     return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

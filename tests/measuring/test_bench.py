@@ -6,8 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 
 import pytest
+from browser import assert_fits
 from measured import recipe_of
 
 from megatron_eagle.compat.platform import install
@@ -17,7 +19,17 @@ from megatron_eagle.data.stream.streams import open_stream
 from megatron_eagle.errors import UserError
 from megatron_eagle.measuring.bench import run_bench
 from megatron_eagle.measuring.bench_report import read_measurement, table, write_report
-from megatron_eagle.measuring.calibrate import FITTED, Timed, calibrate, fit, predicted, variants, worst_error
+from megatron_eagle.measuring.calibrate import (
+    BAD_FIT,
+    FITTED,
+    Timed,
+    _explained,
+    calibrate,
+    fit,
+    predicted,
+    variants,
+    worst_error,
+)
 from megatron_eagle.model.cost import Parts
 from megatron_eagle.planning.activations import Activations, PackShape
 from megatron_eagle.planning.hardware import Hardware, hardware_as_yaml, load_hardware
@@ -34,10 +46,10 @@ def report(tmp_path_factory):
     """The command on the tiny recipe at reduced depth, in a process of its own."""
     folder = tmp_path_factory.mktemp("reports")
     command = [sys.executable, "-m", "megatron_eagle", "bench", "examples/tiny/recipe.yaml", "layout={}"]
-    command += ["--stage", "stage1.5", "--layers", "1", "--batch", "2", "--steps", "2", "--gpu", "cpu", "--profile"]
-    done = subprocess.run([*command, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command += ["--stage", "stage1.5", "--layers", "1", "--batch", "2", "--steps", "2", "--profile"]
+    done = subprocess.run([*command, "--runs", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder / "demo" / "bench", done.stdout
 
 
 @pytest.mark.slow
@@ -54,9 +66,19 @@ def test_a_run_leaves_a_report_with_a_picture_and_a_trace(report):
     assert len(measured.seconds) == 2 and measured.reduced == ["1 decoder layers instead of 3"]
     assert sum(measured.phases.values()) == pytest.approx(sum(measured.seconds) / 2)
     assert measured.peak_bytes == pytest.approx(measured.predicted_bytes, rel=0.05)
+    html = page.with_suffix(".html").read_text()
+    assert str(page.with_suffix(".html")) in printed and html.count(">step ") == 2 and ">planned<" in html
+    for part in (*PHASES, "planned with the profile cpu", "MFU of cpu&#39;s peak"):
+        assert part in html
     (trace,) = folder.glob("*-trace.json.gz")
     with gzip.open(trace) as file:
         assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_narrow_window(report, tmp_path):
+    (data,) = report[0].glob("*.json")
+    assert_fits(write_report(read_measurement(data), tmp_path, data).with_suffix(".html"), tmp_path)
 
 
 @pytest.mark.slow
@@ -125,3 +147,6 @@ def test_a_calibrated_profile_can_be_read_back_and_names_its_sources(worlds, tmp
     for name in (*FITTED, "peak_flops", "memory_bytes_per_second", "latency", "inside_bytes_per_second"):
         assert "measured on" in found.sources[name] and getattr(found, name) > 0
     assert "placeholder" in found.sources["checkpoint_bytes_per_second"]
+    assert found.name == f"cpu-{gethostname()}"
+    for off, said in ((BAD_FIT - 0.01, False), (BAD_FIT + 0.01, True)):
+        assert ("A BAD FIT" in _explained(found, 2, {*FITTED}, off).sources["products"]) is said

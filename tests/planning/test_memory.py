@@ -27,7 +27,7 @@ DINOV2 = {**SIGLIP, "kind": "dinov2", "intermediate_size": 256}
 BOTH = {"encoders": [SIGLIP, DINOV2]}
 
 # An encoder that is frozen in part is planned as if all of it trained, so here it is one as a whole.
-FROZEN = {"freeze": ["language.embeddings", "language.layers[:-1]", "vision.siglip"], "neftune_alpha": 5.0}
+FROZEN = {"freeze": ["language.embeddings", "language.layers[:-1]", "vision.siglip"], "neftune_alpha": 5.0, "ema": 0.9}
 
 CASES = {
     1: [

@@ -31,7 +31,7 @@ def test_recipes_for_fine_tuning_have_their_plan_in_the_head_and_on_the_page(mon
     """python benchmarks/plans.py docs/plans.md writes both."""
     monkeypatch.chdir(ROOT)
     plans = list(PLANS["finetune"]())
-    assert len(plans) == 5
+    assert len(plans) == 8
     for file, plan in plans:
         assert f"# Plan: {one_line(plan)}\n" in file.read_text(encoding="utf-8"), file
     assert PLANS["finetune_section"]() in (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.checkpoint.best import note_if_best
+from megatron_eagle.checkpoint.best import Best, note_if_best
 from megatron_eagle.checkpoint.files import DESCRIPTION, Description
 from megatron_eagle.cli import main
 from megatron_eagle.errors import UserError
@@ -101,7 +101,7 @@ def test_one_run_is_not_compared_with_itself(pair: list[Path], names: list[str])
 def test_runs_are_listed_and_only_older_checkpoints_are_cleaned(pair: list[Path], tmp_path: Path, capsys) -> None:
     assert find_runs(tmp_path) == pair
     stage, kept = pair[0] / "checkpoints" / "s1", {"step_00000005", "step_30", "step_40"}
-    note_if_best(make(stage), step=5, score=0.5)
+    note_if_best(make(stage), Best(5, 0.5))
     for step in (10, 20, 30, 40):
         (stage / f"step_{step}").mkdir(parents=True)
         (stage / f"step_{step}" / "weights").write_bytes(b"x" * 1000)

@@ -141,7 +141,8 @@ def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run
         file = write(small_run, tmp_path / "r.yaml", asked | {"best_by": best_by}, stage=stage)
         worlds(1).run(train, file, str(tmp_path / f"{best}"), [0.9, 0.2, 0.1, 0.6, 0.5, 0.5])
         folder = tmp_path / f"{best}" / "small" / "checkpoints" / "second"
-        assert json.loads((folder / "best.json").read_text())["step"] == best
+        noted = json.loads((folder / "best.json").read_text())
+        assert noted["step"] == best and noted["by"] == (best_by or "mean of heldout, exact")
 
 
 def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: Path) -> None:
@@ -271,14 +272,14 @@ def test_no_checkpoint_is_the_best_before_it_is_there(small_run, worlds, tmp_pat
     worlds(1).run(train_watched, file, str(tmp_path), [0.5, 0.9, 0.3], 0, trouble)
     folder = tmp_path / "small" / "checkpoints" / "second"
     assert sorted(path.name for path in folder.glob("step_*")) == [f"step_{step:08d}" for step in left]
-    assert json.loads((folder / "best.json").read_text()) == {"step": 1, "score": 0.5}
+    assert json.loads((folder / "best.json").read_text()) == {"step": 1, "score": 0.5, "by": "heldout"}
 
 
 def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path: Path) -> None:
-    from megatron_eagle.checkpoint.best import forget_best_after, note_if_best, read_best
+    from megatron_eagle.checkpoint.best import Best, forget_best_after, note_if_best, read_best
 
-    note_if_best(tmp_path, 4, 0.5)
-    note_if_best(tmp_path, 5, 0.5)
+    note_if_best(tmp_path, Best(4, 0.5))
+    note_if_best(tmp_path, Best(5, 0.5))
     (tmp_path / "step_00000004").mkdir()
     forget_best_after(tmp_path, 4)
     best = read_best(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import quiet
 from megatron_eagle.training.log import (
     StepRecord,
     TrainingLog,
@@ -244,6 +245,9 @@ def test_missing_dashboards_are_named_and_close_the_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="'eagle'.*pip install wandb"):
         open_log(tmp_path, wandb_project="eagle")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match="'eagle'.*pip install mlflow-skinny"):
+        open_log(tmp_path, mlflow_experiment="eagle")
     with pytest.raises(UserError, match="pip install tensorboard"):
         open_log(tmp_path, tensorboard=True)
 
@@ -274,3 +278,52 @@ def test_wandb_continues_the_same_run_after_a_resume_and_a_new_one_after_a_resta
     assert {options["project"] for options in started} == {"eagle"}
     assert [values["step"] for values in logged] == [1, 2, 3, 1]
     assert logged[1]["loss"] == 2.5
+
+
+def test_fewer_lines_are_printed_and_every_step_is_stored(tmp_path, capsys):
+    with open_log(tmp_path, every=4) as log:
+        for step in range(1, 21):
+            log.step(record(step, scores={"heldout": 0.5} if step == 10 else {}))
+    printed = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [4, 8, 10, 12, 16, 20]
+    assert len(stored_steps(tmp_path)) == 20
+
+
+def test_a_quiet_log_stores_every_step_and_names_what_was_skipped(tmp_path, capsys):
+    with quiet(), open_log(tmp_path) as log:
+        log.step(record(1, rejected=[("a", "broken")], rejected_total=1))
+    assert capsys.readouterr().out == "stage1 skipped sample 'a': broken (1 so far)\n"
+    assert stored_steps(tmp_path) == [("stage1", 1)]
+
+
+def test_mlflow_continues_the_same_run_after_a_resume_and_a_new_one_after_a_restart(tmp_path, monkeypatch):
+    """A stand-in with the calls of MlflowClient that are used (mlflow-skinny 3.17 took the same ones)."""
+    said = []
+
+    class Client:
+        def __getattr__(self, name):
+            return lambda *arguments, **named: said.append((name, *arguments, named))
+
+        def get_experiment_by_name(self, name):
+            return types.SimpleNamespace(experiment_id=f"number of {name}")
+
+        def create_run(self, place, run_name):
+            said.append(("create_run", place, run_name))
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id=f"id{len(said)}"))
+
+    entities = types.SimpleNamespace(Metric=lambda *values: values)
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client, entities=entities))
+    write_steps(tmp_path, range(1, 3), mlflow_experiment="eagle", about={"commit": "abc"})
+    write_steps(tmp_path, range(3, 4), mlflow_experiment="eagle", resumed_at=2)
+    write_steps(tmp_path, range(1, 2), mlflow_experiment="eagle")
+    runs = [entry for entry in said if entry[0] == "create_run"]
+    assert runs == [("create_run", "number of eagle", f"{tmp_path.name}-stage1")] * 2
+    assert ("update_run", "id1", {"status": "RUNNING"}) in said
+    assert ("log_dict", "id1", {"commit": "abc"}, "start-0.json", {}) in said
+    batches = [(entry[1], entry[2]["metrics"][0]) for entry in said if entry[0] == "log_batch"]
+    assert [(identity, name, step) for identity, (name, _, _, step) in batches][:3] == [
+        ("id1", "loss", 1),
+        ("id1", "loss", 2),
+        ("id1", "loss", 3),
+    ]
+    assert batches[3][0] != "id1" and [entry[0] for entry in said].count("set_terminated") == 3

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.data.build.index import check_dataset, write_index
 from megatron_eagle.data.build.shard_writer import (
@@ -43,10 +41,10 @@ from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.data.order.sample_index import open_sample_index
 from megatron_eagle.data.storage.checksums import write_checksums
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 REJECTED_FILE = "rejected.jsonl"
 PLAN_FILE = f"{STATE_FOLDER}/build.json"
-SECONDS_BEFORE_PROGRESS = 3.0
 BLOCKS_AHEAD = 2  # of each worker, read but not yet built
 
 
@@ -208,14 +206,11 @@ def _build_part(
     progress: bool,
 ) -> BuildReport:
     """Builds every block of a part that is not finished yet, and leaves a mark when all are."""
-    bar = tqdm(
+    bar = Progress(
+        f"building from {source.path.name}",
         total=source.size(),
-        desc=f"building from {source.path.name}",
-        unit="B" if source.size() else " samples",
-        unit_scale=True,
-        delay=SECONDS_BEFORE_PROGRESS,
-        mininterval=1.0,
-        disable=not progress,
+        unit="B" if source.size() else "samples",
+        shown=progress,
     )
     reports: list[ShardReport] = []
     resumed = 0

@@ -14,17 +14,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron_eagle.compat.energon import ShardIndex
 from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.data.reports.shard_check import Advance, ShardFate, ShardTask, check_shard
 from megatron_eagle.data.storage.checksums import ShardChecksums, open_checksums
 from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 MOST_LISTED = 100
-SECONDS_BEFORE_PROGRESS = 3.0
 SHARDS_AHEAD = 2  # of each worker
 
 
@@ -65,14 +63,11 @@ def check_damage(folder: Path, *, workers: int = 1, progress: bool = True) -> Da
         ShardTask(folder, name, number, count, checksums.get(name), MOST_LISTED)
         for number, (name, count) in enumerate(counts.items())
     ]
-    bar = tqdm(
+    bar = Progress(
+        f"checking {folder.name}",
         total=sum(task.path.stat().st_size for task in tasks if task.path.exists()),
-        desc=f"checking {folder.name}",
         unit="B",
-        unit_scale=True,
-        delay=SECONDS_BEFORE_PROGRESS,
-        mininterval=1.0,
-        disable=not progress,
+        shown=progress,
     )
     with bar:
         fates = dict(_check_all(tasks, workers, bar.update))

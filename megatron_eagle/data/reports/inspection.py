@@ -3,26 +3,22 @@
 All numbers come from the sample_index, so a large data set is looked at in seconds; only the samples shown are read.
 """
 
-import base64
-import html
-import io
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from megatron_eagle.data.order.plan import Plan
 from megatron_eagle.data.order.sample_index import Ints
+from megatron_eagle.data.reports.shown_sample import ShownSample, show_sample
 from megatron_eagle.data.sample.budget import degrade_report
-from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL, PackedBatch
-from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.stream.pack_reader import PackReader
-
-SHOWN_SIDE = 112  # pixels of a tile on the page
-CONTACT_COLUMNS = 7
+from megatron_eagle.errors import BrokenSample
+from megatron_eagle.pages import render, write
+from megatron_eagle.pages.charts import histogram
 
 
 @dataclass(frozen=True)
@@ -88,93 +84,72 @@ def view_sources(plan: Plan) -> list[SourceView]:
     return views
 
 
-def draw(views: list[SourceView], padding: Ints, path: Path) -> None:
-    """A PNG of histograms: tokens, tiles and frames of a sample, width / height of pictures, padding of packs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 5, figsize=(21, 3.8), layout="constrained")
+def quantities(views: list[SourceView], padding: Ints) -> dict[str, Mapping[str, np.ndarray]]:
+    """What there is to draw: title -> values of each data set; a quantity that none has is left out."""
     names = [Path(view.name).name for view in views]
-    for axis, label, values in (
-        (axes[0], "tokens of a sample", [view.tokens for view in views]),
-        (axes[1], "tiles of a sample", [view.tiles for view in views]),
-        (axes[2], "frames of a sample with videos", [view.frames[view.frames > 0] for view in views]),
-        (axes[3], "width / height of an image or video", [view.aspect_ratios for view in views]),
-        (axes[4], "padding of a pack, tokens", [padding]),
-    ):
-        for name, own in zip(names if len(values) == len(names) else [""], values, strict=False):
-            axis.hist(own, bins=40, histtype="step", label=name)
-        axis.set(xlabel=label, yscale="log")
-    axes[0].legend(fontsize="small")
+    if len(set(names)) < len(names):
+        names = [view.name for view in views]
+    own = {
+        "tokens of a sample": [view.tokens for view in views],
+        "tiles of a sample with pictures": [view.tiles[view.tiles > 0] for view in views],
+        "frames of a sample with videos": [view.frames[view.frames > 0] for view in views],
+        "width / height of an image or video": [view.aspect_ratios for view in views],
+    }
+    found: dict[str, Mapping[str, np.ndarray]] = {
+        title: dict(zip(names, values, strict=True)) for title, values in own.items()
+    }
+    found["padding of a pack, tokens"] = {"all packs": padding}
+    return {title: series for title, series in found.items() if any(len(values) for values in series.values())}
+
+
+def draw(drawn: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+    """A PNG with a panel for each of ``quantities``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(drawn), 3.8), layout="constrained")
+    for axis, (title, series) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for name, values in series.items():
+            if len(values):
+                axis.hist(values, bins=40, histtype="step", label=name)
+        axis.set(xlabel=title, yscale="log")
+        if len(series) > 1:
+            axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def write_page(plan: Plan, folder: Path, shown: int) -> list[SourceView]:
-    """Writes ``lengths.png`` and ``index.html`` to ``folder``; shows the first ``shown`` samples of the plan."""
-    settings, tokenizer = plan.settings, plan.tokenizer
+    """Writes ``lengths.png`` and ``index.html`` to ``folder``; shows the first ``shown`` samples of the first epoch."""
+    settings = plan.settings
     views = view_sources(plan)
-    folder.mkdir(parents=True, exist_ok=True)
     packs = range(plan.first_of_epoch(1))
     useful = np.array([sum(sample.tokens for sample in plan.pack(number).samples) for number in packs])
     padding = settings.pack_length - useful
-    draw(views, padding, folder / "lengths.png")
-    reader, number = PackReader(settings, tokenizer), 0
-    blocks: list[str] = []
-    while len(blocks) < shown:
-        blocks += _samples(reader[plan.pack(number)], tokenizer)
-        number += 1
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in view.row())}</tr>" for view in views)
-    report = degrade_report({view.name: view.outcomes for view in views})
-    degraded = "".join(f"<li>{html.escape(line)}</li>" for line in report)
-    rejected = [reason for view in views for reason in view.rejected]
-    page = f"""<!doctype html><meta charset="utf-8"><title>What the model sees</title>
-<style>
-body {{ font: 15px sans-serif; max-width: 1100px; margin: 2em auto; color: #222 }}
-td, th {{ padding: 2px 12px 2px 0; text-align: left }}
-img {{ max-width: 100% }}
-pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 8px }}
-</style>
-<h1>What the model sees</h1>
-<p>Packs of {settings.pack_length} tokens, {len(packs)} in the first epoch;
-{padding.sum() / (useful + padding).sum():.2%} of their tokens are padding.</p>
-<table><tr>{"".join(f"<th>{head}</th>" for head in HEADS)}</tr>{rows}</table>
-<img src="data:image/png;base64,{base64.b64encode((folder / "lengths.png").read_bytes()).decode()}" alt="histograms">
-<h2>Degraded or dropped</h2><ul>{degraded}</ul>
-<h2>Rejected: {len(rejected)}</h2><ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in rejected[:50])}</ul>
-<h2>Samples</h2>{"".join(blocks[:shown])}
-"""
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    drawn = quantities(views, padding)
+    broken: list[str] = []
+    page = render(
+        "megatron_eagle.data.reports:inspection.html.j2",
+        summary=f"{len(packs):,} packs of {settings.pack_length:,} tokens in the first epoch, "
+        f"{padding.sum() / (useful + padding).sum():.2%} of them padding.",
+        heads=HEADS,
+        views=views,
+        charts=[chart for title, series in drawn.items() if (chart := histogram(title, series))],
+        degraded=degrade_report({view.name: view.outcomes for view in views}),
+        samples=list(islice(_samples(plan, packs, broken), shown)),
+        rejected=[*(reason for view in views for reason in view.rejected), *broken],
+    )
+    write(page, folder / "index.html")
+    draw(drawn, folder / "lengths.png")
     return views
 
 
-def _samples(batch: PackedBatch, tokenizer: Tokenizer) -> list[str]:
-    """One block of the page for each sample of a pack; text is decoded from the very tokens that are trained on."""
-    borders = batch.borders
-    blocks = []
-    for sample_id, start, end in zip(batch.sample_ids, borders, borders[1:], strict=False):
-        own = (batch.tile_slots >= start) & (batch.tile_slots < end)
-        text = html.escape(tokenizer.decode(batch.tokens[start:end].tolist()))
-        labels = batch.labels[start:end]
-        answer = html.escape(tokenizer.decode(labels[labels != IGNORE_LABEL].tolist()))
-        tiles = batch.tiles[own]
-        picture = f'<img src="data:image/png;base64,{_contact_sheet(tiles)}" alt="tiles">' if len(tiles) else ""
-        blocks.append(
-            f"<h3>{html.escape(sample_id)}</h3><p>{end - start} tokens, {len(tiles)} tiles</p>{picture}"
-            f"<pre>{text}</pre><p>Learned:</p><pre>{answer}</pre>"
-        )
-    return blocks
-
-
-def _contact_sheet(tiles: Tensor) -> str:
-    """All tiles of a sample beside one another, as base64 PNG."""
-    rows = -(-len(tiles) // CONTACT_COLUMNS)
-    sheet = Image.new("RGB", (CONTACT_COLUMNS * (SHOWN_SIDE + 4), rows * (SHOWN_SIDE + 4)), "white")
-    for number, tile in enumerate(tiles):
-        small = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((SHOWN_SIDE, SHOWN_SIDE))
-        sheet.paste(small, (number % CONTACT_COLUMNS * (SHOWN_SIDE + 4), number // CONTACT_COLUMNS * (SHOWN_SIDE + 4)))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def _samples(plan: Plan, packs: range, broken: list[str]) -> Iterator[ShownSample]:
+    """Samples in the order of the stream; those that cannot be read go to ``broken``."""
+    reader = PackReader(plan.settings, plan.tokenizer)
+    for number in packs:
+        for sample in plan.pack(number).samples:
+            try:
+                found = reader.read(sample)
+            except BrokenSample as error:
+                broken.append(f"{sample.id}: {error}")
+                continue
+            yield show_sample(str(sample.path), *found, plan.settings, plan.tokenizer)

@@ -15,7 +15,7 @@ from megatron_eagle.data.order.plan import PlannedPack, PlannedSample
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack, padding_pack
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
-from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.sample.visual_plan import VisualPlan, VisualPlanner
 from megatron_eagle.data.storage.location import Location
 from megatron_eagle.data.storage.shards import StoredSample, parse_conversation
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
@@ -39,7 +39,7 @@ class PackReader(Dataset[PackedBatch]):
         rejected = list(pack.rejected)
         for sample in pack.samples:
             try:
-                segments.append(self._segment(sample))
+                segments.append(self.read(sample)[0])
             except BrokenSample as error:
                 rejected.append((sample.id, f"{error}{self._where(sample)}"))
         s = self._settings
@@ -50,7 +50,11 @@ class PackReader(Dataset[PackedBatch]):
         batch.rejected = rejected
         return batch
 
-    def _segment(self, sample: PlannedSample) -> Segment:
+    def read(self, sample: PlannedSample) -> tuple[Segment, VisualPlan, StoredSample]:
+        """One sample of a pack with its tiles, how they were cut, and what lies in the shard.
+
+        Raises BrokenSample if the shard holds something else than was planned, or what cannot be decoded.
+        """
         stored = self._fetch(sample)
         if stored.conversation.id != sample.id:
             raise BrokenSample(f"sample {stored.conversation.id!r} is in its place: the shard was changed")
@@ -60,7 +64,7 @@ class PackReader(Dataset[PackedBatch]):
                 f"has {len(segment.tokens)} tokens and {plan.total_tiles} tiles, the index says {sample.tokens} and "
                 f"{sample.tiles}: the shard was changed"
             )
-        return add_tiles(segment, stored, plan, self._settings, self._dali)
+        return add_tiles(segment, stored, plan, self._settings, self._dali), plan, stored
 
     def _fetch(self, sample: PlannedSample) -> StoredSample:
         conversation = parse_conversation({"json": self._file(sample, "json")})

@@ -90,13 +90,13 @@ def _picture(part: FileSlice) -> Markup:
     return Markup("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode())
 
 
-def write_page(path: Path, sections: Sequence[Section], checkpoint: Path) -> None:
+def write_page(path: Path, sections: Sequence[Section], checkpoint: str) -> None:
     """Writes the page to ``path``."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = resources.files("megatron_eagle.evaluation.benchmarks").joinpath("page.html.j2").read_text("utf-8")
     page = environment.from_string(text).render(
-        sections=sections, models=PUBLISHED, source=PUBLISHED_IN, checkpoint=str(checkpoint)
+        sections=sections, models=PUBLISHED, source=PUBLISHED_IN, checkpoint=checkpoint
     )
     path.write_text(page, encoding="utf-8")

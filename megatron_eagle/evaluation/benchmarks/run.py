@@ -24,7 +24,7 @@ from megatron_eagle.evaluation.benchmarks.page import Section, section_of, write
 from megatron_eagle.evaluation.benchmarks.prepare import Filler, outlines, read_entries
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored, result_of, score
 from megatron_eagle.evaluation.benchmarks.submission import write_submission
-from megatron_eagle.evaluation.loading import evaluation_layout, load_model, model_to_ask
+from megatron_eagle.evaluation.loading import EMA_WORDS, evaluation_layout, load_model, model_to_ask
 from megatron_eagle.evaluation.sampling import GREEDY, Sampling
 from megatron_eagle.parallel.groups import destroy, initialise
 from megatron_eagle.training.run_folder import RunFolder
@@ -63,6 +63,7 @@ def evaluate_benchmarks(
     wishes: Wishes,
     *,
     before: bool = False,
+    ema: bool = False,
 ) -> None:
     """Ask the newest checkpoint of ``stage`` all questions of ``requests``; every process of the run calls this.
 
@@ -70,7 +71,7 @@ def evaluate_benchmarks(
     ``out/scores.json`` and ``out/benchmarks.html``. Answers are on disk as they come: the same command after an
     interruption asks the rest.
 
-    before: ask what the stage starts from instead.
+    before: ask what the stage starts from instead. ema: ask the running mean of its weights.
 
     Raises UserError if a file cannot be read, or an answer leaves no room for a question.
     """
@@ -82,7 +83,7 @@ def evaluate_benchmarks(
     groups = initialise(layout, platform, timeout=timedelta(minutes=recipe.collective_timeout_minutes))
     try:
         tokenizer = recipe_tokenizer(recipe)
-        model = load_model(recipe, checkpoint, layout, platform)
+        model = load_model(recipe, checkpoint, layout, platform, ema=ema)
         for request in requests:
             folder = out / request.benchmark.name
             entries, notes = read_entries(request, folder / PICTURES, wishes.limit)
@@ -91,7 +92,7 @@ def evaluate_benchmarks(
             planner = planner_to_ask(recipe, stage, tokenizer, tokens)
             prompts, entries = outlines(entries, planner)
             run = {
-                "checkpoint": str(checkpoint.resolve()),
+                "checkpoint": str(checkpoint.resolve()) + EMA_WORDS * ema,
                 "questions": hashlib.sha256(repr(entries).encode()).hexdigest(),
                 "answer_tokens": tokens,
                 "pack_length": stage.pack_length,
@@ -121,7 +122,7 @@ def evaluate_benchmarks(
     if done:  # on rank 0; the others do not wait for the judge
         if wishes.judge is not None and any(one.result.undecided for one in done):
             done = _judged(done, wishes.judge, out / JUDGE)
-        _write(done, out, checkpoint, wishes.sampling)
+        _write(done, out, f"{checkpoint}{EMA_WORDS * ema}", wishes.sampling)
 
 
 def _tokens(request: Request, wishes: Wishes) -> int:
@@ -172,12 +173,12 @@ def _judged(done: Sequence[_Done], judge: Endpoint, folder: Path) -> list[_Done]
     return finished
 
 
-def _write(done: Sequence[_Done], out: Path, checkpoint: Path, sampling: Sampling) -> None:
+def _write(done: Sequence[_Done], out: Path, checkpoint: str, sampling: Sampling) -> None:
     """Predictions and submissions of each, the scores and the page of all; what was kept for them goes."""
     results = {one.request.benchmark.name: asdict(replace(one.result, parts=dict(one.result.parts))) for one in done}
     try:
         sections = [_write_one(one) for one in done]
-        scores = {"checkpoint": str(checkpoint), "benchmarks": results, **sampling.record}
+        scores = {"checkpoint": checkpoint, "benchmarks": results, **sampling.record}
         write_atomically(out / SCORES, json.dumps(scores, indent=1) + "\n")
         write_page(out / PAGE, sections, checkpoint)
         for one in done:
