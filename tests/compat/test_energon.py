@@ -1,5 +1,6 @@
 """compat/energon.py."""
 
+import gc
 import inspect
 import io
 import json
@@ -42,6 +43,7 @@ def make_dataset(folder):
             entry = tarfile.TarInfo(f"{key}.txt")
             entry.size = len(key)
             tar.addfile(entry, io.BytesIO(key.encode()))
+    gc.collect()  # Energon forks, and what other contracts left of Gloo's threads must not be taken apart in there
     prepare_index(folder, ["shard_0.tar"])
     kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))

@@ -62,7 +62,9 @@ def test_watching_ends_with_the_chain(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as end:
         main(["status", str(tmp_path), "--watch", "--every", "60"])
     said = capsys.readouterr().out
-    assert end.value.code == 0 and said.startswith("\033[H\033[Jstage  job  state") and said.count("complete") == 1
+    assert end.value.code == 0 and said.startswith("stage  job  state") and said.count("complete") == 1, (
+        "not a terminal"
+    )
 
 
 def test_the_table_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run
 def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: Path) -> None:
     """And continues if it is given more patience; what it waited for outlives a restart."""
     from megatron_eagle.checkpoint.files import find_latest, read_description
-    from megatron_eagle.cluster.events import ended_early
+    from megatron_eagle.cluster.events import is_over
     from megatron_eagle.training.run_folder import RunFolder
 
     asked = {"every": 1, "data": ["unread"], "patience": 2}
@@ -156,9 +156,9 @@ def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: 
     file, runs = write(small_run, tmp_path / "r.yaml", asked, stage=stage), str(tmp_path / "runs")
     folder = RunFolder(tmp_path / "runs" / "small")
 
-    def state() -> tuple[int, float | None, int, bool]:
+    def state(patience: int = 2) -> tuple[int, float | None, int, bool]:
         newest = read_description(find_latest(folder.stage_checkpoints("second")))
-        return newest.step, newest.best_score, newest.waited, ended_early(folder.path, "second")
+        return newest.step, newest.best_score, newest.waited, is_over(folder.path, "second", 9, patience)
 
     with pytest.raises(WorldError, match="StopIteration"):  # dies in its fourth evaluation
         worlds(1).run(train, file, runs, [0.5, 0.7, 0.6])
@@ -175,7 +175,7 @@ def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: 
     with pytest.raises(UserError, match="'second' has reached step 4 of 9; finish it first"):
         folder.weights_before(without, after)
     worlds(1).run(train, file, runs, [0.8, 0.1, 0.1, 0.1], ("stages.second.evaluation.patience=3",))
-    assert state() == (8, 0.8, 3, True)
+    assert state(3) == (8, 0.8, 3, True)
 
 
 def train_watched(
