@@ -89,9 +89,9 @@ def missing(machine: dict[str, str], python: str, leave_out: Iterable[str] = ())
             if name not in pins:
                 sys.exit(f"{one} is needed and constraints/ have no version of {name}")
             found[name] = Wheel(name, pins[name], has)
-        if name in seen:  # what it needs has been asked for
+        if (name, name in found) in seen:  # what it needs has been asked for
             continue
-        seen.add(name)
+        seen.add((name, name in found))
         try:
             needs = [Requirement(line) for line in importlib.metadata.requires(name) or []]
             other = name not in found and has != importlib.metadata.version(name)

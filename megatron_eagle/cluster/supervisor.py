@@ -109,7 +109,7 @@ def end(
     last = attempts(read_events(run_folder), stage)
     offset = last[-1].log_offset if last else 0
     finding = find_cause(code, asked, _tail(log, offset), _stacks(stacks))
-    finding = _against_checkpoints(finding, run_folder, stage)
+    finding = _against_checkpoints(finding, run_folder, stage, job)
     free = shutil.disk_usage(run_folder).free
     if code and free < FULL_DISK_BYTES:  # then srun's messages could not be written to the log, either
         finding = Finding("refused", f"the disk is full: {free / 1e6:.1f} MB free for {run_folder}")
@@ -160,18 +160,20 @@ def _require_newest(start: Start) -> None:
     start.require_newest()
 
 
-def _against_checkpoints(finding: Finding, run_folder: Path, stage: str) -> Finding:
+def _against_checkpoints(finding: Finding, run_folder: Path, stage: str, job: str) -> Finding:
     """Of a stage that trains its last checkpoint says whether it is complete, whatever its processes said.
 
-    A srun that lost a node ends with 0; and a process may be stopped, or hang, after its last step.
+    A srun that lost a node ends with 0; and a process may be stopped, or hang, after its last step. A job that
+    is not the one submitted last, as one by hand, may be given other steps: that it was stopped is then no end.
     """
     submitted = [e for e in read_events(run_folder) if e["event"] == "submitted" and e["stage"] == stage and e["steps"]]
     if not submitted or finding.outcome == "refused":
         return finding
     steps, patience = submitted[-1]["steps"], submitted[-1].get("patience")
     if is_over(run_folder, stage, steps, patience):
-        after = "" if finding.outcome == "complete" else f"; after it {finding.cause}"
-        return Finding("complete", f"reached its end{after}")
+        if finding.outcome == "complete" or submitted[-1]["job"] != job:
+            return finding
+        return Finding("complete", f"reached its end; after it {finding.cause}")
     if finding.outcome == "complete":
         step = newest_step(run_folder, stage)
         return Finding("interrupted", f"ended without an error at step {step} of {steps}, as when a node is lost")

@@ -174,7 +174,7 @@ def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[fl
     most = (0.0, 0.0, 0.0)
     for pp in range(layout.pp):
         _, _, states, _ = persistent(recipe, stage, gpus, ProcessRanks(pp))
-        each = 12 if recipe.precision == "bf16" else 8
+        each = (12 if recipe.precision == "bf16" else 8) + 4 * (stage.ema is not None)
         sums = weights = 0.0
         for elements, ranks, copy in gradient_buffers(recipe, stage, gpus, pp):
             stride = 1 if copy else layout.tp

@@ -276,6 +276,19 @@ def test_a_stage_at_its_last_step_is_complete_however_its_start_ended(tmp_path: 
     assert cause.startswith("reached its end") and ("after it" in cause) == (code != 0)
 
 
+def test_a_job_by_hand_may_have_more_steps_than_were_submitted(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=5)
+    assert run.begin() is None
+    run.checkpoint(7)
+    ends = [
+        end(
+            tmp_path, "s", job=job, code=85, asked=True, log=tmp_path / "log", stacks=tmp_path / "stacks", budget=BUDGET
+        )
+        for job in ("2", "1")
+    ]
+    assert [one.action for one in ends] == ["requeue", "complete"]
+
+
 @pytest.mark.parametrize(("patience", "action"), [(None, "requeue"), (3, "requeue"), (2, "complete")])
 def test_patience_counts_as_it_was_submitted(tmp_path: Path, patience: int | None, action: str) -> None:
     run = Run(tmp_path, patience=patience)
