@@ -51,10 +51,11 @@ ours() {  # whether Slurm still runs this start of the job; a lost node's script
 
 leave() {  # where the job is no longer ours. While it waits again Slurm has to end this script: word that it ended by
     # itself may arrive late, from beside an absent controller, and Slurm 22.05 then takes the job for cancelled. Where a
-    # newer start runs, or nothing will, nobody is waited for. What traps TERM sets `ended`.
+    # newer start runs, or nothing will, nobody is waited for.
     local give_up=$((SECONDS + 300))
+    trap 'ended=1' TERM USR1
     while [ -z "${ended:-}" ] && [ "$SECONDS" -lt "$give_up" ]; do
-        case $(job_is JobState) in PENDING | COMPLETING) sleep 1 ;; *) break ;; esac
+        case $(ASK_SECONDS=$((give_up - SECONDS)) job_is JobState) in PENDING | COMPLETING) sleep 1 ;; *) break ;; esac
     done
     exit 1
 }

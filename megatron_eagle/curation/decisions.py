@@ -59,11 +59,11 @@ def source_decisions(folder: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _append(held: dict[Path, list[str]]) -> None:
     for path, lines in held.items():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     held.clear()
 
 
 def _file(folder: Path, source: str, block: int) -> Path:
-    return folder / source / f"{block:06d}.jsonl"
+    return folder / "blocks" / source / f"{block:06d}.jsonl"  # a source may be called sources.json

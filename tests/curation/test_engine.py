@@ -23,7 +23,7 @@ from planted import write_planted
 from megatron_eagle.cli import main
 from megatron_eagle.curation import decisions, engine, output, processes
 from megatron_eagle.curation.block import READ, Result, Segment, _Work, segments
-from megatron_eagle.curation.decisions import decided_of, decision_folder, write_decisions
+from megatron_eagle.curation.decisions import decided_of, decision_folder, source_decisions, write_decisions
 from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.operator import Resources, Step, Verdict, make_operator
 from megatron_eagle.curation.output import SourceSummary, Summary
@@ -328,6 +328,13 @@ def test_decisions_come_back_by_block_however_many_are_held(tmp_path: Path, monk
     (tmp_path / "e.partial" / "a" / "000000.jsonl").write_text("of a process that was killed\n")
     write_decisions(tmp_path / "e", said[:1], block=2)
     assert decided_of(tmp_path / "e", "a", 0) == {} and not (tmp_path / "e.partial").exists()
+
+
+def test_a_source_may_have_the_name_of_a_file_of_decisions(tmp_path: Path) -> None:
+    said = [Verdict(("sources.json", 0), Finding("noted", "0")), Verdict(("sources.json", None), Finding("noted", "all"))]
+    write_decisions(tmp_path / "d", said, block=2)
+    assert decided_of(tmp_path / "d", "sources.json", 0)[0] == [Finding("noted", "0")]
+    assert [name for name, _ in source_decisions(tmp_path / "d")] == ["sources.json"]
 
 
 def test_the_report_shows_pictures_and_reasons(whole: Path) -> None:

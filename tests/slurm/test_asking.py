@@ -1,9 +1,11 @@
 """Questions to a Slurm whose controller is away, with a stand-in for its commands."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.events import append_event
@@ -85,3 +87,16 @@ def test_status_says_what_the_files_say(away: Path, tmp_path: Path) -> None:
         ("unknown", "Slurm cannot be asked"),
     ]
     assert "unknown" not in OVER, "watching goes on"
+
+
+def test_a_script_whose_job_is_lost_asks_an_absent_controller_no_longer_than_it_waits(tmp_path: Path) -> None:
+    """leave gives up after 300 s; ASK_SECONDS, an hour, is for questions that the run hangs on."""
+    words = f"""
+        SLURM_JOB_ID=7 RUN_FOLDER=. STAGE=a LOG_PREFIX=a
+        source {ROOT}/slurm/common.bash
+        scontrol() {{ echo asked >> {tmp_path}/asked; echo "{REFUSED}"; return 1; }}
+        sleep() {{ SECONDS=$((SECONDS + 100)); }}
+        leave
+    """
+    done = subprocess.run(["bash", "-c", words], timeout=60)
+    assert done.returncode == 1 and len((tmp_path / "asked").read_text().splitlines()) <= 4

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _open_tar(path: Path) -> Iterator[tuple[SummedWriter, tarfile.TarFile]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # several machines may write it
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
