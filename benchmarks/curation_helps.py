@@ -15,6 +15,7 @@ It is the demo's model and main stage made as small as it still learns, for core
 import argparse
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,7 @@ def main(say: Callable[[str], None] = print) -> None:
     for seed in options.seeds:
         folder = options.folder.absolute() / str(seed)
         if not (folder / "prepared.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended within it
             prepare(folder, seed)
         counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         for name, accuracies in found.items():
