@@ -8,10 +8,8 @@ all-reduce is timed.
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform as host
 import shutil
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.training.watchdog import node_name
 
 PACKAGES = (
     "megatron-eagle",
@@ -167,7 +166,7 @@ def _own_facts(platform: Platform, wants: Wants, rank: int) -> Facts:
     cuda = platform.device.type == "cuda"
     facts = Facts(
         rank=rank,
-        node=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        node=node_name(),
         versions={"python": host.python_version()}
         | {name: _version(name) for name in PACKAGES + (GPU_PACKAGES if cuda else ())}
         | ({"NCCL": str(torch.cuda.nccl.version()), "driver": _driver()} if cuda else {}),

@@ -1,19 +1,19 @@
 """What happened to a run on the cluster: ``events.jsonl`` in its folder, one line an event, only ever appended to.
 
-Jobs of the chain write it (submitted, started, ended), and everything else is worked out from it: how often a stage was
-started, whether it came forward, what ``status`` shows. Nothing heavy is imported, because it runs beside every start.
+Jobs of the chain write it (submitted, started, ended), the trainer too (straggler), and everything else is worked out
+from it: how often a stage was started, whether it came forward, what ``status`` shows. Nothing heavy is imported,
+because it runs beside every start.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_eagle.training.json_lines import append_text, read_lines, warn
+from megatron_eagle.training.json_lines import read_lines, warn
+from megatron_eagle.training.run_events import EVENTS_FILE
 
-EVENTS_FILE = "events.jsonl"
 FULL_DISK_BYTES = 1 << 20  # with less than that free, whatever goes wrong goes wrong for that reason
 Outcome = Literal["complete", "stopped", "failed", "refused", "interrupted"]
 
@@ -40,19 +40,6 @@ class Attempt:
     @property
     def progressed(self) -> bool:
         return self.step_after > self.step_before
-
-
-def append_event(run_folder: Path, event: str, **values: Any) -> None:
-    """Add one line; OSError (ENOSPC, EDQUOT, ...) unless the disk has the whole of it."""
-    append_events(run_folder, event, [values])
-
-
-def append_events(run_folder: Path, event: str, many: Sequence[dict[str, Any]]) -> None:
-    """Add several lines of one kind in a single write."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    begun = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
-    text = "".join(json.dumps({**begun, **values}) + "\n" for values in many)
-    append_text(run_folder / EVENTS_FILE, text, durable=True)
 
 
 def read_events(run_folder: Path, say: Callable[[str], None] = warn) -> list[dict[str, Any]]:
@@ -90,6 +77,22 @@ def attempts(events: Sequence[dict[str, Any]], stage: str) -> list[Attempt]:
                 )
             )
     return made
+
+
+def stragglers(events: Sequence[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """The newest word on each process of the stage's last start that is slow now, in the order of ranks."""
+    last: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event.get("stage") == stage and event["event"] == "started":
+            last = {}
+        elif event.get("stage") == stage and event["event"] == "straggler":
+            last[event["rank"]] = event
+    return [last[rank] for rank in sorted(last) if last[rank]["slow"]]
+
+
+def slow_nodes(events: Sequence[dict[str, Any]], stage: str) -> list[str]:
+    """Nodes of the stage's last start that are slow by themselves, whatever the run does: device or host."""
+    return list(dict.fromkeys(event["node"] for event in stragglers(events, stage) if event["alone"]))
 
 
 def newest_step(run_folder: Path, stage: str) -> int:

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import append_event, append_events
 from megatron_eagle.cluster.script import JOBS
 from megatron_eagle.cluster.submit import Chain
 from megatron_eagle.config.recipe import recipe_as_yaml
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.json_lines import warn
+from megatron_eagle.training.run_events import append_event, append_events
 
 LOCK = "submit.lock"  # in the folder of the scripts; empty
 

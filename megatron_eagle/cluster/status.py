@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.accounting import Usage, usage
-from megatron_eagle.cluster.events import FULL_DISK_BYTES, Attempt, attempts, newest_step, read_events
+from megatron_eagle.cluster.events import FULL_DISK_BYTES, Attempt, attempts, newest_step, read_events, stragglers
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.json_lines import warn
 from megatron_eagle.training.log import (
@@ -106,6 +106,7 @@ def _row(
     state = _state(queued, made, gave_up="gave_up" in causes, cancelled=cancelled, asked=queue is not None)
     last = records[-1] if records else None
     left = steps - last.step if last else 0
+    slow = _slow(events, stage) if queued and queued[0] == "RUNNING" else ""
     recent = [record.seconds for record in records[-ETA_WINDOW:]]
     return StageStatus(
         stage=stage,
@@ -119,7 +120,7 @@ def _row(
         seconds_left=remaining_seconds(recent, left) if queued and left > 0 else None,
         restarts=max(0, len(made) - 1),
         gpu_hours=usage(events, stage, datetime.now(UTC) if queued and queued[0] == "RUNNING" else None),
-        why=_why(run_folder, state, queued, made, causes),
+        why="; ".join(filter(None, (_why(run_folder, state, queued, made, causes), slow))),
     )
 
 
@@ -158,6 +159,13 @@ def _why(
     if known or state == UNKNOWN:
         return known or "Slurm cannot be asked"
     return queued[1] if queued and queued[0] == "PENDING" and not ended else ""
+
+
+def _slow(events: Sequence[dict[str, Any]], stage: str) -> str:
+    """The processes that the others wait for, as the trainer named them; the first three by name."""
+    found = stragglers(events, stage)
+    said = [f"rank {one['rank']} on {one['node']} ({one['kind']} {one['ratio']} times the median)" for one in found[:3]]
+    return f"slow: {', '.join(said)}" + f" and {len(found) - 3} more" * (len(found) > 3) if found else ""
 
 
 def _without_a_word(run_folder: Path) -> str:

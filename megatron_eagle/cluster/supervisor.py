@@ -20,14 +20,15 @@ from megatron_eagle.cluster.causes import Finding, find_cause
 from megatron_eagle.cluster.events import (
     FULL_DISK_BYTES,
     Attempt,
-    append_event,
     attempts,
     is_over,
     newest_step,
     read_events,
+    slow_nodes,
 )
 from megatron_eagle.errors import Superseded
 from megatron_eagle.training.fencing import Start, claim
+from megatron_eagle.training.run_events import append_event
 
 _LOOK_AGAIN = (2.0, 5.0, 10.0, 20.0, 20.0)  # seconds before each further look for a newer start
 
@@ -124,7 +125,8 @@ def end(
     if reason is not None:
         append_event(run_folder, "gave_up", stage=stage, job=job, cause=reason)
         return Verdict("stop", reason)
-    return Verdict("requeue", finding.cause, finding.bad_nodes)
+    slow = slow_nodes(read_events(run_folder), stage)
+    return Verdict("requeue", finding.cause, tuple(dict.fromkeys((*finding.bad_nodes, *slow))))
 
 
 def why_not_again(made: Sequence[Attempt], budget: Budget) -> str | None:

@@ -7,10 +7,11 @@ the stage is complete does nothing.
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.opening import newest, open_stage, opening_line
 from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
+from megatron_eagle.training.run_events import append_event
 from megatron_eagle.training.run_folder import RunFolder, ended_early
-from megatron_eagle.training.step import Step, StepResult, packs_per_replica
+from megatron_eagle.training.step import COMPUTING, Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected, peak_rss_bytes
+from megatron_eagle.training.stragglers import StragglerWatch
 from megatron_eagle.training.throughput import utilisation
 from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
 
@@ -234,6 +237,7 @@ class StageRun:
             start=self.number,
             may_publish=self._require_newest,
         )
+        self.stragglers = StragglerWatch(self.groups, self.platform.device)
         self.watch.training_begins()
         try:
             while self.step < self.stage.steps and not self._out_of_patience:
@@ -275,7 +279,7 @@ class StageRun:
         run that dies meanwhile evaluates it again; if the run was asked to stop, there is no time for that.
         """
         started = time.perf_counter()
-        result = step.run(read, phase=self._doing)
+        result = step.run(partial(self.stragglers.reading, read), phase=self._phase)
         with self._doing("collecting the step's numbers"):
             stats = step.collect(result, stop=self.watch.asked, superseded=bool(self.superseded_by))
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
@@ -287,6 +291,7 @@ class StageRun:
             raise NonFinite(self._explain_non_finite(step, result, stats.loss))
         seconds = time.perf_counter() - started
         self.watch.step_done()
+        self._name_stragglers(seconds)
         last = self.step == self.stage.steps
         saved_first = last and self.evaluation is not None
         if saved_first:
@@ -329,6 +334,25 @@ class StageRun:
     def _doing(self, operation: str) -> AbstractContextManager[None]:
         """Say what was being done if another process is lost in the middle of it."""
         return naming_a_loss(f"in {self.stage.name}, step {self.step + 1}, {operation}")
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        timed = self.stragglers.timing(name) if name == COMPUTING else nullcontext()
+        with self._doing(name), timed:
+            yield
+
+    def _name_stragglers(self, seconds: float) -> None:
+        """In the log and in the run's events, which ``status`` and the next start read."""
+        with self._doing("comparing the processes' speeds"):
+            found = self.stragglers.after_step(self.step, seconds)
+        for change in found:
+            self._say(f"{self.stage.name} step {self.step}: {change}")
+            try:
+                append_event(
+                    self.run_folder.path, "straggler", stage=self.stage.name, step=self.step, **change.values()
+                )
+            except OSError as error:  # no reason to end a run
+                self._say(f"{self.stage.name}: cannot note it: {error}")
 
     def _record(
         self,

@@ -209,6 +209,11 @@ class Watchdog:
         self._file.flush()
 
 
+def node_name() -> str:
+    """What Slurm calls this machine, or what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
 def _write(line: str) -> None:
     """From a signal's handler."""
     os.write(2, f"megatron-eagle: {line}\n".encode())
@@ -217,7 +222,6 @@ def _write(line: str) -> None:
 def _open_stacks(folder: Path, rank: int) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / f"rank_{rank:05d}.txt").open("w", encoding="utf-8")
-    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    file.write(f"rank {rank} on {node}, process {os.getpid()}\n")
+    file.write(f"rank {rank} on {node_name()}, process {os.getpid()}\n")
     file.flush()
     return file

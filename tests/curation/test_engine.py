@@ -331,7 +331,10 @@ def test_decisions_come_back_by_block_however_many_are_held(tmp_path: Path, monk
 
 
 def test_a_source_may_have_the_name_of_a_file_of_decisions(tmp_path: Path) -> None:
-    said = [Verdict(("sources.json", 0), Finding("noted", "0")), Verdict(("sources.json", None), Finding("noted", "all"))]
+    said = [
+        Verdict(("sources.json", 0), Finding("noted", "0")),
+        Verdict(("sources.json", None), Finding("noted", "all")),
+    ]
     write_decisions(tmp_path / "d", said, block=2)
     assert decided_of(tmp_path / "d", "sources.json", 0)[0] == [Finding("noted", "0")]
     assert [name for name, _ in source_decisions(tmp_path / "d")] == ["sources.json"]

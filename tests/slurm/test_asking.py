@@ -8,8 +8,8 @@ import pytest
 from project import ROOT
 
 from megatron_eagle.cluster import slurm
-from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import OVER, read_status
+from megatron_eagle.training.run_events import append_event
 
 REFUSED = "squeue: error: Unable to contact slurm controller (connect failure)"
 LOST = "sbatch: error: Socket timed out on send/recv operation"

@@ -9,9 +9,9 @@ import pytest
 from megatron_eagle.cli import main
 from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.accounting import Usage, usage
-from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import read_status, table
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.run_events import append_event
 
 
 def step(stage: str, number: int) -> str:
@@ -120,6 +120,13 @@ def test_an_end_without_a_word_is_said(tmp_path: Path) -> None:
         ({"7": ("PENDING", "BeginTime")}, ["started", "failed"], "pending", "rank 3: Killed"),
         ({"7": ("RUNNING", "None")}, ["started"], "running", ""),
         ({"7": ("RUNNING", "None")}, ["started", "failed", "gave_up"], "running", "3 starts"),
+        (
+            {"7": ("RUNNING", "None")},
+            ["started", "straggler"],
+            "running",
+            "slow: rank 3 on n2 (host 1.4 times the median)",
+        ),
+        ({"7": ("PENDING", "BeginTime")}, ["started", "straggler", "failed"], "pending", "rank 3: Killed"),
         ({}, ["started", "failed", "started", "superseded"], "not in the queue", "by start 2"),
         ({}, ["started", "failed", "cancelled"], "cancelled", "rank 3: Killed"),
         ({}, ["started", "complete", "cancelled"], "complete", ""),
@@ -143,6 +150,7 @@ def test_state_and_reason(monkeypatch, tmp_path: Path, queue, happened: list[str
         "complete": {**ended, "outcome": "complete", "cause": "last step reached"},
         "gave_up": {"stage": "a", "job": "7", "cause": "3 starts"},
         "superseded": {"stage": "a", "job": "7", "cause": "by start 2"},
+        "straggler": {"stage": "a", "rank": 3, "node": "n2", "slow": True, "kind": "host", "ratio": 1.4, "alone": True},
         "cancelled": {"jobs": ["7"]},
     }
     append_event(tmp_path, "submitted", stage="a", job="7", steps=10, processes=4)

@@ -8,9 +8,10 @@ import pytest
 
 from megatron_eagle.cluster import supervisor
 from megatron_eagle.cluster.causes import find_cause
-from megatron_eagle.cluster.events import append_event, attempts, read_events
+from megatron_eagle.cluster.events import attempts, read_events
 from megatron_eagle.cluster.supervisor import Budget, begin, end
 from megatron_eagle.training.fencing import STARTS, claim
+from megatron_eagle.training.run_events import append_event
 from megatron_eagle.training.watchdog import ASKED, SUSPENDED
 
 BUDGET = Budget(failures=2, without_progress=3)
@@ -176,6 +177,19 @@ def test_stops_with_progress_go_on_for_ever(tmp_path: Path) -> None:
         run.checkpoint(step)
         assert run.end(85) == "requeue"
     assert [attempt.step_before for attempt in attempts(read_events(tmp_path), "s")] == list(range(9))
+
+
+def test_a_slow_node_is_left_out_of_the_next_start_and_one_that_reads_slowly_is_not(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=10)
+    said = {"stage": "s", "slow": True, "ratio": 1.5}
+    for step, excluded in ((1, ("n2",)), (2, ())):
+        run.begin()
+        if excluded:  # and what was said of an earlier start is no longer asked
+            append_event(tmp_path, "straggler", **said, rank=3, node="n2", kind="device", alone=True)
+            append_event(tmp_path, "straggler", **said, rank=9, node="n5", kind="reading", alone=False)
+        run.checkpoint(step)
+        files = {"log": tmp_path / "log", "stacks": tmp_path / "stacks"}
+        assert end(tmp_path, "s", job="1", code=85, asked=False, budget=BUDGET, **files).exclude == excluded
 
 
 def test_stops_without_progress_end(tmp_path: Path) -> None:

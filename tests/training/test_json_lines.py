@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from small_disk import small_disk, small_quota
 
-from megatron_eagle.cluster.events import append_event, read_events
+from megatron_eagle.cluster.events import read_events
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.json_lines import append_text, read_lines
 from megatron_eagle.training.log import StepRecord, TrainingLog, read_metrics
+from megatron_eagle.training.run_events import append_event
 
 LINE = json.dumps({"event": "e", "padding": "x" * 9000}) + "\n"
 
