@@ -148,7 +148,7 @@ class WandbRun:
         )
         identity_file.write_text(self._run.id + "\n")
         self._run.config.update(dict(about), allow_val_change=True)  # a start that goes on may say otherwise
-        # A resumed run logs steps again; with a step axis of our own W&B takes them and does not refuse to go backwards.
+        # A resumed run logs steps again; with a step axis of our own W&B takes them instead of refusing.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
