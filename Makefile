@@ -8,6 +8,7 @@
 # make test-wheels  build both wheels, install them with all they need into an empty environment, use them there; ten minutes
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
+# make docs   the documentation as a site in build/site, every link and anchor checked; opens without a server or a network
 # make test-lmms  lmms-eval runs a task on a checkpoint through the plug-in
 # make test-ray   a curation on a Ray cluster of two nodes, one of which is killed, with Ray in a folder of its own
 # make test-text-model  curation with the real all-MiniLM-L6-v2, which a package of 90 MB carries
@@ -50,7 +51,7 @@ VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VL
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
 .PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-long support gpu lint \
-    format clean test-bare test-text-model test-wheels
+    format clean test-bare test-text-model test-wheels docs
 
 setup: $(READY)
 
@@ -100,6 +101,14 @@ test-page: setup
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .page \
 	    --requirement constraints/serve.txt && touch .page/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/page --page-packages .page
+
+docs: setup
+	@[ -f .docs/ready ] || { echo "docs: MkDocs into .docs, 118 MB" && rm -rf .docs && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .docs \
+	    --requirement constraints/docs.txt && touch .docs/ready; }
+	@PYTHONPATH=.docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@$(BIN)/python -m pytest -q tests/docs/test_site.py --docs-packages .docs
+	@echo "docs: open build/site/index.html"
 
 test-lmms: setup
 	@[ -f .lmms/ready ] || { echo "test-lmms: lmms-eval into .lmms, 230 MB" && rm -rf .lmms && \
@@ -170,4 +179,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(WHEELS_VENV) $(VLLM_VENV) .vllm .te .page .lmms .ray .text-model runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(WHEELS_VENV) $(VLLM_VENV) .vllm .te .page .docs .lmms .ray .text-model runs build *.egg-info

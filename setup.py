@@ -66,6 +66,8 @@ TESTS = [
 # The endpoint's; with the page's, whose Gradio takes no Pillow of 13 (docs/install.md), the extra "serve".
 ENDPOINT = ["python-multipart>=0.0.34", "starlette>=1.10", "uvicorn>=0.54"]
 PAGE = ["fastapi>=0.165", "gradio>=6.31,<7"]
+# The documentation as a site: make docs has it in a folder of its own.
+DOCS = ["mkdocs-material>=9.8,<10"]
 DEV = [*TESTS, "mypy", "ruff", "types-pyyaml", "types-tqdm"]
 
 
@@ -117,6 +119,7 @@ setup(
         "endpoint": ASKING,
         "lora": LORA,
         "serve": [*ENDPOINT, *PAGE],
+        "docs": DOCS,
         "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *LORA, *ENDPOINT],
     },
     entry_points={

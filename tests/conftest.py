@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--other-python", help="Python of an environment with the other stack (tests/stacks)")
     parser.addoption("--lmms-packages", help="folder with lmms-eval (tests/lmms)")
     parser.addoption("--page-packages", help="folder with Gradio and Selenium (tests/page)")
+    parser.addoption("--docs-packages", help="folder with MkDocs (tests/docs/test_site.py)")
     parser.addoption("--ray-packages", help="folder with Ray (tests/curation/test_two_nodes.py)")
     parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
     parser.addoption("--demo-run", help="folder of a whole demo (tests/te)")

@@ -99,14 +99,20 @@ def _plan(options: argparse.Namespace) -> None:
     for stage in stages:
         print(f"{stage.name}: {samples[stage.name].describe()}")
     if options.search:
-        layouts = []
+        layouts, without = [], []
         for stage in stages:
             gpus = options.gpus or stage.gpus or 0
             layouts.append(search(recipe, stage, gpus, hardware, samples[stage.name]))
-            print(f"\n{stage.name} on {gpus} {hardware.name}\n\n{search_table(layouts[-1])}")
+            where = f"{stage.name} on {gpus} {hardware.name}"
+            print(f"\n{where}\n\n{search_table(layouts[-1])}")
+            if not layouts[-1]:
+                without.append(f"{where}: no layout fits")
         if options.html:
-            write_page(recipe.name, hardware, [(found[0], found) for found in layouts if found], options.html)
+            shown = [(found[0], found) for found in layouts if found]
+            write_page(recipe.name, hardware, shown, options.html, without=without)
             print(f"\n{options.html}")
+        if without:
+            raise UserError("; ".join(without))
         return
     plans = [
         plan_stage(recipe, stage, options.gpus or stage.gpus or 0, hardware, samples[stage.name]) for stage in stages

@@ -245,8 +245,8 @@ class LogSettings:
     """Where the numbers of each step go beside metrics.jsonl.
 
     tensorboard: write event files.
-    wandb_project: also send them to this project of Weights & Biases.
-    mlflow_experiment: also send them to this experiment of MLflow, kept where MLFLOW_TRACKING_URI says.
+    wandb_project: also send them to this project of Weights & Biases; a server that fails or hangs ends no run.
+    mlflow_experiment: also send them to this experiment of MLflow, kept where MLFLOW_TRACKING_URI says; as with W&B.
     every: steps between two printed lines; the last step and those with a score are always printed, and metrics.jsonl
         has every step.
     """

@@ -3,21 +3,19 @@
 The page holds its pictures itself and links to nothing. It is laid out by ``report.html.j2``.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from megatron_eagle.curation.plan import Plan
 from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.errors import BrokenSample
+from megatron_eagle.pages import data_uri, render, write
 
 if TYPE_CHECKING:
     from megatron_eagle.curation.output import Summary
@@ -63,17 +61,17 @@ class Shown:
 
 def write_report(folder: Path, plan: Plan, summary: "Summary", examples: Sequence[Example]) -> None:
     """Writes ``folder/report.html``."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals |= {"picture": _picture}
-    text = resources.files("megatron_eagle.curation").joinpath("report.html.j2").read_text("utf-8")
     steps = ["read", *(step.operator.name for step in plan.steps)]
-    page = environment.from_string(text).render(
-        plan=plan, summary=summary, steps=steps, funnels=[_funnel(steps, source) for source in summary.sources],
+    page = render(
+        "megatron_eagle.curation:report.html.j2",
+        plan=plan,
+        summary=summary,
+        steps=steps,
+        funnels=[_funnel(steps, source) for source in summary.sources],
         shown=_chosen(steps, summary, examples),
-    )  # fmt: skip
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+        picture=_picture,
+    )
+    write(page, folder / REPORT_FILE)
 
 
 def _funnel(steps: Sequence[str], source: Any) -> list[int]:
@@ -114,4 +112,4 @@ def _picture(place: tuple[str, int, int]) -> Markup:
     image.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)
-    return Markup(f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}")
+    return data_uri("image/jpeg", data.getvalue())

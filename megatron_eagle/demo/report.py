@@ -4,19 +4,15 @@ The page holds its pictures itself and links to nothing, so it can be mailed or 
 ``report.html.j2``; the charts come from ``charts.py``; this module chooses what is shown and in what words.
 """
 
-import base64
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
-
-import jinja2
-from markupsafe import Markup
 
 from megatron_eagle.demo import charts
 from megatron_eagle.demo.summary import LOSS_WINDOW, Accuracy, Example, Summary, task_scores
-from megatron_eagle.errors import UserError
+from megatron_eagle.pages import data_uri, render, write
 from megatron_eagle.training.log import StepRecord, format_duration
 
 REPORT_FILE = "report.html"
@@ -49,15 +45,9 @@ def write_report(
             f"summary has stages {[stage.name for stage in summary.stages]}, "
             f"the metrics {[(stage, len(records)) for stage, records in metrics.items()]} (stage, steps)"
         )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
-    )
-    environment.filters |= {"percent": _percent, "duration": format_duration, "svg": _svg_uri, "png": _png_uri}
-    template = environment.from_string(
-        resources.files("megatron_eagle.demo").joinpath("report.html.j2").read_text("utf-8")
-    )
     scores = task_scores(examples)
-    page = template.render(
+    page = render(
+        "megatron_eagle.demo:report.html.j2",
         name=folder.resolve().name,
         summary=summary,
         scores=scores,
@@ -72,12 +62,13 @@ def write_report(
         fill_chart=charts.fill_chart(metrics),
         accuracy_chart=charts.accuracy_chart(scores),
         versions=installed_versions(),
+        percent=_percent,
+        duration=format_duration,
+        svg=lambda text: data_uri("image/svg+xml", text.encode()),
+        png=lambda content: data_uri("image/png", content),
     )
     path = folder / REPORT_FILE
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write(page, path)
     return path
 
 
@@ -112,15 +103,3 @@ def installed_versions() -> dict[str, str]:
 
 def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
-
-
-def _svg_uri(text: str) -> Markup:
-    return _data_uri("image/svg+xml", text.encode())
-
-
-def _png_uri(content: bytes) -> Markup:
-    return _data_uri("image/png", content)
-
-
-def _data_uri(kind: str, content: bytes) -> Markup:
-    return Markup(f"data:{kind};base64,{base64.b64encode(content).decode()}")

@@ -4,11 +4,13 @@ A page is one file that links to nothing. Its template lies in the package that 
 ``{% extends "megatron_eagle.pages:base.html.j2" %}``; ``charts.html.j2`` has the macros of ``charts.py``.
 """
 
+import base64
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from megatron_eagle.errors import UserError
 
@@ -33,6 +35,11 @@ def write(page: str, out: Path) -> None:
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
+
+
+def data_uri(kind: str, content: bytes) -> Markup:
+    """``content`` of a media type as an address that holds it, so that a page is one file."""
+    return Markup(f"data:{kind};base64,{base64.b64encode(content).decode()}")
 
 
 def _source(template: str) -> str:

@@ -59,12 +59,21 @@ class StageView:
 
 
 def write_page(
-    name: str, hardware: Hardware, found: Sequence[tuple[StagePlan, Sequence[StagePlan]]], out: Path
+    name: str,
+    hardware: Hardware,
+    found: Sequence[tuple[StagePlan, Sequence[StagePlan]]],
+    out: Path,
+    *,
+    without: Sequence[str] = (),
 ) -> None:
-    """``out`` with each stage's plan and, of a search, its layouts, best first; UserError if the disk refuses it."""
+    """``out`` with each stage's plan and, of a search, its layouts, best first; UserError if the disk refuses it.
+
+    without: a line for each stage that a search found no layout for.
+    """
     page = render(
         "megatron_eagle.planning:plan.html.j2",
         name=name,
+        without=without,
         hardware=hardware,
         assumptions=assumptions(hardware),
         header=STAGE_HEADER,

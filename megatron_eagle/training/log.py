@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.progress import is_quiet
-from megatron_eagle.training.dashboards import MlflowRun, open_tensorboard, open_wandb
+from megatron_eagle.training.dashboards import Sender, open_tensorboard, send_to_mlflow, send_to_wandb
 from megatron_eagle.training.json_lines import append_text, read_lines, warn
 
 METRICS_FILE = "metrics.jsonl"
@@ -200,12 +200,11 @@ class TrainingLog:
         self._tensorboard = open_tensorboard(folder / "tensorboard" / stage, resumed_at) if tensorboard else None
         if self._tensorboard is not None and about:
             self._tensorboard.add_text("start", f"```\n{json.dumps(about, indent=1)}\n```", resumed_at)
-        self._wandb: Any = None
+        self._senders: list[Sender] = []
         if wandb_project is not None:
-            self._wandb = open_wandb(folder, wandb_project, stage, resumed_at, about or {})
-        self._mlflow: MlflowRun | None = None
+            self._senders.append(send_to_wandb(folder, wandb_project, stage, resumed_at, about or {}))
         if mlflow_experiment is not None:
-            self._mlflow = MlflowRun(folder, mlflow_experiment, stage, resumed_at, about or {})
+            self._senders.append(send_to_mlflow(folder, mlflow_experiment, stage, resumed_at, about or {}))
 
     def step(self, record: StepRecord) -> None:
         """Print, store and plot one step; UserError if the disk does not take the whole of its line."""
@@ -228,10 +227,8 @@ class TrainingLog:
             for name, value in record.scalars().items():
                 self._tensorboard.add_scalar(name, value, record.step)
             self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": record.step, **record.scalars()})
-        if self._mlflow is not None:
-            self._mlflow.log(record.scalars(), record.step)
+        for sender in self._senders:
+            sender.log(record.scalars(), record.step)
 
     def _is_printed(self, record: StepRecord) -> bool:
         due = record.step % self._every == 0 or record.step == record.steps or bool(record.scores)
@@ -247,12 +244,8 @@ class TrainingLog:
         """Close the dashboards; safe to call twice."""
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        if self._mlflow is not None:
-            self._mlflow.finish()
-            self._mlflow = None
+        while self._senders:
+            self._senders.pop().finish()
 
     def __enter__(self) -> "TrainingLog":
         return self

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browser import assert_fits
 from PIL import Image
 
 from megatron_eagle.demo import charts
@@ -225,13 +226,20 @@ def test_what_the_model_says_cannot_break_the_page(tmp_path):
     assert page.tags["span.empty"] == 1  # the blank answer is said to be nothing
 
 
+@pytest.mark.slow
+def test_the_page_fits_a_narrow_window(tmp_path):
+    long = example("count", correct=False, question="How many " + "dots" * 80 + "?", prediction="x" * 300)
+    assert_fits(write_report(tmp_path, summary([*EXAMPLES, long]), METRICS, [*EXAMPLES, long]), tmp_path)
+
+
 def test_a_summary_of_other_answers_or_stages_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the 6 examples give"):
         write_report(tmp_path, summary(), METRICS, EXAMPLES[:-1])
     with pytest.raises(ValueError, match="stage1"):
         write_report(tmp_path, summary(), {"stage1": METRICS["stage1"]}, EXAMPLES)
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*report\.html"):
-        write_report(tmp_path / "missing", summary(), METRICS, EXAMPLES)
+        write_report(tmp_path / "file", summary(), METRICS, EXAMPLES)
 
 
 def test_running_mean_is_the_mean_of_the_neighbours_that_exist():

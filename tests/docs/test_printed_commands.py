@@ -20,7 +20,8 @@ from megatron_eagle.config.shipped import shipped_recipes
 from megatron_eagle.curation.plan import load_plan
 
 pytestmark = pytest.mark.unit
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".md", ".yaml"))
 PAGES += sorted((ROOT / "slurm").rglob("*.yaml"))
 # A word in capitals stands for what the reader has; only a line without one can be read as it stands.

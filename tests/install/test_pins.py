@@ -101,7 +101,7 @@ def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     arguments = setup_arguments()
     asked = required([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])], stack)
     pinned = constraints(stack)
-    for beside in ("serve.txt", "ray.txt"):
+    for beside in ("serve.txt", "ray.txt", "docs.txt"):
         pinned |= pins((ROOT / "constraints" / beside).read_text(encoding="utf-8"))
     assert len(asked) > 25
     assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}

@@ -3,14 +3,11 @@
 The page holds its pictures itself and links to nothing. It is laid out by ``page.html.j2``.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from megatron_eagle.data.media.file_slice import FileSlice
@@ -18,6 +15,7 @@ from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.errors import BrokenSample
 from megatron_eagle.evaluation.benchmarks.benchmark import PUBLISHED, PUBLISHED_IN, Benchmark
 from megatron_eagle.evaluation.benchmarks.scoring import Result, Scored
+from megatron_eagle.pages import data_uri, render, write
 
 SHOWN = 4  # examples of each kind
 SIDE = 240  # pixels of a picture
@@ -87,16 +85,11 @@ def _picture(part: FileSlice) -> Markup:
     image.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)
-    return Markup("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode())
+    return data_uri("image/jpeg", data.getvalue())
 
 
 def write_page(path: Path, sections: Sequence[Section], checkpoint: str) -> None:
     """Writes the page to ``path``."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = resources.files("megatron_eagle.evaluation.benchmarks").joinpath("page.html.j2").read_text("utf-8")
-    page = environment.from_string(text).render(
-        sections=sections, models=PUBLISHED, source=PUBLISHED_IN, checkpoint=checkpoint
-    )
-    path.write_text(page, encoding="utf-8")
+    template = "megatron_eagle.evaluation.benchmarks:page.html.j2"
+    page = render(template, sections=sections, models=PUBLISHED, source=PUBLISHED_IN, checkpoint=checkpoint)
+    write(page, path)
