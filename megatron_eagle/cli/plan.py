@@ -95,7 +95,8 @@ def _plan(options: argparse.Namespace) -> None:
     mix = Mix(packing=recipe.reading.packing, **{name: value for name, value in given.items() if value is not None})
     asked_for_made_up = any(value is not None for value in given.values())
     samples = {stage.name: mix if asked_for_made_up else samples_of(recipe, stage, mix) for stage in stages}
-    print(assumptions(hardware))
+    fp8 = recipe.fp8 is not None
+    print(assumptions(hardware, fp8=fp8))
     for stage in stages:
         print(f"{stage.name}: {samples[stage.name].describe()}")
     if options.search:
@@ -105,7 +106,7 @@ def _plan(options: argparse.Namespace) -> None:
             layouts.append(search(recipe, stage, gpus, hardware, samples[stage.name]))
             print(f"\n{stage.name} on {gpus} {hardware.name}\n\n{search_table(layouts[-1])}")
         if options.html:
-            write_page(recipe.name, hardware, [(found[0], found) for found in layouts if found], options.html)
+            write_page(recipe.name, hardware, [(found[0], found) for found in layouts if found], options.html, fp8=fp8)
             print(f"\n{options.html}")
         return
     plans = [
@@ -119,7 +120,7 @@ def _plan(options: argparse.Namespace) -> None:
         if options.ranks:
             print("\n" + memory_table(plan))
     if options.html:
-        write_page(recipe.name, hardware, [(plan, ()) for plan in plans], options.html)
+        write_page(recipe.name, hardware, [(plan, ()) for plan in plans], options.html, fp8=fp8)
         print(f"\n{options.html}")
     refused = [
         refusal(plan, nearest(recipe, plan.stage, plan.gpus, hardware, samples[plan.stage.name]))

@@ -59,14 +59,14 @@ class StageView:
 
 
 def write_page(
-    name: str, hardware: Hardware, found: Sequence[tuple[StagePlan, Sequence[StagePlan]]], out: Path
+    name: str, hardware: Hardware, found: Sequence[tuple[StagePlan, Sequence[StagePlan]]], out: Path, *, fp8: bool
 ) -> None:
     """``out`` with each stage's plan and, of a search, its layouts, best first; UserError if the disk refuses it."""
     page = render(
         "megatron_eagle.planning:plan.html.j2",
         name=name,
         hardware=hardware,
-        assumptions=assumptions(hardware),
+        assumptions=assumptions(hardware, fp8=fp8),
         header=STAGE_HEADER,
         rows=[stage_row(plan) for plan, _ in found],
         stages=[view_stage(plan, layouts) for plan, layouts in found],
