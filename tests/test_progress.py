@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, plain lines in a log, nothing under --quiet; one module draws."""
 
+import argparse
 import io
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle import progress
+from megatron_eagle.cli import convert
 from megatron_eagle.progress import Progress, is_quiet, quiet
 
 PACKAGE = Path(progress.__file__).parent
@@ -85,6 +87,13 @@ def test_quiet_shows_nothing_and_ends_with_its_block(
             bar.update()
         assert is_quiet() and list(Progress("packs", [1, 2], unit="pack")) == [1, 2]
     assert not is_quiet() and capsys.readouterr() == ("a result is no progress\n", "")
+
+
+@pytest.mark.parametrize("action", ["hf-to-megatron a b", "megatron-to-hf a b", "peft-to-megatron a b c", "check a b"])
+def test_conversions_that_show_how_far_they_are_have_quiet(action: str) -> None:
+    parser = argparse.ArgumentParser()
+    convert.add_actions(parser)
+    assert parser.parse_args([*action.split(), "--quiet"]).quiet
 
 
 def test_nothing_else_draws_or_colours() -> None:

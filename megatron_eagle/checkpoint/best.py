@@ -36,9 +36,12 @@ def read_best(stage_folder: Path) -> Best | None:
 
 
 def note_if_best(stage_folder: Path, scored: Best) -> None:
-    """Write ``scored``, whose checkpoint is there, down if no score was higher or equal; all or nothing."""
+    """Write ``scored``, whose checkpoint is there, down if no score was higher or equal; all or nothing.
+
+    A best by another score than this one is none to compare with, and gives way.
+    """
     best = read_best(stage_folder)
-    if best is not None and best.score >= scored.score:
+    if best is not None and best.by in (None, scored.by) and best.score >= scored.score:
         return
     new = stage_folder / f"{BEST}.new"
     new.write_text(json.dumps(asdict(scored)) + "\n", encoding="utf-8")

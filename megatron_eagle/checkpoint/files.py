@@ -58,7 +58,8 @@ class Description:
     rejected_total: samples skipped in the stage up to this step.
     peak_rss_bytes: highest resident memory of each process so far, added up over all of them.
     recipe: values of the recipe it was trained with, by dotted key; none in checkpoints written before 2026-11-26.
-    best_score, waited: highest score of the stage's evaluations, if there were any, and how many have come since.
+    best_score, waited, best_by: highest score of the stage's evaluations, if there were any, how many have come since,
+        and which score it is, in words.
     base, lora: of one that holds LoRA's adapters alone, the digest of the weights that they belong to, and their
         numbers (``LoraSettings`` as a dict).
     """
@@ -75,6 +76,7 @@ class Description:
     recipe: dict[str, Any] = field(default_factory=dict)
     best_score: float | None = None
     waited: int = 0
+    best_by: str | None = None
     base: str | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     version: str = __version__

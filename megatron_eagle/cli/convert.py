@@ -119,6 +119,7 @@ def _add_peft(actions: Verbs) -> None:
         "a folder of PEFT to adapters that a recipe names as lora.initial",
         "BASE is the checkpoint that the adapters belong to.",
         "  megatron-eagle convert peft-to-megatron hub/my-adapter checkpoints/eagle2-1b checkpoints/my-adapter\n",
+        progress=True,
     )
     back.add_argument("adapter", type=Path, metavar="ADAPTER")
     back.add_argument("base", type=Path, metavar="BASE")

@@ -95,7 +95,8 @@ def _plan(options: argparse.Namespace) -> None:
     mix = Mix(packing=recipe.reading.packing, **{name: value for name, value in given.items() if value is not None})
     asked_for_made_up = any(value is not None for value in given.values())
     samples = {stage.name: mix if asked_for_made_up else samples_of(recipe, stage, mix) for stage in stages}
-    print(assumptions(hardware))
+    fp8 = recipe.fp8 is not None
+    print(assumptions(hardware, fp8=fp8))
     for stage in stages:
         print(f"{stage.name}: {samples[stage.name].describe()}")
     if options.search:
@@ -109,7 +110,7 @@ def _plan(options: argparse.Namespace) -> None:
                 without.append(f"{where}: no layout fits")
         if options.html:
             shown = [(found[0], found) for found in layouts if found]
-            write_page(recipe.name, hardware, shown, options.html, without=without)
+            write_page(recipe.name, hardware, shown, options.html, fp8=fp8, without=without)
             print(f"\n{options.html}")
         if without:
             raise UserError("; ".join(without))
@@ -125,7 +126,7 @@ def _plan(options: argparse.Namespace) -> None:
         if options.ranks:
             print("\n" + memory_table(plan))
     if options.html:
-        write_page(recipe.name, hardware, [(plan, ()) for plan in plans], options.html)
+        write_page(recipe.name, hardware, [(plan, ()) for plan in plans], options.html, fp8=fp8)
         print(f"\n{options.html}")
     refused = [
         refusal(plan, nearest(recipe, plan.stage, plan.gpus, hardware, samples[plan.stage.name]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_eagle.config import ending
 from megatron_eagle.training.json_lines import read_lines, warn
 from megatron_eagle.training.run_events import EVENTS_FILE
 
@@ -106,7 +107,7 @@ def is_over(run_folder: Path, stage: str, steps: int, patience: int | None) -> b
     steps, patience: of the recipe as it was submitted, ``stages.<stage>.evaluation.patience``.
     """
     newest = _newest(run_folder, stage)
-    return newest.get("step", 0) >= steps or (patience is not None and newest.get("waited", 0) >= patience)
+    return ending.is_over(newest.get("step", 0), steps, newest.get("waited", 0), patience)
 
 
 def _newest(run_folder: Path, stage: str) -> dict[str, Any]:

@@ -57,9 +57,10 @@ class EvaluationSettings:
         of_benchmarks = [one.partition("=")[0].strip() for one in self.benchmarks]
         return [Path(folder).name for folder in self.data] + of_benchmarks
 
-    def ends_after(self, waited: int) -> bool:
-        """Whether a stage is over after ``waited`` evaluations in a row without a higher score."""
-        return self.patience is not None and waited >= self.patience
+    @property
+    def by(self) -> str:
+        """Which score a checkpoint is the best by, in words."""
+        return self.best_by or (f"mean of {', '.join(self.scores)}" if len(self.scores) > 1 else self.scores[0])
 
     def check(self, layout: Layout, pack_length: int, checkpoint_every: int) -> None:
         """ValueError if a stage of this layout cannot be evaluated while it trains."""

@@ -18,6 +18,7 @@ from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.findings import Refused, Where, checked, findings_of, refusing, words_of
+from megatron_eagle.config.fp8 import Fp8Recipe, check_shapes
 from megatron_eagle.config.layers import LayerNames, check_frozen, towers
 from megatron_eagle.config.layout import STRICT, Layout
 from megatron_eagle.config.lora import LoraSettings
@@ -270,7 +271,10 @@ class Recipe:
     optimizer: AdamW's numbers, for all stages.
     log: where the numbers of each step go.
     lora: adapters of linear layers; with it, stages train those of the parts in ``trainable`` and nothing else.
-    precision: what the model computes in; the optimizer keeps its weights in fp32.
+    precision: what the model computes in; the optimizer keeps its weights in fp32. ``fp8`` is bf16 but for the products
+        of the language model's linear layers, by Transformer Engine; not yet run.
+    fp8_recipe: how numbers are scaled to fp8: a scale for each tensor (``tensorwise``, the default), for blocks of 128
+        (``blockwise``, Hopper) or of 32 (``mxfp8``, Blackwell); only with ``precision: fp8``.
     seed: of initial weights and the order of the data.
     collective_timeout_minutes: how long a process waits for the others before the run ends with an error.
     """
@@ -284,7 +288,8 @@ class Recipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     log: LogSettings = field(default_factory=LogSettings)
     lora: LoraSettings | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    fp8_recipe: Fp8Recipe | None = None
     seed: Count = 1234
     collective_timeout_minutes: Positive = 10
 
@@ -294,12 +299,15 @@ class Recipe:
             raise ValueError("the recipe has no stages")
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
+        if self.fp8_recipe and self.precision != "fp8":
+            raise ValueError(f"fp8_recipe: {self.fp8_recipe} needs precision: fp8, it is {self.precision}")
         config = self.model.eagle()
         for stage in self.stages:
             layout = self.stage_layout(stage)
             try:
                 check_layout(config, layout)
-                self.model.check_attention(layout, self.precision)
+                self.model.check_attention(layout, self.weight_precision)
+                self._check_fp8(stage)
                 layout.check_pack_length(stage.pack_length)
                 if stage.evaluation:
                     stage.evaluation.check(layout, stage.pack_length, stage.checkpoint_every)
@@ -310,6 +318,36 @@ class Recipe:
                     towers(config)
             except ValueError as error:
                 raise ValueError(f"stage '{stage.name}': {words_of(error, DataSettings)}") from None
+
+    @property
+    def weight_precision(self) -> Literal["fp32", "bf16"]:
+        """What weights, activations and gradients are held in; fp8 is of products alone."""
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def fp8(self) -> Fp8Recipe | None:
+        """By which recipe the language model multiplies in fp8; None if it does not."""
+        return (self.fp8_recipe or "tensorwise") if self.precision == "fp8" else None
+
+    def without_fp8(self) -> "Recipe":
+        """This recipe with fp8's products in bf16, for whoever multiplies any number of tokens."""
+        return replace(self, precision=self.weight_precision, fp8_recipe=None)
+
+    def _check_fp8(self, stage: Stage) -> None:
+        if self.fp8 is None:
+            return
+        if self.lora:
+            raise ValueError("precision: fp8 and lora: adapters are of local layers, fp8 needs Transformer Engine's")
+        if self.model.transformer_impl != "transformer_engine":
+            raise ValueError(
+                f"precision: fp8 needs transformer_impl: transformer_engine, it is {self.model.transformer_impl}"
+            )
+        if stage.evaluation:
+            raise ValueError(
+                "precision: fp8 and evaluation: answers are made a token at a time, which fp8 cannot multiply; "
+                "evaluate checkpoints by megatron-eagle evaluate, in bf16"
+            )
+        check_shapes(self.fp8, self.model.eagle().language, self.stage_layout(stage), stage.pack_length)
 
     def _check_lora(self, stage: Stage) -> None:
         if self.lora is None:

@@ -164,12 +164,15 @@ def megatron_to_hf(
     whole = base_of(checkpoint, description, base) if description.base else checkpoint
     dialect = dialect_of(whole, config, kind)
     check_code(config, dialect, code)
-    said = {
-        **{"dialect": asdict(dialect), "tokenizer": str(tokenizer), "code": code, "reading": asdict(reading)},
+    wanted = asdict(options) | {
+        "dialect": asdict(dialect),
+        "tokenizer": str(tokenizer),
+        "code": code,
+        "reading": asdict(reading),
         "ema": ema,
     }
     sources = [checkpoint, whole] if description.base else [checkpoint]
-    partial = start(out, sources, {**asdict(options), **said})
+    partial = start(out, sources, wanted)
     clock = _Clock()
     lora = lora_of(checkpoint, description) if description.base else None
     stored = stored_weights(checkpoint, ema=ema)

@@ -77,7 +77,8 @@ def copy_tokenizer(source: Path, out: Path, tokens: Sequence[str], words: Sequen
         raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer: {error}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in tokens if token not in known]
-    if there := [f"{word!r} (id {known[word]})" for word in words if word in known]:
+    taken = {token: f"id {number}" for token, number in known.items()} | dict.fromkeys(missing, "one of Eagle's")
+    if there := [f"{word!r} ({taken[word]})" for word in words if word in taken]:
         raise UserError(f"{source}: {len(there)} of the tokens to add are tokens already: {', '.join(there[:5])}")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])

@@ -67,9 +67,10 @@ def load_model(
 
     ema: with the running mean in place of the weights that trained; UserError if the checkpoint has none.
     """
+    recipe = recipe.without_fp8()
     models = build_chunks(recipe, layout, platform)
     if recipe.lora:
         require_fitting(checkpoint, recipe.lora, load_base(base_checkpoint(recipe), models))
     load_weights(checkpoint, models, "adapters" if recipe.lora else "base", ema=ema)
     model = models[0].eval()
-    return Float16Module(model.config, model).eval() if recipe.precision == "bf16" else model
+    return Float16Module(model.config, model).eval() if recipe.weight_precision == "bf16" else model

@@ -24,8 +24,11 @@ def bench_each(setting: Setting, recipes: Mapping[str, Recipe], steps: int) -> d
     return runs
 
 
-def compared(what: str, runs: Mapping[str, Measurement], model: str) -> tuple[Table, tuple[str, ...]]:
-    """A row of each run, and which first losses are not that of the first run. what: differs between them."""
+def compared(
+    what: str, runs: Mapping[str, Measurement], model: str, tolerance: float = LOSS_TOLERANCE
+) -> tuple[Table, tuple[str, ...]]:
+    """A row of each run, and which first losses are not that of the first run, relative to it. what: differs between
+    them."""
     rows = tuple(
         (name, f"{one.losses[0]:.4f}", f"{statistics.median(one.seconds):.3f}", f"{one.peak_bytes / 1e9:.2f}")
         for name, one in runs.items()
@@ -33,6 +36,6 @@ def compared(what: str, runs: Mapping[str, Measurement], model: str) -> tuple[Ta
     first, *others = runs
     off = {name: abs(runs[name].losses[0] / runs[first].losses[0] - 1) for name in others}
     wrong = tuple(
-        f"first loss with {name} is {far:.1e} away from {first}'s" for name, far in off.items() if far > LOSS_TOLERANCE
+        f"first loss with {name} is {far:.1e} away from {first}'s" for name, far in off.items() if far > tolerance
     )
     return Table(f"{model}: {what}", (what, "first loss", "step, s", "peak of tensors, GB"), rows), wrong

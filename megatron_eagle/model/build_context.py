@@ -13,6 +13,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_eagle.config.fp8 import FORMATS, Fp8Recipe
 from megatron_eagle.config.layout import Layout
 
 TransformerImpl = Literal["local", "transformer_engine"]
@@ -41,6 +42,8 @@ class BuildContext:
         tokens with the connector's norm, attention over packs, and the loss without the logits of a whole pack; and
         Liger-Kernel's in the language model, see ``liger``. ``torch`` computes the same with PyTorch's operations.
     attention: whose attention over packs (``attention.core_over_packs``).
+    fp8: how the language model's linear layers multiply, if in fp8; the encoders, the connector, embeddings and output
+        layer do not: the former see any number of tiles and channels, the latter decide the loss.
     """
 
     layout: Layout
@@ -50,6 +53,7 @@ class BuildContext:
     recompute: Recompute = "none"
     kernels: Kernels = "torch"
     attention: AttentionCore = "packed"
+    fp8: Fp8Recipe | None = None
 
     @property
     def liger(self) -> bool:
@@ -93,6 +97,8 @@ def transformer_config(build: BuildContext, *, in_pipeline: bool, **architecture
             "pipeline_model_parallel_layout": _pipeline_layout(layout),
             "sequence_parallel": layout.sequence_parallel,
             "context_parallel_size": layout.cp,
+            # Megatron's TransformerBlock enters Transformer Engine's context around its layers.
+            **({"fp8": FORMATS[build.fp8], "fp8_recipe": build.fp8} if build.fp8 else {}),
         }
     return TransformerConfig(**shared | _RECOMPUTE[build.recompute] | architecture)
 

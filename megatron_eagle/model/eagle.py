@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_eagle.config.fp8 import Fp8Recipe
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig, check_layout, tokens_per_tile
 from megatron_eagle.data.sample.packed_batch import PackedBatch, to_device
@@ -202,6 +203,7 @@ def build_eagle(
     recompute: Recompute = "none",
     kernels: Kernels = "torch",
     attention: AttentionCore = "packed",
+    fp8: Fp8Recipe | None = None,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
@@ -217,7 +219,7 @@ def build_eagle(
     """
     check_layout(config, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
-    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels, attention)
+    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels, attention, fp8)
     with torch.device(device):
         model = EagleModel(config, build, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     if seed is not None:

@@ -68,7 +68,7 @@ class Activations:
             config=recipe.model.eagle(),
             layout=recipe.stage_layout(stage),
             parts=Parts.of(stage.trainable, recipe.lora, frozen_layers(recipe.model.eagle(), stage.freeze)),
-            precision=recipe.precision,
+            precision=recipe.weight_precision,
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,
             kernels=recipe.model.kernels or "torch",

@@ -95,7 +95,7 @@ def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks
 
 def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
-    number, settings = BYTES[recipe.precision], recipe.optimizer
+    number, settings = BYTES[recipe.weight_precision], recipe.optimizer
     weights = gradients = states = largest = 0
     layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), _parts(recipe, stage)
     key = json.dumps(asdict(config), sort_keys=True)
@@ -105,7 +105,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
         gradients += owned.buffer.elements * GRADIENT_BYTES
         rank = place.world if owned.copy else place.dp_cp
         kept = owned.buffer.shard(rank, owned.ranks) if settings.distributed else owned.trained
-        states += kept * (12 if recipe.precision == "bf16" else 8)  # two moments, and float32 weights beside bf16 ones
+        states += kept * (12 if number == 2 else 8)  # two moments, and float32 weights beside bf16 ones
         states += kept * 4 * (stage.ema is not None)
         largest = max(largest, kept)
     return weights, gradients, states, largest * 4

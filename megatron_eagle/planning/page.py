@@ -64,6 +64,7 @@ def write_page(
     found: Sequence[tuple[StagePlan, Sequence[StagePlan]]],
     out: Path,
     *,
+    fp8: bool,
     without: Sequence[str] = (),
 ) -> None:
     """``out`` with each stage's plan and, of a search, its layouts, best first; UserError if the disk refuses it.
@@ -75,7 +76,7 @@ def write_page(
         name=name,
         without=without,
         hardware=hardware,
-        assumptions=assumptions(hardware),
+        assumptions=assumptions(hardware, fp8=fp8),
         header=STAGE_HEADER,
         rows=[stage_row(plan) for plan, _ in found],
         stages=[view_stage(plan, layouts) for plan, layouts in found],

@@ -174,13 +174,13 @@ def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[fl
     most = (0.0, 0.0, 0.0)
     for pp in range(layout.pp):
         _, _, states, _ = persistent(recipe, stage, gpus, ProcessRanks(pp))
-        each = (12 if recipe.precision == "bf16" else 8) + 4 * (stage.ema is not None)
+        each = (12 if recipe.weight_precision == "bf16" else 8) + 4 * (stage.ema is not None)
         sums = weights = 0.0
         for elements, ranks, copy in gradient_buffers(recipe, stage, gpus, pp):
             stride = 1 if copy else layout.tp
             hidden = overlap and not copy
             sums += timing.gradients(elements * GRADIENT_BYTES, ranks, stride, overlap=hidden)
-            weights += timing.gradients(elements * BYTES[recipe.precision], ranks, stride, overlap=False)
+            weights += timing.gradients(elements * BYTES[recipe.weight_precision], ranks, stride, overlap=False)
         most = max(most, (sums + weights, sums, timing.update(states / each)))
     return most
 
@@ -191,7 +191,7 @@ def checkpoint_bytes(recipe: Recipe, stage: Stage) -> float:
     weights, _, states, _ = persistent(alone, alone.stages[0], 1, ProcessRanks(0))
     if recipe.lora:
         held = stage_weights(recipe.model.eagle(), Layout(), 0, recipe.lora)[0]
-        weights = BYTES[recipe.precision] * sum(weight.elements for weight in held if is_adapter(weight.name))
+        weights = BYTES[recipe.weight_precision] * sum(weight.elements for weight in held if is_adapter(weight.name))
     return float(weights + states)
 
 

@@ -76,8 +76,8 @@ def as_published(
     config = recipe.model.eagle()
     weights = sum(weight.elements for weight in stage_weights(config, Layout(), 0)[0])
     frozen = 0 if "language" in stage.trainable else weights - sum(w.elements for w in encoder_copy(config))
-    gathered = weights * BYTES[recipe.precision] * 2
-    scattered = (weights - frozen) * BYTES[recipe.precision]
+    gathered = weights * BYTES[recipe.weight_precision] * 2
+    scattered = (weights - frozen) * BYTES[recipe.weight_precision]
     packs = stage.batch / published.gpus
     seconds = plan.seconds + packs * (gathered + scattered) / used.traffic
     return published.samples / plan.samples * seconds / 3600, plan.mfu * plan.seconds / seconds

@@ -28,6 +28,7 @@ from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.cost import Parts
 from megatron_eagle.model.eagle import EagleModel, build_eagle
+from megatron_eagle.model.fp8 import require_fp8
 from megatron_eagle.model.lora import attach, seed_dropout
 from megatron_eagle.model.noise import EmbeddingNoise
 from megatron_eagle.model.recomputation import pass_gradients
@@ -142,7 +143,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     parts = Parts.of(stage.trainable, recipe.lora, frozen)
     freeze_all_but(models, parts)
     config = models[0].config
-    wrapped = [Float16Module(config, model) for model in models] if recipe.precision == "bf16" else models
+    wrapped = [Float16Module(config, model) for model in models] if recipe.weight_precision == "bf16" else models
     settings = recipe.optimizer
     buckets = gradient_buckets(settings, overlap=settings.overlap)
     chunks = [
@@ -157,7 +158,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     if recipe.lora and platform.device.type != "meta":  # where one process walks for all, as the plan has done it
         require_targets(recipe.lora, [*models, *([encoder.copy] if encoder else [])])
     rates = peak_rates(stage, eagle, [*models, *([encoder.copy] if encoder else [])])
-    optimizer = build_optimizer(settings, stage, recipe.precision, chunks, encoder, rates)
+    optimizer = build_optimizer(settings, stage, recipe.weight_precision, chunks, encoder, rates)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _finalize_without_division
     if settings.overlap:
@@ -200,6 +201,8 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
 
     Also seeds the process: Megatron's random states must exist before its layers run, even without dropout.
     """
+    if recipe.fp8:
+        require_fp8(recipe.fp8, platform.device.type)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
     chunks = []
     for vp_stage in range(layout.vpp or 1):
@@ -208,10 +211,11 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             recipe.model.eagle(),
             layout,
             transformer_impl=recipe.model.transformer_impl,
-            precision=recipe.precision,
+            precision=recipe.weight_precision,
             recompute=recipe.model.recompute,
             kernels=recipe.model.kernels_on(platform.device.type),
             attention=recipe.model.attention_on(platform.device.type),
+            fp8=recipe.fp8,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             vp_stage=chunk,
@@ -230,7 +234,7 @@ def _build_copy(recipe: Recipe, platform: Platform, groups: Groups) -> TileEncod
         self_group=groups.self_group,
         copies=groups.world_group,
         transformer_impl=recipe.model.transformer_impl,
-        precision=recipe.precision,
+        precision=recipe.weight_precision,
         recompute=recipe.model.recompute,
         kernels=recipe.model.kernels_on(platform.device.type),
         device=platform.device,

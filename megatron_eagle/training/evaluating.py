@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.ending import out_of_patience
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.parallel.groups import Groups
@@ -28,27 +29,32 @@ class Scores:
     by_name: Mapping[str, float]
     seconds: float = 0.0
 
-    def best_name(self, name: str | None) -> str:
-        """Which score ``best_by`` gives, in words."""
-        return name or (f"mean of {', '.join(self.by_name)}" if len(self.by_name) > 1 else next(iter(self.by_name)))
-
     def best_by(self, name: str | None) -> float:
         """What a checkpoint is the best by: the score of that name, None for the mean of all; there must be one."""
         return self.by_name[name] if name else sum(self.by_name.values()) / len(self.by_name)
 
 
 @dataclass
-class Evaluation:
-    """The evaluations of a stage of so many steps.
+class Scored:
+    """What a stage's evaluations came to so far, also those of earlier starts, which checkpoints carry on.
 
-    best_score: highest of them so far, also of earlier starts. waited: how many have come since, none higher.
+    best: the highest score, if there was one; by: which score that is, in words, None in checkpoints before 2026-11-26.
+    waited: how many evaluations have come since, none higher.
     """
+
+    best: float | None = None
+    waited: int = 0
+    by: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """The evaluations of a stage of so many steps; ``scored`` is kept up to date."""
 
     settings: EvaluationSettings
     steps: int
     evaluate: Evaluator
-    best_score: float | None = None
-    waited: int = 0
+    scored: Scored
 
     def due(self, step: int) -> bool:
         """Whether the model is asked after ``step``."""
@@ -60,10 +66,11 @@ class Evaluation:
         by_name = self.evaluate(engine)
         scores = Scores(by_name, time.perf_counter() - started)
         score = self.score_of(scores)
-        if self.best_score is None or score > self.best_score:
-            self.best_score, self.waited = score, 0
+        if self.scored.best is None or score > self.scored.best:
+            self.scored.best, self.scored.waited = score, 0
         else:
-            self.waited += 1
+            self.scored.waited += 1
+        self.scored.by = self.settings.by
         return scores
 
     def score_of(self, scores: Scores) -> float:
@@ -73,4 +80,4 @@ class Evaluation:
     @property
     def out_of_patience(self) -> bool:
         """Whether the stage is over, however many steps are left."""
-        return self.settings.ends_after(self.waited)
+        return out_of_patience(self.scored.waited, self.settings.patience)

@@ -19,6 +19,7 @@ from megatron_eagle.checkpoint.best import Best, forget_best_after
 from megatron_eagle.checkpoint.files import Description, find_latest, read_description, require_same_model
 from megatron_eagle.checkpoint.saver import SaveFailed, Saver
 from megatron_eagle.compat.platform import Platform
+from megatron_eagle.config.ending import is_over
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_files
@@ -27,7 +28,7 @@ from megatron_eagle.errors import Damaged, Superseded, UserError
 from megatron_eagle.parallel.agreement import naming_a_loss, on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise
 from megatron_eagle.training.engine import Engine
-from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scores
+from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scored, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
 from megatron_eagle.training.log import StepRecord, TrainingLog
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
@@ -35,7 +36,7 @@ from megatron_eagle.training.opening import newest, open_stage, opening_line
 from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_events import append_event
-from megatron_eagle.training.run_folder import RunFolder, ended_early
+from megatron_eagle.training.run_folder import RunFolder
 from megatron_eagle.training.step import COMPUTING, Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected, peak_rss_bytes
 from megatron_eagle.training.stragglers import StragglerWatch
@@ -94,6 +95,7 @@ class StageRun:
             raise ValueError(f"stage '{stage.name}' is evaluated while it trains, nobody said how")
         self.make_evaluator = make_evaluator
         self.evaluation: Evaluation | None = None
+        self.scored = Scored()  # so far, also where this start's recipe has no evaluation
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
@@ -136,8 +138,9 @@ class StageRun:
             require_continuable(own.path, own.description, self.recipe, self.stage)
             self.step, self.rejected_total = own.description.step, own.description.rejected_total
             self.peak_rss_bytes = own.description.peak_rss_bytes
+            self.scored = Scored(own.description.best_score, own.description.waited, own.description.best_by)
         on_rank_zero(self._read_tokenizer)  # before anything is built
-        self.evaluation = self._open_evaluation(own.description if own else None)
+        self.evaluation = self._open_evaluation()
         opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups)
         self.base = opened.base
         if own:
@@ -179,7 +182,9 @@ class StageRun:
         return latest is not None and self._completes(read_description(latest))
 
     def _completes(self, description: Description) -> bool:
-        return description.step == self.stage.steps or ended_early(description, self.stage)
+        """More steps than the recipe has are no end of it: they are refused later."""
+        own = self.stage
+        return description.step <= own.steps and is_over(description.step, own.steps, description.waited, own.patience)
 
     @property
     def _out_of_patience(self) -> bool:
@@ -210,21 +215,23 @@ class StageRun:
         elif found := changes(saved, self.recipe, self.stage):
             self._say(f"{self.stage.name} {what}: {', '.join(found)}")
 
-    def _open_evaluation(self, saved: Description | None) -> Evaluation | None:
+    def _open_evaluation(self) -> Evaluation | None:
         settings = self.stage.evaluation
         if settings is None or self.make_evaluator is None:
             return None
         run, goes_on = self.run_folder.path, self.watch.goes_on
         evaluate = self.make_evaluator(self.recipe, self.stage, self.groups, self.platform, run, goes_on)
-        evaluation = Evaluation(settings, self.stage.steps, evaluate)
-        if saved:
-            evaluation.best_score, evaluation.waited = saved.best_score, saved.waited
-        return evaluation
+        if self.scored.by not in (None, settings.by):
+            self._say(
+                f"{self.stage.name}: the best score so far, {self.scored.best:.4f}, is {self.scored.by}; the recipe "
+                f"goes by {settings.by}, the best begins anew"
+            )
+            self.scored = Scored()
+        return Evaluation(settings, self.stage.steps, evaluate, self.scored)
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
         on_rank_zero(self._require_newest)  # the log's file is written anew
-        if self.evaluation:  # steps after this one will be trained and evaluated again
-            on_rank_zero(lambda: forget_best_after(stage_folder, self.step))
+        on_rank_zero(lambda: forget_best_after(stage_folder, self.step))  # later steps will be trained again
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
         self.saver = Saver(
@@ -313,12 +320,11 @@ class StageRun:
         with self.watch.saving(), self._doing("evaluating"):
             scores = self.evaluation.run(engine)
             if self.evaluation.settings.keep == "best":
-                by = scores.best_name(self.evaluation.settings.best_by)
-                self.saver.score(Best(self.step, self.evaluation.score_of(scores), by))
+                self.saver.score(Best(self.step, self.evaluation.score_of(scores), self.evaluation.settings.by))
         if self._out_of_patience and self.step < self.stage.steps:
             self._say(
                 f"{self.stage.name} ends at step {self.step} of {self.stage.steps}: none of the last "
-                f"{self.evaluation.waited} evaluations scored above {self.evaluation.best_score:.4f}"
+                f"{self.scored.waited} evaluations scored above {self.scored.best:.4f}"
             )
         return scores
 
@@ -397,8 +403,9 @@ class StageRun:
             rejected_total=self.rejected_total,
             peak_rss_bytes=max(self.peak_rss_bytes, peak_rss_bytes(self.platform.device)),
             recipe=recipe_values(self.recipe, self.stage),
-            best_score=self.evaluation.best_score if self.evaluation else None,
-            waited=self.evaluation.waited if self.evaluation else 0,
+            best_score=self.scored.best,
+            waited=self.scored.waited,
+            best_by=self.scored.by,
             base=self.base,
             lora=asdict(self.recipe.lora) if self.recipe.lora else {},
         )

@@ -55,6 +55,8 @@ def recipe_values(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     data["layout"] = own.pop("layout") or data["layout"]
     if recipe.lora is None:
         del data["lora"]
+    if recipe.fp8 is None:
+        del data["fp8_recipe"]
     return dict([*_flat(data, ""), *_flat(own, f"stages.{stage.name}.")])
 
 
@@ -116,7 +118,9 @@ def _master_weights(values: dict[str, Any]) -> str:
 
     The distributed optimizer keeps them in either precision; the other one only where the model's are bf16.
     """
-    return "distributed" if values.get("optimizer.distributed") else str(values.get("precision"))
+    if values.get("optimizer.distributed"):
+        return "distributed"
+    return "bf16" if values.get("precision") == "fp8" else str(values.get("precision"))
 
 
 def _table_key(key: str, stage_name: str) -> str:

@@ -11,13 +11,14 @@ from megatron_eagle.checkpoint.files import (
     require_same_model,
     require_whole,
 )
+from megatron_eagle.config.ending import out_of_patience
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 
 
 def ended_early(description: Description, stage: Stage) -> bool:
     """Whether ``stage`` is over with this checkpoint of it because its score rose no more (``evaluation.patience``)."""
-    return stage.evaluation is not None and stage.evaluation.ends_after(description.waited)
+    return out_of_patience(description.waited, stage.patience)
 
 
 @dataclass(frozen=True)

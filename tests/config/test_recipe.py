@@ -73,7 +73,7 @@ def test_published_stages_of_eagle2_9b() -> None:
             {"reading": {"packing": "tight"}},
             r"reading\.packing: packing rule 'tight' does not exist; there are balanced, best_fit, greedy",
         ),
-        ({"precision": "fp8"}, r"precision: .*\(got 'fp8'\)"),
+        ({"precision": "fp16"}, r"precision: .*\(got 'fp16'\)"),
     ],
 )
 def test_impossible_recipes_are_refused_with_the_numbers(tmp_path: Path, change: dict, words: str) -> None:

@@ -14,6 +14,7 @@ from megatron_eagle.cli import main
 from megatron_eagle.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_eagle.conversion.new_tokens import read_tokens
 from megatron_eagle.conversion.released import Dialect
+from megatron_eagle.conversion.tokenizer_files import TOKENS, copy_tokenizer
 from megatron_eagle.conversion.torch_dist import TorchDist
 from megatron_eagle.data.sample.tokenizer import EAGLE_TOKENS, HuggingFaceTokenizer
 from megatron_eagle.errors import UserError
@@ -93,6 +94,10 @@ def test_what_is_no_list_of_new_tokens_is_refused(tmp_path: Path) -> None:
     released(tmp_path, "eagle2-1b")
     with pytest.raises(UserError, match=r"hub: 1 of the tokens to add are tokens already: '<img>' \(id \d+\)"):
         hf_to_megatron([tmp_path / "hub"], tmp_path / "in", Options(logits=False), words=("<a>", "<img>"))
+    (tmp_path / "qwen").mkdir()
+    write_qwen_like(tmp_path / "qwen", tokens=QWEN_TOKENS[:3])
+    with pytest.raises(UserError, match=r"qwen: 1 of the tokens to add are tokens already: '<img>' \(one of Eagle's\)"):
+        copy_tokenizer(tmp_path / "qwen", tmp_path / "new", TOKENS["eagle2"], ("<a>", "<img>"))
     with pytest.raises(
         UserError, match=r"hub: 'Ökostrom' cannot be added: it would be read as \[\d+\], '\ufffdkostrom'"
     ):

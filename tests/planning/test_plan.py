@@ -173,3 +173,15 @@ def test_a_plan_takes_the_kernels_that_its_hardware_runs() -> None:
     assert peaks[None] == peaks["triton"] < peaks["torch"]
     on_cpu = tiny.with_kernels_on(load_hardware("cpu").device)
     assert on_cpu.model.kernels == "torch" and Activations.of(on_cpu, on_cpu.stages[0]).kernels == "torch"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_mean_of_weights_costs_bytes_and_the_update_no_time(precision: str) -> None:
+    """The planned update is of the weights that train, whatever else is kept beside them."""
+    recipe = replace(eagle("eagle2-1b"), precision=precision)
+    plain = recipe.stages[0]
+    with_mean = recipe.with_stage(plain.name, ema=0.999)
+    without, mean = (plan_stage(one, one.stages[0], 128, H100, Mix()) for one in (recipe, with_mean))
+    assert mean.update == pytest.approx(without.update, rel=1e-12) and mean.seconds == pytest.approx(without.seconds)
+    states = without.memory[0].optimizer / (12 if precision == "bf16" else 8)
+    assert mean.memory[0].optimizer - without.memory[0].optimizer == 4 * states

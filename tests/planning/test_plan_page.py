@@ -53,7 +53,7 @@ def test_lanes_show_the_bubble(plans):
 
 @pytest.fixture
 def page(plans, tmp_path):
-    write_page("eagle2-9b", H100, [(plans[0], ()), (plans[1], plans[::-1])], tmp_path / "out" / "plan.html")
+    write_page("eagle2-9b", H100, [(plans[0], ()), (plans[1], plans[::-1])], tmp_path / "out" / "plan.html", fp8=False)
     return tmp_path / "out" / "plan.html"
 
 

@@ -21,7 +21,12 @@ EVERY = (
     "stages.second.steps=3",
     "stages.second.decay=constant",
 )
-CASES = {"dp=2": ("precision=bf16",), "pp=2, tied, spread": ("layout.pp=2", "layout.encoder=spread")}
+CASES = {
+    "dp=2": ("precision=bf16",),
+    "pp=2, tied, spread": ("layout.pp=2", "layout.encoder=spread"),
+    "tp=2, not distributed": ("layout.tp=2", "layout.sequence_parallel=true", "optimizer.distributed=false"),
+    "cp=2": ("layout.cp=2",),
+}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from benchmark_files import made_questions, made_tsv
 from train_cases import metrics
 from worlds import WorldError
 
+from megatron_eagle.config.ending import is_over
 from megatron_eagle.config.evaluation import EvaluationSettings
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import load_recipe
@@ -132,6 +133,30 @@ def test_the_best_checkpoint_stays_through_a_resume(small_run, worlds, tmp_path:
     assert left() == ["step_00000002", "step_00000005"], "an equal score is no better"
     worlds(1).run(train, file, runs, [0.8], ("stages.second.steps=6",))
     assert left() == ["step_00000006"]
+    worlds(1).run(train, file, runs, None, ("stages.second.steps=7", "stages.second.evaluation=null"))
+    assert left() == ["step_00000006", "step_00000007"]
+    worlds(1).run(train, file, runs, [0.7], ("stages.second.steps=8",))
+    assert left() == ["step_00000006", "step_00000008"], "a start without an evaluation loses nothing"
+
+
+def test_a_best_by_another_score_is_none_to_compare_with(small_run, worlds, tmp_path: Path, capfd) -> None:
+    asked = {"every": 1, "data": ["heldout"], "benchmarks": ["exact"], "benchmark_data": "unread", "keep": "best"}
+    stage = {"steps": 2, "checkpoint_every": 1, "keep_checkpoints": 1, "async_save": False, "decay": "constant"}
+    file, runs = write(small_run, tmp_path / "r.yaml", asked, stage=stage), str(tmp_path / "runs")
+    folder = tmp_path / "runs" / "small" / "checkpoints" / "second"
+    worlds(1).run(train, file, runs, [0.9, 0.9, 0.1, 0.1])
+    best = "stages.second.evaluation.best_by=exact"
+    worlds(1).run(train, file, runs, [0.9, 0.3, 0.9, 0.2], ("stages.second.steps=4", best))
+    noted = json.loads((folder / "best.json").read_text())
+    assert noted == {"step": 3, "score": 0.3, "by": "exact"}
+    said = "second: the best score so far, 0.9000, is mean of heldout, exact; the recipe goes by exact, the best begins"
+    assert said in capfd.readouterr().out
+
+
+def test_one_rule_says_when_a_stage_is_over() -> None:
+    assert [is_over(step, 4, 0, None) for step in (3, 4, 5)] == [False, True, True]
+    assert [is_over(3, 4, waited, 2) for waited in (1, 2, 3)] == [False, True, True]
+    assert not is_over(3, 4, 9, None)
 
 
 def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run, worlds, tmp_path: Path) -> None:
@@ -148,7 +173,7 @@ def test_the_best_by_a_benchmark_is_kept_whatever_the_other_scores_say(small_run
 def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: Path) -> None:
     """And continues if it is given more patience; what it waited for outlives a restart."""
     from megatron_eagle.checkpoint.files import find_latest, read_description
-    from megatron_eagle.cluster.events import is_over
+    from megatron_eagle.cluster import events
     from megatron_eagle.training.run_folder import RunFolder
 
     asked = {"every": 1, "data": ["unread"], "patience": 2}
@@ -158,7 +183,7 @@ def test_a_stage_whose_score_rises_no_more_is_over(small_run, worlds, tmp_path: 
 
     def state(patience: int = 2) -> tuple[int, float | None, int, bool]:
         newest = read_description(find_latest(folder.stage_checkpoints("second")))
-        return newest.step, newest.best_score, newest.waited, is_over(folder.path, "second", 9, patience)
+        return newest.step, newest.best_score, newest.waited, events.is_over(folder.path, "second", 9, patience)
 
     with pytest.raises(WorldError, match="StopIteration"):  # dies in its fourth evaluation
         worlds(1).run(train, file, runs, [0.5, 0.7, 0.6])
@@ -272,7 +297,7 @@ def test_no_checkpoint_is_the_best_before_it_is_there(small_run, worlds, tmp_pat
     worlds(1).run(train_watched, file, str(tmp_path), [0.5, 0.9, 0.3], 0, trouble)
     folder = tmp_path / "small" / "checkpoints" / "second"
     assert sorted(path.name for path in folder.glob("step_*")) == [f"step_{step:08d}" for step in left]
-    assert json.loads((folder / "best.json").read_text()) == {"step": 1, "score": 0.5, "by": "heldout"}
+    assert json.loads((folder / "best.json").read_text()) == {"step": 1, "score": 0.5, "by": "unread"}
 
 
 def test_a_best_checkpoint_of_steps_that_are_trained_again_is_forgotten(tmp_path: Path) -> None:

@@ -4,20 +4,27 @@ import importlib
 import importlib.metadata
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_eagle.config.findings import refusing
+from megatron_eagle.config.fp8 import MULTIPLES
 from megatron_eagle.config.reading import MAX_PIXELS, Tiling
+from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.data.media.dali import DaliDecoder
 from megatron_eagle.data.media.tiling import Grid, cut_tiles
+from megatron_eagle.errors import UserError
 from megatron_eagle.gpu_day.alone import NO_CUDA
 from megatron_eagle.gpu_day.part import PartResult, Setting, Table
 from megatron_eagle.gpu_day.sizes import EAGLE_1B
 from megatron_eagle.gpu_day.variants import TOY_STEPS, bench_each, compared
+from megatron_eagle.model.fp8 import require_fp8
 
 STEPS = 5
+FP8_TOLERANCE = 5e-2  # of the first loss, relative: e4m3 keeps 4 bits of a number; a guess, nothing has run yet
 PHOTOGRAPH_TOLERANCE = 2  # of 255; data/media/dali.py says what is known of it
 SIDE, GRID = 448, (2, 2)
 
@@ -59,7 +66,23 @@ def _transformer_engine(setting: Setting) -> Found:
     ways = {name: EAGLE_1B.recipe(setting.toy, transformer_impl=name) for name in ("local", "transformer_engine")}
     runs = bench_each(setting, ways, TOY_STEPS if setting.toy else STEPS)
     table, wrong = compared("model.transformer_impl", runs, ways["local"].name)
-    return (table,), wrong
+    fp8, off = fp8_beside_bf16(setting, ways["transformer_engine"])
+    return (table, fp8), (*wrong, *off)
+
+
+def fp8_beside_bf16(setting: Setting, bf16: Recipe) -> tuple[Table, tuple[str, ...]]:
+    """The same steps of ``bf16``, by Transformer Engine's modules, and by every fp8 recipe that this device has."""
+    ways, lacking = {"bf16": bf16}, list[str]()
+    for name in MULTIPLES:
+        try:
+            require_fp8(name, setting.platform.device.type)
+            with refusing(Recipe):
+                ways[f"fp8, {name}"] = replace(bf16, precision="fp8", fp8_recipe=name)
+        except UserError as error:
+            lacking.append(str(error))
+    runs = bench_each(setting, ways, TOY_STEPS if setting.toy else STEPS)
+    table, wrong = compared("precision", runs, bf16.name, FP8_TOLERANCE)
+    return replace(table, title="; ".join([table.title, *lacking])), wrong
 
 
 def _dali(setting: Setting) -> Found:

@@ -1,0 +1,110 @@
+"""precision: fp8 over the stub: what of the model gets it, and the very context that Megatron enters around layers.
+
+Nothing is computed: Transformer Engine's check of the device is answered for it.
+"""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import stub
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from small_run import ENCODERS, LANGUAGE, SmallRun
+from test_over_the_stub import start
+
+from megatron_eagle.config.fp8 import FORMATS
+from megatron_eagle.config.recipe import load_recipe
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.eagle import build_eagle
+from megatron_eagle.model.fp8 import require_fp8
+
+pytestmark = pytest.mark.slow
+RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+WIDE = LANGUAGE | {"hidden_size": 512, "intermediate_size": 256}
+
+
+def built(recipe: str) -> dict[str, Any]:
+    """What is in fp8, and how Megatron's own context for a layer turns out, on this process."""
+    from megatron.core.fp8_utils import get_fp8_context
+    from transformer_engine.pytorch import quantization
+
+    settings = load_recipe(Path(recipe))
+    start(recipe)
+    with stub.building():
+        model = build_eagle(
+            settings.model.eagle(),
+            settings.layout,
+            transformer_impl="transformer_engine",
+            precision=settings.weight_precision,
+            fp8=settings.fp8,
+            pre_process=True,
+            post_process=True,
+        )
+    language = model.language.decoder.config
+    entered: dict[str, Any] = {}
+
+    def enter(**given: Any) -> None:
+        entered.update(given)
+
+    with (
+        mock.patch.object(quantization, "check_recipe_support", lambda recipe: None),
+        mock.patch.object(quantization.FP8GlobalStateManager, "autocast_enter", enter),
+        mock.patch.object(quantization.FP8GlobalStateManager, "autocast_exit", lambda *args, **named: None),
+        get_fp8_context(language, 0),
+    ):
+        pass
+    scaling = entered.get("fp8_recipe") or entered["recipe"]
+    return {
+        "language": (language.fp8, language.fp8_recipe, language.fp8_param),
+        "vision": {m.config.fp8 for m in model.vision.modules() if isinstance(m, TransformerLayer)},
+        "scaling": type(scaling).__name__,
+        "format": scaling.fp8_format.name.lower(),
+        "output": type(model.language.output_layer).__name__,
+        "layers": {type(m).__name__ for m in model.language.decoder.modules() if "Linear" in type(m).__name__},
+        "dtypes": {parameter.dtype for parameter in model.parameters()},
+    }
+
+
+@pytest.mark.parametrize("scaling", RECIPES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_language_models_linear_layers_and_nothing_else(stubbed, tmp_path, scaling, processes) -> None:
+    layout = {"tp": 2, "sequence_parallel": True} if processes == 2 else {}
+    path = SmallRun(tmp_path).write_recipe(
+        tmp_path / "recipe.yaml",
+        model={"preset": "tiny", "encoders": ENCODERS, "language": WIDE, "transformer_impl": "transformer_engine"},
+        layout=layout,
+        precision="fp8",
+        fp8_recipe=scaling,
+    )
+    for found in stubbed(processes).run(built, str(path)):
+        assert found["language"] == (FORMATS[scaling], scaling, False)
+        assert found["vision"] == {None}
+        assert (found["scaling"], found["format"]) == (RECIPES[scaling], FORMATS[scaling])
+        assert found["output"] == "ColumnParallelLinear", "Megatron's, outside the context"
+        assert found["layers"] == {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
+        assert found["dtypes"] == {torch.bfloat16}
+
+
+def refused(recipe: str) -> list[str]:
+    """Transformer Engine's own words on a device of an older kind."""
+    from transformer_engine.pytorch import quantization
+
+    said = []
+    for scaling in RECIPES:
+        with (
+            mock.patch.object(quantization, "get_device_compute_capability", return_value=(8, 0)),
+            pytest.raises(UserError) as refusal,
+        ):
+            require_fp8(scaling, "cuda")
+        said.append(str(refusal.value))
+    return said
+
+
+def test_an_older_gpu_is_refused_with_the_reason(stubbed) -> None:
+    (said,) = stubbed(1).run(refused, "")
+    assert [line.split(" cannot run here: ")[0] for line in said] == [
+        f"precision: fp8 with fp8_recipe: {scaling}" for scaling in RECIPES
+    ]
+    assert all("apability" in line for line in said)
