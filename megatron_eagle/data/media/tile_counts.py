@@ -1,7 +1,7 @@
 """Tiles of many images at once, by the rules of ``tiling.py``: a window of samples has a million sizes to count.
 
-One at a time they would take 17 s. The arithmetic is the same, operation by operation in float64, so that the same grids
-come out, ties too; tests hold the two together.
+One at a time they would take 17 s. The arithmetic is the same, operation by operation in float64, so that the same
+grids come out, ties too; tests hold the two together.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ SWAPS_PER_RANK = 20
 
 
 def pack_costs(
-    packs: Sequence[Sequence[int]],
+    packs: Sequence[Sequence[int]] | Sequence[NDArray[np.integer]],
     tokens: NDArray[np.integer],
     tiles: NDArray[np.integer],
     length: int,

@@ -78,7 +78,7 @@ def _kept(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSetting
         numbers = load_array(file)
         if numbers.shape == (3, len(sample_index)):
             rejected = {int(sample): reason for sample, reason in said["rejected"].items()}
-            return Lengths(*numbers, rejected, Counter(said["outcomes"]))
+            return Lengths(numbers[0], numbers[1], numbers[2], rejected, Counter(said["outcomes"]))
     return None
 
 

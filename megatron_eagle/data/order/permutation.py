@@ -44,6 +44,8 @@ class ShuffledPasses:
         """int64 [end - begin]: the numbers at the places from ``begin`` to ``end`` of the row."""
         if not 0 <= begin <= end:
             raise ValueError(f"places {begin} to {end} are no stretch")
+        if begin == end:
+            return np.zeros(0, np.int64)
         places = np.arange(begin, end, dtype=np.uint64)
         first, count = begin // self.size, -(-end // self.size) - begin // self.size
         passes = places // np.uint64(self.size)

@@ -1,9 +1,9 @@
 """The order of packs as a pure function: (data sets, settings, seed) and a pack's number give its samples.
 
 Each source is an endless row of its samples, shuffled anew for every pass (``permutation.py``). A window takes the next
-stretch of every row, as long as its weight asks for, packs all of it together and shuffles the packs; windows follow one
-another for ever. So a pack's number is all there is to say about a position in the data: no rank, worker or buffer is
-part of it. Planning a window costs what it holds, whatever its number and however large the sources are.
+stretch of every row, as long as its weight asks for, packs all of it together and shuffles the packs; windows follow
+one another for ever. So a pack's number is all there is to say about a position in the data: no rank, worker or buffer
+is part of it. Planning a window costs what it holds, whatever its number and however large the sources are.
 
 With one source and no larger than ``plan_window``, a window is an epoch. With several, each epoch of the blend takes
 from each source what its weight (or ``repeat``) asks for, cut to whole samples so that nothing is lost in the long run.
@@ -130,13 +130,15 @@ class Plan:
         """
         window = epoch * round(sum(self._epoch) / sum(self._per_window)) - self._start.window
         if window < 0:
-            raise ValueError(f"epoch {epoch} begins before window {self._start.window}, where this plan was told to start")
+            raise ValueError(
+                f"epoch {epoch} begins before window {self._start.window}, where this plan was told to start"
+            )
         while len(self._first_packs) <= window:
             self._count_next()
         return self._first_packs[window]
 
     def _find(self, number: int) -> tuple[Window, int]:
-        """The window of a pack and the pack's place in it; windows from the start on are planned to count their packs."""
+        """The window of a pack and its place in it; windows from the start on are planned to count their packs."""
         while self._first_packs[-1] <= number:
             self._count_next()
         start = self.start_of(number)

@@ -1,8 +1,8 @@
 """One source of a plan, of which only the samples that are asked for are looked at.
 
-Its index is opened when it is needed and not held: a thousand sources would hold eight thousand files open, and pages of
-all of them in memory. What is not on this machine's disk (an object store, a folder that cannot be written) is held, as
-finding it again would be reading all of it again.
+Its index is opened when it is needed and not held: a thousand sources would hold eight thousand files open, and pages
+of all of them in memory. What is not on this machine's disk (an object store, a folder that cannot be written) is held,
+as finding it again would be reading all of it again.
 """
 
 from dataclasses import dataclass

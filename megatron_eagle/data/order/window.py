@@ -1,7 +1,7 @@
 """A window of the plan: the samples that are packed together, and their packs, as plain arrays.
 
-It holds all that a rank needs to ask for its packs, names included, so that nobody who has a window opens the index of a
-source; and as arrays it can lie in files that all ranks of a machine map into memory.
+It holds all that a rank needs to ask for its packs, names included, so that nobody who has a window opens the index of
+a source; and as arrays it can lie in files that all ranks of a machine map into memory.
 """
 
 from dataclasses import dataclass, fields
@@ -63,8 +63,14 @@ class Window:
             return load_array(folder / f"{name}.npy")
 
         return Window(
-            *(array(name) for name in ("sources", "tokens", "tiles")),
-            *(names(name) for name in ("keys", "ids")),
-            *(array(name) for name in ("members", "first_member", "costs", "rejected")),
-            names("reasons"),
+            sources=array("sources"),
+            tokens=array("tokens"),
+            tiles=array("tiles"),
+            keys=names("keys"),
+            ids=names("ids"),
+            members=array("members"),
+            first_member=array("first_member"),
+            costs=load_array(folder / "costs.npy"),
+            rejected=array("rejected"),
+            reasons=names("reasons"),
         )

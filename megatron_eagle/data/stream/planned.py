@@ -155,8 +155,8 @@ class PlannedStream(Iterator[PackedBatch]):
         """The position after the pack returned last, as JSON; the same on all ranks between two steps."""
         step, place = divmod(self._taken, self._batch // self._world_size)
         position = {"packs": step * self._batch, "of_next_step": place, "batch": self._batch, "ranks": self._world_size}
-        position["window"] = asdict(self._plan.start_of(step * self._batch))
-        return json.dumps({"identity": self._identity, **position, "costs": self._costs}).encode()
+        window = {"window": asdict(self._plan.start_of(step * self._batch))}
+        return json.dumps({"identity": self._identity, **position, **window, "costs": self._costs}).encode()
 
     def restore(self, state: bytes) -> None:
         """Continues after ``state``, which any rank of any number of ranks may have saved.
