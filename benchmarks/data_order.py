@@ -2,12 +2,13 @@
 
     python benchmarks/data_order.py FOLDER --sources 1 10 100 1000
 
-Catalogues are made up: one data set of a million samples gets a real ``.eagle-meta`` in FOLDER (90 MB) and no shards, the
-others are hard links to its arrays with identities of their own. So a thousand of them are all in the page cache, which
-flatters: on a disk every window reads pages that were not read before. 8 processes open a stream each, as 8 ranks do, and
-go on until each has the order of its first pack, then through the orders of a window's packs; nothing is read from shards.
-Seconds are by the clock, until the last of them is ready; imports are not counted. Memory is the sum of PSS of the 8 (a page
-that k processes map counts 1 / k in each), the most of samples every 50 ms, less what they had before.
+Catalogues are made up: one data set of a million samples gets a real ``.eagle-meta`` in FOLDER (90 MB) and no shards,
+the others are hard links to its arrays with identities of their own. So a thousand of them are all in the page cache,
+which flatters: on a disk every window reads pages that were not read before. 8 processes open a stream each, as 8 ranks
+do, and go on until each has the order of its first pack, then through the orders of a window's packs; nothing is read
+from shards. Seconds are by the clock, until the last of them is ready; imports are not counted. Memory is the sum of
+PSS of the 8 (a page that k processes map counts 1 / k in each), the most of samples every 50 ms, less what the process
+had that they were forked from.
 
 It runs on older versions too (PYTHONPATH), whose positions name no window.
 """
@@ -179,6 +180,7 @@ def measure(settings: DataSettings, position: dict | None) -> dict[str, float]:
 
 
 def main() -> None:
+    """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sources", type=int, nargs="+", default=[1, 10, 100, 1000])

@@ -169,7 +169,7 @@ def test_a_window_is_the_same_from_a_file(world, tmp_path):
     window = Plan(small(a, b), tokenizer, 0).window(1)
     window.save(tmp_path)
     again = Window.load(tmp_path)
-    assert isinstance(again.members, np.memmap) and len(again) == len(window)
+    assert isinstance(again.members.base, np.memmap) and len(again) == len(window)
     assert list(again.ids) == list(window.ids) and [*again.reasons] == [*window.reasons]
     assert [again.members_of(n) for n in range(len(again))] == [window.members_of(n) for n in range(len(window))]
     tokens, tiles = epoch_lengths(Plan(small(a, b), tokenizer, 0))

@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.recipe import Recipe, Stage
-from megatron_eagle.data.order.balance_ranks import pack_costs
+from megatron_eagle.data.order.balance_ranks import joined_pack_costs
 from megatron_eagle.data.order.lengths import Lengths, dataset_lengths
 from megatron_eagle.data.order.packing import pack_by_settings
 from megatron_eagle.data.order.permutation import ShuffledPasses
 from megatron_eagle.data.order.sample_index import Ints, Names, SampleIndex
+from megatron_eagle.data.order.shared_windows import SharedWindows
 from megatron_eagle.data.order.source_samples import SourceSamples
 from megatron_eagle.data.order.window import Window
 from megatron_eagle.data.sample.tokenizer import Tokenizer, recipe_tokenizer
@@ -33,6 +35,7 @@ from megatron_eagle.data.storage.location import Location
 from megatron_eagle.errors import UserError
 
 WINDOWS_KEPT = 2
+SHARED_FROM = 50_000  # samples of a window, which take a fifth of a second
 ORDER_FORMAT = 2  # part of every saved position: what another number made is another order
 
 
@@ -93,6 +96,21 @@ class Plan:
         self._per_window = [size / parts for size in self._epoch]
         self.start_at(WindowStart(0, 0))
         self.window = lru_cache(maxsize=WINDOWS_KEPT)(self._plan_window)
+        self._shared: SharedWindows | None = None
+
+    def share(self, stream: Any) -> None:
+        """From now on each window is planned by one process of this machine, and the next one in the background.
+
+        stream: all that the windows depend on, JSON. Windows that are planned faster than shared are not.
+        """
+        if sum(self._per_window) >= SHARED_FROM:
+            self._shared = SharedWindows(stream, self._plan_window)
+            self.window = lru_cache(maxsize=WINDOWS_KEPT)(self._shared.get)
+
+    def close(self) -> None:
+        """Removes what is shared, if nobody else uses it."""
+        if self._shared is not None:
+            self._shared.close()
 
     @property
     def identities(self) -> list[str]:
@@ -142,7 +160,10 @@ class Plan:
         while self._first_packs[-1] <= number:
             self._count_next()
         start = self.start_of(number)
-        return self.window(start.window), number - start.packs
+        window, place = self.window(start.window), number - start.packs
+        if self._shared is not None and 2 * place >= len(window):
+            self._shared.prepare(start.window + 1)
+        return window, place
 
     def _count_next(self) -> None:
         number = self._start.window + len(self._first_packs) - 1
@@ -166,8 +187,8 @@ class Plan:
         first_member = np.concatenate([[0], np.cumsum(sizes[order])])
         s = self.settings
         if len(members):
-            split = np.split(members, first_member[1:-1])
-            costs = pack_costs(split, tokens, tiles, s.pack_length, s.attention_parity, s.tile_cost)
+            pack = s.pack_length, s.attention_parity, s.tile_cost
+            costs = joined_pack_costs(members, first_member[:-1], tokens, tiles, *pack)
         else:
             costs = np.full(len(packs), s.pack_length + s.pack_length**2 / s.attention_parity)
         rejected = np.flatnonzero(tokens == 0)

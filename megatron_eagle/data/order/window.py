@@ -57,10 +57,10 @@ class Window:
         """The one in a folder, mapped into memory; raises OSError or ValueError."""
 
         def names(name: str) -> Names:
-            return Names(load_array(folder / f"{name}.npy"), load_array(folder / f"{name}-starts.npy"))
+            return Names(array(name), array(f"{name}-starts"))
 
         def array(name: str) -> Ints:
-            return load_array(folder / f"{name}.npy")
+            return np.asarray(load_array(folder / f"{name}.npy"))  # looked up one by one, where memmap is slow
 
         return Window(
             sources=array("sources"),
@@ -70,7 +70,7 @@ class Window:
             ids=names("ids"),
             members=array("members"),
             first_member=array("first_member"),
-            costs=load_array(folder / "costs.npy"),
+            costs=array("costs"),
             rejected=array("rejected"),
             reasons=names("reasons"),
         )

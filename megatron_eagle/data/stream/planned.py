@@ -69,6 +69,7 @@ class PlannedStream(Iterator[PackedBatch]):
         # Reader processes are forked, and CUDA does not survive that: only the trainer itself decodes on its GPU.
         on_gpu = settings.reading.decoder == "dali" and not workers and torch.cuda.is_available()
         self._costs = {"attention_parity": settings.attention_parity, "tile_cost": settings.tile_cost}
+        self._plan.share([self._identity, self._costs])
         self._reader = PackReader(settings, tokenizer, torch.cuda.current_device() if on_gpu else None)
         self._taken = 0  # packs of this rank
         self._in_a_row = 0
@@ -185,6 +186,7 @@ class PlannedStream(Iterator[PackedBatch]):
     def close(self) -> None:
         """Ends the reader processes."""
         self._packs = None
+        self._plan.close()
 
 
 class _Orders(Sampler[Any]):
