@@ -448,6 +448,8 @@ def test_inspection_shows_what_the_model_sees(world, tmp_path):
     assert [len(view.tokens) for view in views] == [40, 24]
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count("<article") == 5 and page.count('<div class="block learned">') == 5
+    write_page(Plan(data_settings(a, b), tokenizer, 0), tmp_path / "page", shown=64)
+    page = (tmp_path / "page" / "index.html").read_text()
     assert "4 x 3 and a thumbnail</a>" in page and "frames of a sample" not in page  # a panel of what there is not
     assert "What is number" in page and "40 = 40 + 0" in page
     assert (tmp_path / "page" / "lengths.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_eagle.config.reading import ReadingSettings, Tiling
+from megatron_eagle.data.media.tile_counts import count_tiles_of
 from megatron_eagle.data.media.tiling import candidate_grids, choose_grid, count_tiles, cut_tiles
 
 # (width, height): grid by ratio at 448, area at 448, ratio at 512, area at 512. Computed from the released
@@ -155,3 +156,18 @@ def test_impossible_numbers_are_refused():
 def test_the_old_name_of_a_rule_is_refused_with_the_new_one():
     with pytest.raises(ValueError, match=r"eagle2 is now called ratio .* by the rule area"):
         ReadingSettings(tiling_rule="eagle2")
+
+
+@pytest.mark.parametrize("rule", ["ratio", "area"])
+def test_tiles_of_many_images_are_those_of_each(rule):
+    """Drawn sizes, and those where grids tie: multiples of a tile, and halves of the area at which a tie moves on."""
+    draw = np.random.default_rng(0)
+    tied = [(448 * i // 2, 448 * j // 2) for i in range(1, 13) for j in range(1, 13)]
+    sizes = np.concatenate([draw.integers(1, 6000, (4000, 2)), draw.integers(1, 40, (500, 2)), tied, [*PUBLISHED]])
+    for min_tiles, max_tiles, side in ((1, 12, 448), (1, 24, 448), (3, 7, 512), (1, 1, 64)):
+        tiling = Tiling(side, min_tiles, max_tiles, rule)
+        expected = [count_tiles(width, height, tiling) for width, height in sizes.tolist()]
+        assert count_tiles_of(sizes[:, 0], sizes[:, 1], tiling).tolist() == expected
+    assert count_tiles_of(sizes[:0, 0], sizes[:0, 1], tiling).tolist() == []
+    with pytest.raises(ValueError, match="an image of 5x0 pixels has no grid"):
+        count_tiles_of(np.array([9, 5]), np.array([9, 0]), tiling)

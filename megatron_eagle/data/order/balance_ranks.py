@@ -34,6 +34,19 @@ def pack_costs(
         return np.zeros(0)
     members = np.concatenate([np.asarray(pack) for pack in packs])
     starts = np.cumsum([0, *(len(pack) for pack in packs[:-1])])
+    return joined_pack_costs(members, starts, tokens, tiles, length, attention_parity, tile_cost)
+
+
+def joined_pack_costs(
+    members: NDArray[np.integer],
+    starts: NDArray[np.integer],
+    tokens: NDArray[np.integer],
+    tiles: NDArray[np.integer],
+    length: int,
+    attention_parity: int,
+    tile_cost: float,
+) -> NDArray[np.float64]:
+    """``pack_costs`` of packs that lie one after another in ``members``, each from one of ``starts`` on; none is empty."""
     own = tokens[members].astype(np.float64)
     padding = length - np.add.reduceat(own, starts)
     squares = np.add.reduceat(own**2, starts) + padding**2

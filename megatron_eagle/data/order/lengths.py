@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_eagle.config.data import DataSettings
-from megatron_eagle.data.media.tiling import count_tiles
+from megatron_eagle.data.media.tile_counts import count_tiles_of
 from megatron_eagle.data.order.sample_index import BROKEN_TOKENS, INDEX_FOLDER, Ints, SampleIndex, text_tokens
 from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
-from megatron_eagle.data.storage.location import read_text
+from megatron_eagle.data.storage.location import Location, load_array, read_text
 from megatron_eagle.errors import BrokenSample
 
 
@@ -44,27 +44,63 @@ def dataset_lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: D
 
     Words before frames take a while to count, so the lengths of a data set with videos are kept beside its shards.
     """
+    kept = _kept(sample_index, tokenizer, settings)
+    if kept is not None:
+        return kept
+    text = text_tokens(sample_index, tokenizer, settings.reading.system)
+    made = _lengths(sample_index, text, np.arange(len(sample_index)), VisualPlanner(settings, tokenizer))
+    if len(sample_index.videos):
+        _keep(made, sample_index, tokenizer, settings)
+    return made
+
+
+def lengths_of(sample_index: SampleIndex, text: Ints, samples: Ints, planner: VisualPlanner) -> Lengths:
+    """Lengths of the samples of these numbers alone; ``rejected`` is by place among them.
+
+    text: tokens of text of all samples (``text_tokens``), of which only those are looked at.
+    """
+    kept = _kept(sample_index, planner.tokenizer, planner.settings)
+    if kept is None:
+        return _lengths(sample_index, text, samples, planner)
+    rejected = {}
+    if kept.rejected:
+        rejected = {n: kept.rejected[own] for n, own in enumerate(samples.tolist()) if own in kept.rejected}
+    return Lengths(kept.tokens[samples], kept.tiles[samples], kept.frames[samples], rejected)
+
+
+def _kept(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> Lengths | None:
+    """The lengths that lie beside the shards of a data set with videos, mapped into memory."""
     if not len(sample_index.videos):
-        return _lengths(sample_index, tokenizer, settings)
+        return None
+    file = _file(sample_index, tokenizer, settings)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        said = json.loads(read_text(file.with_suffix(".json")))
+        numbers = load_array(file)
+        if numbers.shape == (3, len(sample_index)):
+            rejected = {int(sample): reason for sample, reason in said["rejected"].items()}
+            return Lengths(numbers[0], numbers[1], numbers[2], rejected, Counter(said["outcomes"]))
+    return None
+
+
+def _keep(lengths: Lengths, sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> None:
+    file = _file(sample_index, tokenizer, settings)
+    if not isinstance(file, Path):  # an object store is only read
+        return
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
+        np.save(partial, np.stack([lengths.tokens, lengths.tiles, lengths.frames]))
+        os.replace(partial, file)
+        partial = partial.with_suffix(".json")
+        partial.write_text(json.dumps({"rejected": lengths.rejected, "outcomes": lengths.outcomes}))
+        os.replace(partial, file.with_suffix(".json"))  # last: without it the numbers are not looked at
+
+
+def _file(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> Location:
     deciding = {**settings.flat(), **dict.fromkeys(NOT_DECIDING)}
     about = [sample_index.identity, tokenizer.fingerprint, deciding, TEXT_FORMAT]
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    file = sample_index.path / INDEX_FOLDER / f"lengths-{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(read_text(file))
-        tokens, tiles, frames = (np.array(kept[key], dtype=np.int32) for key in ("tokens", "tiles", "frames"))
-        rejected = {int(sample): reason for sample, reason in kept["rejected"].items()}
-        return Lengths(tokens, tiles, frames, rejected, Counter(kept["outcomes"]))
-    made = _lengths(sample_index, tokenizer, settings)
-    if not isinstance(file, Path):  # an object store is only read
-        return made
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.json")
-        arrays_as_lists = {key: getattr(made, key).tolist() for key in ("tokens", "tiles", "frames")}
-        partial.write_text(json.dumps({**arrays_as_lists, "rejected": made.rejected, "outcomes": made.outcomes}))
-        os.replace(partial, file)
-    return made
+    return sample_index.path / INDEX_FOLDER / f"lengths-{name}.npy"
 
 
 # Settings that the lengths of samples do not depend on.
@@ -74,42 +110,52 @@ NOT_DECIDING = (
 )  # fmt: skip
 
 
-def _lengths(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> Lengths:
-    text = np.asarray(text_tokens(sample_index, tokenizer, settings.reading.system))
-    tiles = _tiles(sample_index, settings)
+def _lengths(sample_index: SampleIndex, all_text: Ints, samples: Ints, planner: VisualPlanner) -> Lengths:
+    settings = planner.settings
+    text = np.asarray(all_text[samples])
+    tiles = _tiles(sample_index, samples, settings)
     tokens = text + tiles * settings.tokens_per_tile
-    frames = np.zeros(len(sample_index), np.int64)
-    without_text = np.flatnonzero(text == BROKEN_TOKENS).tolist()
-    unparsed = {sample: f"cannot be parsed ({sample_index.keys[sample]})" for sample in without_text}
-    rejected = {**unparsed, **sample_index.broken}
+    frames = np.zeros(len(samples), np.int64)
+    rejected = {
+        place: f"cannot be parsed ({sample_index.keys[samples[place]]})"
+        for place in np.flatnonzero(text == BROKEN_TOKENS).tolist()
+    }
+    if sample_index.broken:
+        broken = sample_index.broken
+        rejected |= {place: broken[own] for place, own in enumerate(samples.tolist()) if own in broken}
     most_tiles = settings.reading.max_tiles_per_pack
-    one_by_one = (tokens > settings.pack_length) | (np.diff(np.asarray(sample_index.first_video)) > 0)
+    has_videos = sample_index.first_video[samples + 1] > sample_index.first_video[samples]
+    one_by_one = (tokens > settings.pack_length) | has_videos
     if most_tiles is not None:
         one_by_one |= tiles > most_tiles
-    planner, counts = VisualPlanner(settings, tokenizer), Counter[str]()
-    for sample in np.flatnonzero(one_by_one).tolist():
-        if sample in rejected:
+    counts = Counter[str]()
+    for place in np.flatnonzero(one_by_one).tolist():
+        if place in rejected:
             continue
         try:
-            cut = planner.plan(sample_index.pictures_of(sample), int(text[sample]))
+            cut = planner.plan(sample_index.pictures_of(int(samples[place])), int(text[place]))
         except BrokenSample as error:
-            rejected[sample] = str(error)
+            rejected[place] = str(error)
             continue
-        tiles[sample], frames[sample] = cut.total_tiles, cut.total_frames
-        tokens[sample] = text[sample] + cut.tokens
+        tiles[place], frames[place] = cut.total_tiles, cut.total_frames
+        tokens[place] = text[place] + cut.tokens
         counts.update(cut.outcomes)
         counts["degraded"] += bool(cut.outcomes)
     unusable = np.fromiter(rejected, dtype=np.int64, count=len(rejected))
     tokens[unusable] = tiles[unusable] = frames[unusable] = 0
-    whole = len(sample_index) - len(rejected) - counts["degraded"]
+    whole = len(samples) - len(rejected) - counts["degraded"]
     counts.update({"whole": whole, "dropped": len(rejected)})
     return Lengths(tokens.astype(np.int32), tiles.astype(np.int32), frames.astype(np.int32), rejected, +counts)
 
 
-def _tiles(sample_index: SampleIndex, settings: DataSettings) -> Ints:
-    """int64 [n], of images, before any degradation; each size is looked at once."""
-    sizes, where = np.unique(np.asarray(sample_index.image_sizes), axis=0, return_inverse=True)
-    of_size = np.array([count_tiles(width, height, settings.tiling) for width, height in sizes.tolist()], np.int64)
-    images = of_size[where.reshape(-1)] if len(sizes) else np.zeros(0, np.int64)
-    running = np.concatenate([[0], np.cumsum(images)])
-    return running[sample_index.first_image[1:]] - running[sample_index.first_image[:-1]]
+def _tiles(sample_index: SampleIndex, samples: Ints, settings: DataSettings) -> Ints:
+    """int64 [samples], of images, before any degradation; each size is looked at once."""
+    first = sample_index.first_image[samples]
+    starts = np.concatenate([[0], np.cumsum(sample_index.first_image[samples + 1] - first)])
+    which = np.arange(starts[-1]) + np.repeat(first - starts[:-1], np.diff(starts))
+    # One number for both sides: finding distinct rows is ten times as slow.
+    sides = sample_index.image_sizes[which].astype(np.int64)
+    sizes, where = np.unique(sides[:, 0] << 32 | sides[:, 1], return_inverse=True)
+    of_size = count_tiles_of(sizes >> 32, sizes & 0xFFFFFFFF, settings.tiling)
+    running = np.concatenate([[0], np.cumsum(of_size[where.reshape(-1)])])
+    return running[starts[1:]] - running[starts[:-1]]

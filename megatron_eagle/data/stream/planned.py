@@ -1,12 +1,14 @@
 """PlannedStream: packs in the order of a plan, read at random through Energon's index, resumable at any size.
 
 What a rank reads follows from the plan, the step and its rank; reader processes only fetch what they are told, so their
-number changes nothing. A position is a count of packs. A broken sample leaves a gap in its own pack and moves no other.
+number changes nothing. A position is a count of packs, and the window that the next one is in, so that continuing plans
+one window wherever it is. A broken sample leaves a gap in its own pack and moves no other.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.balance_ranks import balance_ranks
-from megatron_eagle.data.order.plan import Plan, PlannedPack
+from megatron_eagle.data.order.plan import ORDER_FORMAT, Plan, PlannedPack, WindowStart
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.stream.pack_reader import PackReader
@@ -56,16 +58,18 @@ class PlannedStream(Iterator[PackedBatch]):
         self._plan = Plan(settings, tokenizer, seed)
         self._identity = {
             "sources": [
-                [sample_index.identity, source.weight, source.repeat]
-                for sample_index, source in zip(self._plan.sample_indexes, settings.sources, strict=True)
+                [identity, source.weight, source.repeat]
+                for identity, source in zip(self._plan.identities, settings.sources, strict=True)
             ],
             "settings": deciding(settings, "planned"),
+            "order_format": ORDER_FORMAT,
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
         }
         # Reader processes are forked, and CUDA does not survive that: only the trainer itself decodes on its GPU.
         on_gpu = settings.reading.decoder == "dali" and not workers and torch.cuda.is_available()
         self._costs = {"attention_parity": settings.attention_parity, "tile_cost": settings.tile_cost}
+        self._plan.share([self._identity, self._costs])
         self._reader = PackReader(settings, tokenizer, torch.cuda.current_device() if on_gpu else None)
         self._taken = 0  # packs of this rank
         self._in_a_row = 0
@@ -152,7 +156,8 @@ class PlannedStream(Iterator[PackedBatch]):
         """The position after the pack returned last, as JSON; the same on all ranks between two steps."""
         step, place = divmod(self._taken, self._batch // self._world_size)
         position = {"packs": step * self._batch, "of_next_step": place, "batch": self._batch, "ranks": self._world_size}
-        return json.dumps({"identity": self._identity, **position, "costs": self._costs}).encode()
+        window = {"window": asdict(self._plan.start_of(step * self._batch))}
+        return json.dumps({"identity": self._identity, **position, **window, "costs": self._costs}).encode()
 
     def restore(self, state: bytes) -> None:
         """Continues after ``state``, which any rank of any number of ranks may have saved.
@@ -175,11 +180,13 @@ class PlannedStream(Iterator[PackedBatch]):
                 f"otherwise: {'; '.join(dealt_otherwise)}; set both in the recipe's reading to continue"
             )
         self._packs = None
+        self._plan.start_at(WindowStart(**saved["window"]))
         self._taken = saved["packs"] // self._world_size + saved["of_next_step"]
 
     def close(self) -> None:
         """Ends the reader processes."""
         self._packs = None
+        self._plan.close()
 
 
 class _Orders(Sampler[Any]):

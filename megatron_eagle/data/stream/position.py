@@ -47,6 +47,12 @@ def read_position(state: bytes, identity: dict[str, Any], added: Collection[str]
                 "frames; finish the stage with the version that saved it, or begin the next one from its weights "
                 "(docs/compatibility.md)"
             )
+        if "order_format" in identity and "order_format" not in before:
+            raise UserError(
+                "the saved data position is of before sources were shuffled place by place (2026-11-26), so other "
+                "packs would follow it; finish the stage with the version that saved it, or begin the next one from "
+                "its weights (docs/compatibility.md)"
+            )
         own = {name: value for name, value in identity.items() if name in before or name not in added}
         changed = differences(before, json.loads(json.dumps(own)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
