@@ -55,6 +55,8 @@ CURATE = ["faiss-cpu>=1.15", "py3langid>=0.4"]
 ASKING = ["openai>=3.57,<4"]
 # `verify --lora` holds adapters against it; training needs none of it.
 LORA = ["peft>=0.21"]
+# Gauges of a run for node exporter to read (megatron_eagle/training/prometheus.py).
+PROMETHEUS = ["prometheus-client>=0.26"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -118,9 +120,10 @@ setup(
         "ray": RAY,
         "endpoint": ASKING,
         "lora": LORA,
+        "prometheus": PROMETHEUS,
         "serve": [*ENDPOINT, *PAGE],
         "docs": DOCS,
-        "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *LORA, *ENDPOINT],
+        "dev": [*DEV, *DOCUMENTS, *CURATE, *ASKING, *LORA, *PROMETHEUS, *ENDPOINT],
     },
     entry_points={
         "console_scripts": ["megatron-eagle=megatron_eagle.__main__:run"],

@@ -248,6 +248,7 @@ class LogSettings:
     tensorboard: write event files.
     wandb_project: also send them to this project of Weights & Biases; a server that fails or hangs ends no run.
     mlflow_experiment: also send them to this experiment of MLflow, kept where MLFLOW_TRACKING_URI says; as with W&B.
+    prometheus_folder: also keep the newest step's there as gauges, for node exporter's textfile collector.
     every: steps between two printed lines; the last step and those with a score are always printed, and metrics.jsonl
         has every step.
     """
@@ -255,6 +256,7 @@ class LogSettings:
     tensorboard: Flag = True
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
+    prometheus_folder: str | None = None
     every: Positive = 1
 
 

@@ -20,6 +20,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.progress import is_quiet
 from megatron_eagle.training.dashboards import Sender, open_tensorboard, send_to_mlflow, send_to_wandb
 from megatron_eagle.training.json_lines import append_text, read_lines, warn
+from megatron_eagle.training.prometheus import write_for_prometheus
 
 METRICS_FILE = "metrics.jsonl"
 ETA_WINDOW = 32
@@ -43,6 +44,7 @@ class StepRecord:
     rejected: (sample id, reason) of the samples skipped since the step before.
     scores: of the evaluation after this step, by name; empty if there was none. evaluation_s: seconds that it took, not
         part of ``seconds``.
+    stragglers: processes that are known to be slow now (``training.stragglers``).
     """
 
     stage: str
@@ -65,6 +67,7 @@ class StepRecord:
     checkpoint_stall_s: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
     evaluation_s: float = 0.0
+    stragglers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= self.steps:
@@ -98,6 +101,7 @@ class StepRecord:
             "data_wait_fraction": self.data_wait / self.seconds,
             "rejected_total": self.rejected_total,
             "checkpoint_stall_s": self.checkpoint_stall_s,
+            "stragglers": self.stragglers,
             **{f"score/{name}": score for name, score in self.scores.items()},
             **({"evaluation_s": self.evaluation_s} if self.scores else {}),
             **({} if self.tile_balance is None else {"tile_balance": self.tile_balance}),
@@ -181,6 +185,7 @@ class TrainingLog:
         tensorboard: bool,
         wandb_project: str | None,
         mlflow_experiment: str | None = None,
+        prometheus_folder: Path | None = None,
         resumed_at: int,
         about: Mapping[str, Any] | None = None,
         every: int = 1,
@@ -205,6 +210,8 @@ class TrainingLog:
             self._senders.append(send_to_wandb(folder, wandb_project, stage, resumed_at, about or {}))
         if mlflow_experiment is not None:
             self._senders.append(send_to_mlflow(folder, mlflow_experiment, stage, resumed_at, about or {}))
+        if prometheus_folder is not None:
+            self._senders.append(write_for_prometheus(prometheus_folder, folder.name, stage))
 
     def step(self, record: StepRecord) -> None:
         """Print, store and plot one step; UserError if the disk does not take the whole of its line."""

@@ -389,6 +389,7 @@ class StageRun:
             rejected=rejected,
             scores=dict(scores.by_name),
             evaluation_s=scores.seconds,
+            stragglers=self.stragglers.known,
         )
 
     def _description(self, engine: Engine) -> Description:
@@ -421,6 +422,7 @@ class StageRun:
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
             mlflow_experiment=settings.mlflow_experiment,
+            prometheus_folder=Path(settings.prometheus_folder) if settings.prometheus_folder else None,
             resumed_at=self.step,
             about=self.origin,
             every=settings.every,

@@ -121,6 +121,11 @@ class StragglerWatch:
             self._nodes = [node for node, _ in every]
             self._peers = np.array([stage for _, stage in every], dtype=np.float64)
 
+    @property
+    def known(self) -> int:
+        """How many processes are slow now; on rank 0."""
+        return len(self._slow)
+
     def reading(self, read: Callable[[], T]) -> T:
         """``read()``, timed."""
         with self.timing(READING):
