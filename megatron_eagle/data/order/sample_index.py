@@ -68,6 +68,8 @@ class Names:
 
     def take(self, chosen: Ints) -> "Names":
         """The names of these numbers, in that order."""
+        if len(chosen) <= NAMES_AT_ONCE:
+            return self._take(chosen)
         parts = [chosen[begin : begin + NAMES_AT_ONCE] for begin in range(0, len(chosen), NAMES_AT_ONCE)]
         return Names.joined([self._take(part) for part in parts])
 

@@ -14,6 +14,7 @@ from megatron_eagle.data.order.lengths import Lengths, lengths_of
 from megatron_eagle.data.order.sample_index import Ints, Names, SampleIndex, open_sample_index, text_tokens
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.location import is_mapped
 from megatron_eagle.errors import UserError
 
 FIRST_LOOK = 64  # samples that are looked at for one that can be used; then twice as many, and so on
@@ -40,7 +41,7 @@ class SourceSamples:
         if not len(index):
             raise UserError(f"{index.path}: the data set holds no samples")
         self.path, self.identity, self._samples = index.path, index.identity, len(index)
-        if not isinstance(index.first_image, np.memmap):
+        if not is_mapped(index.first_image):
             self._held = index
 
     def __len__(self) -> int:
@@ -78,6 +79,6 @@ class SourceSamples:
         if self._text is not None:
             return self._text
         text = text_tokens(index, self._tokenizer, self._system)
-        if not isinstance(text, np.memmap):
+        if not is_mapped(text):
             self._text = text
         return text

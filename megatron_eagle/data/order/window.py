@@ -61,7 +61,7 @@ class Window:
             return Names(array(name), array(f"{name}-starts"))
 
         def array(name: str) -> NDArray[Any]:
-            return np.asarray(load_array(folder / f"{name}.npy"))  # looked up one by one, where memmap is slow
+            return load_array(folder / f"{name}.npy")
 
         return Window(
             sources=array("sources"),
