@@ -6,9 +6,10 @@ Catalogues are made up: one data set of a million samples gets a real ``.eagle-m
 the others are hard links to its arrays with identities of their own. So a thousand of them are all in the page cache,
 which flatters: on a disk every window reads pages that were not read before. 8 processes open a stream each, as 8 ranks
 do, and go on until each has the order of its first pack, then through the orders of a window's packs; nothing is read
-from shards. Seconds are by the clock, until the last of them is ready; imports are not counted. Memory is the sum of
-PSS of the 8 (a page that k processes map counts 1 / k in each), the most of samples every 50 ms, less what the process
-had that they were forked from.
+from shards. Seconds are by the clock, until the last of them is ready; imports are not counted. CPU seconds are of the
+busiest rank and of all of them until then: two cores that do nothing else need the larger of the first and half of the
+second. Memory is the sum of PSS of the 8 (a page that k processes map counts 1 / k in each), the most of samples every
+50 ms, less what the process had that they were forked from.
 
 It runs on older versions too (PYTHONPATH), whose positions name no window.
 """
@@ -29,7 +30,7 @@ from megatron_eagle.config.reading import ReadingSettings
 from megatron_eagle.data.order.sample_index import Names, SampleIndex, _save, text_tokens
 from megatron_eagle.data.stream.planned import PlannedStream
 
-SAMPLES, RANKS, BATCH = 1_000_000, 8, 64
+SAMPLES, BATCH = 1_000_000, 64
 PACK_LENGTH, TOKENS_PER_TILE = 16_384, 256
 
 
@@ -105,9 +106,9 @@ def _link_tokens(first: Path, own: Path) -> None:
     os.link(first / ".eagle-meta/tokens.npy", file)
 
 
-def rank_of_a_node(rank, settings, position, ready, go, done):
+def rank_of_a_node(rank, ranks, settings, position, ready, go, done):
     """Opens a stream, has its first order, and then those of the packs of one window."""
-    stream = PlannedStream(settings, MadeUpTokenizer(), rank=rank, world_size=RANKS, batch=BATCH)
+    stream = PlannedStream(settings, MadeUpTokenizer(), rank=rank, world_size=ranks, batch=BATCH)
     if position is not None:
         saved = json.loads(stream.state())
         saved["packs"] = position["packs"]
@@ -115,13 +116,13 @@ def rank_of_a_node(rank, settings, position, ready, go, done):
             saved["window"] = {"window": position["window"], "packs": position["packs"]}
         stream.restore(json.dumps(saved).encode())
     orders = stream._orders()
-    pack = next(orders)
+    pack, cpu = next(orders), time.process_time()
     ready.wait()
     go.wait()
-    begun, packs = time.perf_counter(), 0
+    begun, packs = time.process_time(), 0
     while pack.number < (position["packs"] if position else 0) + 0.9 * position_step(stream):
         pack, packs = next(orders), packs + 1
-    done.put((rank, packs, time.perf_counter() - begun))
+    done.put((packs, time.process_time() - begun, cpu))
     go.wait()
     stream.close()
 
@@ -144,20 +145,20 @@ def pss(pids) -> int:
     return total
 
 
-def measure(settings: DataSettings, position: dict | None) -> dict[str, float]:
-    """Seconds until 8 ranks are ready, milliseconds a pack after that, GB at most meanwhile and when all is ready."""
+def measure(settings: DataSettings, position: dict | None, count: int) -> dict[str, float]:
+    """Seconds until the ranks are ready, CPU milliseconds a pack after that, GB at most and when all is ready."""
     context = multiprocessing.get_context("fork")
-    ready, go, done = context.Barrier(RANKS + 1), context.Barrier(RANKS + 1), context.Queue()
+    ready, go, done = context.Barrier(count + 1), context.Barrier(count + 1), context.Queue()
     before = pss([os.getpid()])
     begun = time.perf_counter()
     ranks = [
-        context.Process(target=rank_of_a_node, args=(rank, settings, position, ready, go, done))
-        for rank in range(RANKS)
+        context.Process(target=rank_of_a_node, args=(rank, count, settings, position, ready, go, done))
+        for rank in range(count)
     ]
     for own in ranks:
         own.start()
     most = 0
-    while ready.n_waiting < RANKS:
+    while ready.n_waiting < count:
         most = max(most, pss([own.pid for own in ranks]))
         if any(own.exitcode for own in ranks):
             raise SystemExit("a rank ended")
@@ -167,7 +168,7 @@ def measure(settings: DataSettings, position: dict | None) -> dict[str, float]:
     at_rest = pss([own.pid for own in ranks])
     go.wait()
     rows = []
-    while len(rows) < RANKS:
+    while len(rows) < count:
         most = max(most, pss([own.pid for own in ranks]))
         while not done.empty():
             rows.append(done.get())
@@ -175,8 +176,15 @@ def measure(settings: DataSettings, position: dict | None) -> dict[str, float]:
     go.wait()
     for own in ranks:
         own.join()
-    a_pack = 1000 * sum(took for _, _, took in rows) / sum(packs for _, packs, _ in rows)
-    return {"seconds": seconds, "most_gb": (most - before) / 1e9, "rest_gb": (at_rest - before) / 1e9, "ms": a_pack}
+    packs, took, cpu = zip(*rows, strict=True)
+    return {
+        "seconds": seconds,
+        "busiest": max(cpu),
+        "all": sum(cpu),
+        "most_gb": (most - before) / 1e9,
+        "rest_gb": (at_rest - before) / 1e9,
+        "ms": 1000 * sum(took) / sum(packs),
+    }
 
 
 def main() -> None:
@@ -185,8 +193,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sources", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--window", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--ranks", type=int, default=8)
     options = parser.parse_args()
-    print("| samples | window | | seconds | GB at most | GB at rest | ms a pack |\n|---|---|---|---|---|---|---|")
+    print("| samples | window | | seconds | CPU s, busiest | CPU s, all | GB at most | GB at rest | CPU ms a pack |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for count in options.sources:
         paths = make_catalogues(options.folder, count)
         for window in options.window:
@@ -200,10 +210,10 @@ def main() -> None:
             at = int(0.9 * windows)
             packs = int(0.9 * count * 110_000) // BATCH * BATCH  # about as many as windows before have
             for name, position in (("start", None), ("at 90 %", {"window": at, "packs": packs})):
-                found = measure(settings, position)
+                found = measure(settings, position, options.ranks)
                 print(
-                    f"| {count * SAMPLES:,} | {window:,} | {name} | {found['seconds']:.1f} | {found['most_gb']:.2f} | "
-                    f"{found['rest_gb']:.2f} | {found['ms']:.2f} |",
+                    f"| {count * SAMPLES:,} | {window:,} | {name} | {found['seconds']:.1f} | {found['busiest']:.1f} | "
+                    f"{found['all']:.1f} | {found['most_gb']:.2f} | {found['rest_gb']:.2f} | {found['ms']:.2f} |",
                     flush=True,
                 )
 

@@ -14,6 +14,7 @@ from megatron_eagle.data.order.plan import Plan, WindowStart, epoch_lengths
 from megatron_eagle.data.order.sample_index import Names, open_sample_index, text_tokens
 from megatron_eagle.data.order.window import Window
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.location import is_mapped, load_array
 from megatron_eagle.data.stream.planned import PlannedStream
 from megatron_eagle.errors import UserError
 
@@ -169,8 +170,24 @@ def test_a_window_is_the_same_from_a_file(world, tmp_path):
     window = Plan(small(a, b), tokenizer, 0).window(1)
     window.save(tmp_path)
     again = Window.load(tmp_path)
-    assert isinstance(again.members.base, np.memmap) and len(again) == len(window)
+    assert is_mapped(again.members) and len(again) == len(window)
     assert list(again.ids) == list(window.ids) and [*again.reasons] == [*window.reasons]
     assert [again.members_of(n) for n in range(len(again))] == [window.members_of(n) for n in range(len(window))]
     tokens, tiles = epoch_lengths(Plan(small(a, b), tokenizer, 0))
     assert len(tokens) == len(tiles) == 64
+
+
+def test_arrays_are_mapped_as_numpy_would(tmp_path):
+    file = tmp_path / "array.npy"
+    for array in (np.arange(6, dtype=np.int32), np.ones((2, 3)), np.asfortranarray(np.eye(3)), np.zeros((0, 2))):
+        np.save(file, array)
+        found = load_array(file)
+        assert is_mapped(found) and found.dtype == array.dtype and not found.flags.writeable
+        assert found.shape == array.shape and (found == np.load(file)).all()
+    np.save(file, np.arange(1000))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"array.npy: 8120 bytes are not an array \(1000,\) of int64"):
+        load_array(file)
+    np.save(file, np.array(["a", None], dtype=object))
+    with pytest.raises(ValueError, match="of object"):
+        load_array(file)

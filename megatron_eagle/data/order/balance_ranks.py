@@ -46,7 +46,7 @@ def joined_pack_costs(
     attention_parity: int,
     tile_cost: float,
 ) -> NDArray[np.float64]:
-    """``pack_costs`` of packs that lie one after another in ``members``, each from one of ``starts``; none is empty."""
+    """``pack_costs`` of packs that lie one after another in ``members``, from each of ``starts`` on; none is empty."""
     own = tokens[members].astype(np.float64)
     padding = length - np.add.reduceat(own, starts)
     squares = np.add.reduceat(own**2, starts) + padding**2

@@ -68,6 +68,8 @@ class Names:
 
     def take(self, chosen: Ints) -> "Names":
         """The names of these numbers, in that order."""
+        if len(chosen) <= NAMES_AT_ONCE:
+            return self._take(chosen)
         parts = [chosen[begin : begin + NAMES_AT_ONCE] for begin in range(0, len(chosen), NAMES_AT_ONCE)]
         return Names.joined([self._take(part) for part in parts])
 
@@ -156,6 +158,19 @@ def open_sample_index(path: Location | str) -> SampleIndex:
     with contextlib.suppress(OSError):  # a read-only data set: this process keeps it in memory
         _save(made)
     return _load(folder, identity) or made
+
+
+def count_mapped(path: Location | str) -> int | None:
+    """Samples of a data set whose index lies on this machine's disk, with one array opened; None of any other.
+
+    Raises UserError if ``path`` is no prepared data set.
+    """
+    samples = locate_dataset(path) / SAMPLES_FOLDER
+    if not isinstance(samples, Path) or _description(samples, dataset_identity(path)) is None:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return len(load_array(samples / "key_starts.npy")) - 1
+    return None
 
 
 def scan_shard(shard: Location, count: int) -> Iterator[ScannedSample]:
@@ -248,12 +263,12 @@ def _save(sample_index: SampleIndex) -> None:
 def _load(folder: Location, identity: str) -> SampleIndex | None:
     """The sample_index on disk, or None if there is none, or one of other shards."""
     samples = folder / SAMPLES_FOLDER
+    description = _description(samples, identity)
+    if description is None:
+        return None
     try:
-        description = json.loads(read_text(samples / DESCRIPTION_FILE))
-        if description["identity"] != identity:
-            return None
         array = {name: load_array(samples / f"{name}.npy") for name in _ARRAY_NAMES}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     return SampleIndex(
         path=folder,
@@ -267,6 +282,15 @@ def _load(folder: Location, identity: str) -> SampleIndex | None:
         broken={int(number): reason for number, reason in description["broken"].items()},
         **{name: {int(n): tuple(own) for n, own in description.get(name, {}).items()} for name in _OF_FEW},
     )
+
+
+def _description(samples: Location, identity: str) -> dict[str, Any] | None:
+    """What an index on disk says beside its arrays, if it is of these shards."""
+    try:
+        description: dict[str, Any] = json.loads(read_text(samples / DESCRIPTION_FILE))
+        return description if description["identity"] == identity and "broken" in description else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 _OF_FEW = ("video_numbers", "video_starts", "image_documents", "image_numbers")  # by sample; most have none

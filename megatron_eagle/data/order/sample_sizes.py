@@ -58,7 +58,7 @@ class SampleSizes:
     def fewest_packs(self) -> int:
         """Packs that the samples which fit need at least."""
         samples = self.longest_first
-        packs = math.ceil(sum(self.lengths[i] for i in samples) / self.length)
+        packs = math.ceil(int(np.array(self.lengths, dtype=np.int64)[samples].sum()) / self.length)
         if self.max_tiles is None:
             return packs
         return max(packs, math.ceil(sum(self.tiles[i] for i in samples) / self.max_tiles))

@@ -11,9 +11,18 @@ import numpy as np
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.lengths import Lengths, lengths_of
-from megatron_eagle.data.order.sample_index import Ints, Names, SampleIndex, open_sample_index, text_tokens
+from megatron_eagle.data.order.sample_index import (
+    Ints,
+    Names,
+    SampleIndex,
+    count_mapped,
+    open_sample_index,
+    text_tokens,
+)
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
+from megatron_eagle.data.storage.location import is_mapped, locate_dataset
+from megatron_eagle.data.storage.shards import dataset_identity
 from megatron_eagle.errors import UserError
 
 FIRST_LOOK = 64  # samples that are looked at for one that can be used; then twice as many, and so on
@@ -36,12 +45,14 @@ class SourceSamples:
         self._planner = VisualPlanner(settings, tokenizer)
         self._held: SampleIndex | None = None
         self._text: Ints | None = None
-        index = open_sample_index(path)
-        if not len(index):
-            raise UserError(f"{index.path}: the data set holds no samples")
-        self.path, self.identity, self._samples = index.path, index.identity, len(index)
-        if not isinstance(index.first_image, np.memmap):
-            self._held = index
+        self.path, self.identity = locate_dataset(path), dataset_identity(path)
+        samples = count_mapped(path)
+        if samples is None:
+            index = open_sample_index(path)
+            samples, self._held = len(index), None if is_mapped(index.first_image) else index
+        self._samples = samples
+        if not samples:
+            raise UserError(f"{path}: the data set holds no samples")
 
     def __len__(self) -> int:
         return self._samples
@@ -78,6 +89,6 @@ class SourceSamples:
         if self._text is not None:
             return self._text
         text = text_tokens(index, self._tokenizer, self._system)
-        if not isinstance(text, np.memmap):
+        if not is_mapped(text):
             self._text = text
         return text

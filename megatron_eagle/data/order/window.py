@@ -6,6 +6,7 @@ a source; and as arrays it can lie in files that all ranks of a machine map into
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ class Window:
         def names(name: str) -> Names:
             return Names(array(name), array(f"{name}-starts"))
 
-        def array(name: str) -> Ints:
-            return np.asarray(load_array(folder / f"{name}.npy"))  # looked up one by one, where memmap is slow
+        def array(name: str) -> NDArray[Any]:
+            return load_array(folder / f"{name}.npy")
 
         return Window(
             sources=array("sources"),
