@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
     settings = copy.deepcopy(SETTINGS) | {"layout": layout}
     for key, value in changes.items():
-        if key in ("trainable", "batch", "pack_length", "freeze", "neftune_alpha", "ema"):
+        if key in ("trainable", "batch", "pack_length", "freeze", "neftune_alpha", "ema", "new_rows_from"):
             settings["stages"][0][key] = value
         elif key in ("recompute", "language", "encoders"):
             settings["model"][key] = value

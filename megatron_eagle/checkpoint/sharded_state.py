@@ -4,9 +4,10 @@ Weights and the optimizer's moments carry the names and shapes of an undivided m
 any layout and either placement of the encoders loads them. Of the optimizer only tensors are stored, and of the
 schedule only the step is read back: rates, weight decay, warm-up and decay follow from the recipe and the step.
 
-Extra states are not stored. They are the place for scales of FP8 training, which this project does not do; which module
-has one depends on the transformer implementation, and Transformer Engine unpickles what it is given. So each module
-keeps its own, and a checkpoint has the same keys whichever implementation wrote it, and loads into any.
+Extra states are not stored. They are the place for scales of FP8 training that follow from earlier steps, which no
+recipe here has (``config/fp8.py``); of the others they hold settings that the recipe has, too. Which module has one
+depends on the transformer implementation, and Transformer Engine unpickles what it is given. So each module keeps its
+own, and a checkpoint has the same keys whichever implementation wrote it, and loads into any.
 """
 
 import random
@@ -69,10 +70,13 @@ def sharded_weights(modules: Sequence[MegatronModule], which: Which = "all") -> 
     which: all, those of LoRA's adapters, or all but those.
     """
     metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    states = (module.sharded_state_dict(metadata=metadata) for module in modules)
     return {
-        f"model{number}": {name: _without_extra_state(entry) for name, entry in state.items() if _is(name, which)}
-        for number, state in enumerate(states)
+        f"model{number}": {
+            name: _without_extra_state(entry, fp8=bool(getattr(module.config, "fp8", None)))
+            for name, entry in module.sharded_state_dict(metadata=metadata).items()
+            if _is(name, which)
+        }
+        for number, module in enumerate(modules)
     }
 
 
@@ -80,11 +84,14 @@ def _is(name: str, which: Which) -> bool:
     return which == "all" or is_adapter(name) == (which == "adapters")
 
 
-def _without_extra_state(entry: Any) -> Any:
-    """``entry``, or the module's own extra state, marked so that it is neither stored nor asked for."""
+def _without_extra_state(entry: Any, *, fp8: bool = False) -> Any:
+    """``entry``, or the module's own extra state, marked so that it is neither stored nor asked for.
+
+    fp8: whether the module was built to multiply so, by a recipe whose states hold no numbers.
+    """
     if not (isinstance(entry, ShardedObject) and entry.key.endswith(EXTRA_STATE)):
         return entry
-    if not holds_nothing(entry.data):
+    if not (fp8 or holds_nothing(entry.data)):
         raise UserError(f"{entry.key} is not empty: scales of FP8 training are not stored in checkpoints")
     return LocalNonpersistentObject(entry.data)
 

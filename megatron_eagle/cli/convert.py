@@ -1,6 +1,7 @@
 """``megatron-eagle convert``: Hugging Face checkpoints in and out, and comparing any two checkpoints."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,7 +171,11 @@ def _import_hf(options: argparse.Namespace) -> None:
     )
     if words:
         rows = read_description(options.out).model["language"]["vocab_size"]
-        print(f"{len(words)} tokens added: a recipe needs model.language.vocab_size={rows}")
+        ids = json.loads((options.out / "tokenizer" / "added_tokens.json").read_text(encoding="utf-8"))
+        print(
+            f"{len(words)} tokens added: a recipe needs model.language.vocab_size={rows}; a stage's "
+            f"new_rows_from={min(ids[word] for word in words)} trains their rows alone"
+        )
     print(f"{options.out}: {proof.round_trip.parameters:,} parameters, proof passed; see {options.out / 'proof.md'}")
 
 

@@ -184,6 +184,8 @@ class Stage:
     freeze: layers of these parts that stay as they are, by tower (language, vision.ENCODER): its embeddings, its
         layers as Python slices them, counted over the whole model, or its output (last norm, output layer), as in
         [language.embeddings, "language.layers[:-4]"]; vision.ENCODER alone is all of it.
+    new_rows_from: id of the first token of one's own: of the embedding and the output layer only the rows from it on
+        train, without weight decay, and the last norm does not; null for all.
     layer_decay: what the learning rate is multiplied by from layer to layer, from the output of a tower down to its
         embeddings, of parts that train and have layers.
     neftune_alpha: size of the noise on text embeddings while it trains (NEFTune); the paper takes 5 to 15, 0 is none.
@@ -211,6 +213,7 @@ class Stage:
     blend: tuple[BlendSource, ...]
     part_learning_rates: dict[Part, AboveZero] = field(default_factory=dict)
     freeze: tuple[LayerNames, ...] = ()
+    new_rows_from: Count | None = None
     layer_decay: dict[Literal["vision", "language"], Share] = field(default_factory=dict)
     neftune_alpha: NotNegative = 0.0
     ema: BelowOne | None = None
@@ -315,6 +318,7 @@ class Recipe:
                     stage.evaluation.check(layout, stage.pack_length, stage.checkpoint_every)
                 self.data_settings(stage)
                 self._check_lora(stage)
+                self._check_new_rows(stage)
                 if stage.freeze or stage.layer_decay:
                     check_frozen(config, stage.freeze, stage.trainable)
                     towers(config)
@@ -362,6 +366,20 @@ class Recipe:
             raise ValueError("lora and freeze: adapters alone train, name the layers that get one in lora.targets")
         if self.lora.dropout and self.stage_layout(stage).encoder_chunk and "vision" in stage.trainable:
             raise ValueError("lora.dropout and encoder_chunk: tiles encoded again would be dropped otherwise")
+
+    def _check_new_rows(self, stage: Stage) -> None:
+        first, language = stage.new_rows_from, self.model.eagle().language
+        if first is None:
+            return
+        if self.lora:
+            raise ValueError("new_rows_from and lora: adapters alone train, and are all that checkpoints hold")
+        if "language" not in stage.trainable:
+            raise ValueError(f"new_rows_from={first} is of the language model, which does not train")
+        if not 0 < first < language.vocab_size:
+            raise ValueError(f"new_rows_from={first} leaves no old or no new one of {language.vocab_size} rows")
+        kept = {*stage.freeze} | ({"language.output"} if language.tie_word_embeddings else set())
+        if {"language.embeddings", "language.output"} <= kept:
+            raise ValueError(f"new_rows_from={first}, and freeze holds the embedding and the output layer")
 
     def stage(self, name: str) -> Stage:
         """The stage called ``name``; UserError lists the stages there are."""

@@ -42,11 +42,17 @@ class Flops:
         return Flops(self.forward * times, self.input_gradient * times, self.weight_gradient * times)
 
 
+# Tensors with a row for each token, and what else of the language model is outside its layers.
+ROWS = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
+LAST_NORM = "language.decoder.final_layernorm.weight"
+
+
 @dataclass(frozen=True)
 class Parts:
     """Which parts of a model train, hence which gradients a step needs.
 
-    lora: their adapters alone train. frozen: layers of them that do not.
+    lora: their adapters alone train. frozen: layers of them that do not. new_rows: outside its layers, the language
+    model trains rows of new tokens alone; their tensors count whole.
     """
 
     vision: bool
@@ -54,15 +60,21 @@ class Parts:
     language: bool
     lora: LoraSettings | None = None
     frozen: tuple[Frozen, ...] = ()
+    new_rows: bool = False
 
     @staticmethod
-    def of(trainable: Collection[str], lora: LoraSettings | None = None, frozen: tuple[Frozen, ...] = ()) -> "Parts":
-        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable, lora, frozen)
+    def of(
+        trainable: Collection[str],
+        lora: LoraSettings | None = None,
+        frozen: tuple[Frozen, ...] = (),
+        new_rows: bool = False,
+    ) -> "Parts":
+        return Parts("vision" in trainable, "connector" in trainable, "language" in trainable, lora, frozen, new_rows)
 
     def learns(self, weight: str) -> bool:
         """Whether a parameter, by its global name, has a gradient."""
         trains: bool = getattr(self, weight.partition(".")[0])
-        if not trains or any(one.holds(weight) for one in self.frozen):
+        if not trains or (self.new_rows and weight == LAST_NORM) or any(one.holds(weight) for one in self.frozen):
             return False
         return self.lora is None or is_adapter(weight)
 

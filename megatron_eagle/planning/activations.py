@@ -48,6 +48,12 @@ class PackShape:
         return Work.of_segments(self.segments[:-1] if self.padding else self.segments, self.tiles)
 
 
+def stage_parts(recipe: Recipe, stage: Stage) -> Parts:
+    """What of the model ``stage`` trains."""
+    frozen = frozen_layers(recipe.model.eagle(), stage.freeze)
+    return Parts.of(stage.trainable, recipe.lora, frozen, stage.new_rows_from is not None)
+
+
 @dataclass(frozen=True)
 class Activations:
     """The sizes of everything that passes through a process of ``layout``."""
@@ -67,7 +73,7 @@ class Activations:
         return Activations(
             config=recipe.model.eagle(),
             layout=recipe.stage_layout(stage),
-            parts=Parts.of(stage.trainable, recipe.lora, frozen_layers(recipe.model.eagle(), stage.freeze)),
+            parts=stage_parts(recipe, stage),
             precision=recipe.weight_precision,
             recompute=recipe.model.recompute,
             impl=recipe.model.transformer_impl,

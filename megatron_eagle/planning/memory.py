@@ -16,13 +16,12 @@ from functools import lru_cache
 
 from pydantic import TypeAdapter
 
-from megatron_eagle.config.layers import frozen_layers
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.cost import Held, Parts
 from megatron_eagle.parallel.shard_tiles import TileShards
-from megatron_eagle.planning.activations import Activations, PackShape
+from megatron_eagle.planning.activations import Activations, PackShape, stage_parts
 from megatron_eagle.planning.parameters import (
     Buffer,
     bucket_size,
@@ -97,7 +96,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
     """(weights, gradients, optimizer, scratch of an unfused Adam) of a process, exact."""
     number, settings = BYTES[recipe.weight_precision], recipe.optimizer
     weights = gradients = states = largest = 0
-    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), _parts(recipe, stage)
+    layout, config, parts = recipe.stage_layout(stage), recipe.model.eagle(), stage_parts(recipe, stage)
     key = json.dumps(asdict(config), sort_keys=True)
     for owned in _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp):
         in_buffer = settings.distributed and owned.buffer.elements
@@ -114,13 +113,9 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
 def gradient_buffers(recipe: Recipe, stage: Stage, world_size: int, pp_rank: int) -> list[tuple[int, int, bool]]:
     """(elements, processes that share them, whether it is that of spread encoders) of each gradient buffer."""
     config, layout, settings = recipe.model.eagle(), recipe.stage_layout(stage), recipe.optimizer
-    key, parts = json.dumps(asdict(config), sort_keys=True), _parts(recipe, stage)
+    key, parts = json.dumps(asdict(config), sort_keys=True), stage_parts(recipe, stage)
     all_owned = _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, pp_rank)
     return [(owned.buffer.elements, owned.ranks, owned.copy) for owned in all_owned if owned.buffer.elements]
-
-
-def _parts(recipe: Recipe, stage: Stage) -> Parts:
-    return Parts.of(stage.trainable, recipe.lora, frozen_layers(recipe.model.eagle(), stage.freeze))
 
 
 @lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ and with ``encoder: spread`` the encoders stand beside the pipeline, with an opt
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from megatron_eagle.model.weights import weight_slices
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.adapters import require_targets
 from megatron_eagle.training.ema import Ema
+from megatron_eagle.training.new_rows import NewRows
 from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler, peak_rates
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
@@ -140,7 +142,7 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     models = build_chunks(recipe, layout, platform)
     eagle = recipe.model.eagle()
     frozen = frozen_layers(eagle, stage.freeze)
-    parts = Parts.of(stage.trainable, recipe.lora, frozen)
+    parts = Parts.of(stage.trainable, recipe.lora, frozen, stage.new_rows_from is not None)
     freeze_all_but(models, parts)
     config = models[0].config
     wrapped = [Float16Module(config, model) for model in models] if recipe.weight_precision == "bf16" else models
@@ -158,9 +160,11 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     if recipe.lora and platform.device.type != "meta":  # where one process walks for all, as the plan has done it
         require_targets(recipe.lora, [*models, *([encoder.copy] if encoder else [])])
     rates = peak_rates(stage, eagle, [*models, *([encoder.copy] if encoder else [])])
-    optimizer = build_optimizer(settings, stage, recipe.weight_precision, chunks, encoder, rates)
+    new_rows = NewRows(models, stage.new_rows_from) if stage.new_rows_from is not None else None
+    undecayed = new_rows.weights if new_rows else frozenset[int]()
+    optimizer = build_optimizer(settings, stage, recipe.weight_precision, chunks, encoder, rates, undecayed)
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = _finalize_without_division
+    config.finalize_model_grads_func = partial(_finalize_without_division, new_rows=new_rows)
     if settings.overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
@@ -312,6 +316,8 @@ def _loss_of_pack(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def _finalize_without_division(
-    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any
+    model: list[torch.nn.Module], num_tokens: Tensor | None = None, *, new_rows: NewRows | None, **arguments: Any
 ) -> None:
     finalize_model_grads(model, None, **arguments)
+    if new_rows:
+        new_rows.clear_old()

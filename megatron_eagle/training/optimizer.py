@@ -62,10 +62,11 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel],
     encoder: SpreadEncoder | None,
     rates: Mapping[float, frozenset[int]],
+    undecayed: frozenset[int] = frozenset(),
 ) -> ChainedOptimizer:
     """One chain for all that learns, in the order language model, spread encoders; what is frozen has no optimizer.
 
-    rates: as ``peak_rates``.
+    rates: as ``peak_rates``. undecayed: further weights, by ``id``, without weight decay.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -86,6 +87,8 @@ def build_optimizer(
         multiple = rate / stage.learning_rate
         key = ParamKey(predicate=ParamPredicate(f"peak {rate!r}", partial(_is_one_of, weights)))
         overrides[key] = {"max_lr": rate, "min_lr": rate * stage.final_fraction, "lr_mult": multiple}
+    if undecayed:
+        overrides[ParamKey(predicate=ParamPredicate("undecayed", partial(_is_one_of, undecayed)))] = {"wd_mult": 0.0}
     chain: list[MegatronOptimizer] = []
     if encoder is None or "language" in stage.trainable:
         chain += _make(list(chunks), config, overrides)

@@ -25,6 +25,7 @@ NOTHING = "(nothing)"  # a key that one side does not have
 REFUSED = {
     "stage.trainable": "the optimizer has moments of these parts only",
     "stage.freeze": "the optimizer has moments of the other weights only",
+    "stage.new_rows_from": "the optimizer has moments of the other rows",
     "lora.rank": "the adapters have this shape",
     "lora.targets": "these layers have adapters",
     "lora.alpha": "the adapters were trained with this scale",

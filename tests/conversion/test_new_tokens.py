@@ -58,7 +58,8 @@ def test_a_released_model_comes_in_with_tokens_more_and_goes_out(tmp_path: Path,
         main(["convert", "hf-to-megatron", str(tmp_path / "hub"), str(tmp_path / "in"), *words])
     before, after = HuggingFaceTokenizer(tmp_path / "hub"), HuggingFaceTokenizer(tmp_path / "in" / "tokenizer")
     first, rows = before.vocab_size, before.vocab_size + len(WORDS)
-    assert f"3 tokens added: a recipe needs model.language.vocab_size={rows}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"3 tokens added: a recipe needs model.language.vocab_size={rows}; a stage's new_rows_from={first} " in said
     text = "go to <loc_2>, then 电动车 <|im_end|>"
     ids = after.encode(text)
     assert [i for i in ids if i >= first] == [first + 1, first + 2] and after.im_end not in ids

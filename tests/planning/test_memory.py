@@ -44,6 +44,7 @@ CASES = {
         ({}, {**BOTH, "trainable": ["connector"]}, EVEN),
         ({}, {**BOTH, "precision": "bf16"}, RAGGED),
         ({}, {**BOTH, **FROZEN}, EVEN),
+        ({}, {"trainable": ["language"], "freeze": ["language.layers[:]"], "new_rows_from": 300}, EVEN),
     ],
     2: [
         (UNEVEN, {}, RAGGED),
@@ -94,7 +95,7 @@ def compare(worlds, size, layout, changes, packs):
     return peaks
 
 
-QUICK = {1: (0, 2, 4, 8, 12), 2: (1, 5, 10, 12)}
+QUICK = {1: (0, 2, 4, 8, 12, 13), 2: (1, 5, 10, 12)}
 
 
 @pytest.mark.parametrize("size", QUICK)

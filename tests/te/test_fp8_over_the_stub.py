@@ -10,10 +10,13 @@ from unittest import mock
 import pytest
 import stub
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from small_run import ENCODERS, LANGUAGE, SmallRun
 from test_over_the_stub import start
 
+from megatron_eagle.checkpoint import sharded_state
 from megatron_eagle.config.fp8 import FORMATS
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import UserError
@@ -85,6 +88,55 @@ def test_the_language_models_linear_layers_and_nothing_else(stubbed, tmp_path, s
         assert found["output"] == "ColumnParallelLinear", "Megatron's, outside the context"
         assert found["layers"] == {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
         assert found["dtypes"] == {torch.bfloat16}
+
+
+def saved_after_a_pass(recipe: str) -> tuple[int, int, list[str], bool]:
+    """Extra states with something in them as a forward pass in fp8 leaves them: how many, their largest number of
+    bytes; those that a checkpoint holds; whether loading it leaves the modules as they are."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    settings = load_recipe(Path(recipe))
+    start(recipe)
+    with stub.building():
+        model = build_eagle(
+            settings.model.eagle(),
+            settings.layout,
+            transformer_impl="transformer_engine",
+            precision=settings.weight_precision,
+            fp8=settings.fp8,
+            pre_process=True,
+            post_process=True,
+        )
+        scaling = get_fp8_recipe(model.language.decoder.config)
+        linear = [m for m in model.language.decoder.modules() if isinstance(m, TransformerEngineBaseModule)]
+        for module in linear:
+            module.fp8, module.fp8_meta["recipe"] = True, scaling
+        sizes = [module.get_extra_state().numel() for module in linear if hasattr(module, "weight")]
+        state = sharded_state.sharded_weights([model])
+    stored = [
+        entry.key for entry in nested_values(state) if isinstance(entry, ShardedBase) and "extra_state" in entry.key
+    ]
+    loaded = {
+        name: entry.unwrap() if isinstance(entry, LocalNonpersistentObject) else entry.data
+        for name, entry in state["model0"].items()
+    }
+    with mock.patch.object(TransformerEngineBaseModule, "init_fp8_meta_tensors", lambda *args: None):
+        sharded_state.load_modules([model], {"model0": loaded}, "base")
+    return len(sizes), min(sizes), stored, all(m.fp8_meta["recipe"].__class__ is scaling.__class__ for m in linear)
+
+
+@pytest.mark.parametrize("scaling", RECIPES)
+def test_a_checkpoint_is_what_it_is_without(stubbed, tmp_path, scaling) -> None:
+    """Transformer Engine pickles its recipe into each layer's extra state; it is neither stored nor an error."""
+    path = SmallRun(tmp_path).write_recipe(
+        tmp_path / "recipe.yaml",
+        model={"preset": "tiny", "encoders": ENCODERS, "language": WIDE, "transformer_impl": "transformer_engine"},
+        precision="fp8",
+        fp8_recipe=scaling,
+    )
+    ((count, smallest, stored, kept),) = stubbed(1).run(saved_after_a_pass, str(path))
+    assert count == 2 * 4 and smallest > 0 and stored == [] and kept
 
 
 def refused(recipe: str) -> list[str]:
