@@ -98,7 +98,7 @@ def saved_after_a_pass(recipe: str) -> tuple[int, int, list[str], bool]:
 
     settings = load_recipe(Path(recipe))
     start(recipe)
-    with stub.building():
+    with stub.building(), mock.patch("torch.cuda.synchronize"):
         model = build_eagle(
             settings.model.eagle(),
             settings.layout,
@@ -121,7 +121,8 @@ def saved_after_a_pass(recipe: str) -> tuple[int, int, list[str], bool]:
         name: entry.unwrap() if isinstance(entry, LocalNonpersistentObject) else entry.data
         for name, entry in state["model0"].items()
     }
-    with mock.patch.object(TransformerEngineBaseModule, "init_fp8_meta_tensors", lambda *args: None):
+    set_up = mock.patch.object(TransformerEngineBaseModule, "init_fp8_meta_tensors", lambda *args: None)
+    with set_up, mock.patch("torch.cuda.synchronize"):
         sharded_state.load_modules([model], {"model0": loaded}, "base")
     return len(sizes), min(sizes), stored, all(m.fp8_meta["recipe"].__class__ is scaling.__class__ for m in linear)
 
