@@ -108,6 +108,7 @@ def messy(tmp_path_factory):
         question("", "What?", "That.") | {"id": float("nan")},
         question("inf", "What?", "That.", score=float("inf")),
         question("number", "What?", "That.") | {"conversations": [{"from": "human", "value": float("nan")}]},
+        question("half", "<image>", "?", "\ud800.png"),
     ]
     return write_jsonl(folder, lines)
 
@@ -130,13 +131,14 @@ REASONS = {
     20: ("nan", None, "id is neither text nor a whole number: nan"),
     21: ("inf", "inf", "NaN or an infinite number"),
     22: ("number", "number", "turn 1 has a float as its value"),
+    23: ("half", "half", r"image path '.ud800.png' is no text that a file's name can be"),
 }
 GOOD = ["good", "good@line-9", "also good \u00e9/..", "thin"]
 
 
 def test_every_bad_line_is_listed_and_the_good_ones_kept(messy, tmp_path):
     report = build_dataset(messy, tmp_path / "out", max_rejected=len(REASONS))
-    assert (report.read, report.written, report.rejected) == (21, 4, 17)
+    assert (report.read, report.written, report.rejected) == (22, 4, 18)
     entries = rejected(tmp_path / "out")
     assert [entry["line"] for entry in entries] == list(REASONS)
     for entry in entries:
@@ -148,12 +150,12 @@ def test_every_bad_line_is_listed_and_the_good_ones_kept(messy, tmp_path):
 
 def test_too_many_bad_lines_fail_and_leave_only_their_list(messy, tmp_path):
     out = tmp_path / "new" / "out"
-    with pytest.raises(UserError, match=r"17 of 21 samples are bad and 16 are allowed.*rejected\.jsonl") as caught:
-        build_dataset(messy, out, max_rejected=16)
+    with pytest.raises(UserError, match=r"18 of 22 samples are bad and 17 are allowed.*rejected\.jsonl") as caught:
+        build_dataset(messy, out, max_rejected=17)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 17
+    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"] and len(rejected(out)) == 18
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    build_dataset(messy, out, max_rejected=17)
+    build_dataset(messy, out, max_rejected=18)
     assert check_dataset(out) == 4
 
 

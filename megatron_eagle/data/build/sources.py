@@ -336,6 +336,10 @@ def locate(item: Item, name: str, what: str) -> FileSlice:
         raise BrokenSample(f"{what} {shown} is not among the files of its sample: {names_text(list(item.slices))}")
     if "\0" in name:
         raise BrokenSample(f"{what} path {shorten(repr(name))} holds a NUL character")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can say it, UTF-8 cannot
+        raise BrokenSample(f"{what} path {shorten(repr(name))} is no text that a file's name can be") from None
     root = os.path.abspath(item.root)
     path = os.path.abspath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
