@@ -7,10 +7,10 @@ import pytest
 
 from megatron_eagle.cli import command_line, main
 from megatron_eagle.cli.common import Parser
-from megatron_eagle.cluster.events import append_event
 from megatron_eagle.cluster.status import read_status, table
 from megatron_eagle.config.shipped import shipped_recipes
 from megatron_eagle.text import WIDTH, folded, in_line, stacked
+from megatron_eagle.training.run_events import append_event
 
 PASTED = ("layout: ", "model.recompute=")  # lines to copy into a recipe
 
