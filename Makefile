@@ -5,7 +5,7 @@
 # make test-stacks  make a second environment with the other megatron-core, run there what leans on it
 # make test-te  build the model over Transformer Engine's Python half, without a GPU; TE=2.9.0 for another version of it
 # make test-bare  what a bare GPU image has and the wheels to carry there: import, train, a GPU day at toy size; half an hour
-# make test-wheels  build both wheels, install them with all they need into an empty environment, use them there; ten minutes
+# make test-wheels  build both wheels, install them with all they need into an empty environment, use them there; 2.4 GB, or 5.6 with CUDA, and some minutes
 # make support  run on this stack what the README's table of what has been run names, and write the table
 # make test-page  the page of megatron-eagle page in a real browser (Debian's chromium and chromium-driver)
 # make docs   the documentation as a site in build/site, every link and anchor checked; opens without a server or a network
@@ -144,7 +144,7 @@ test-bare: setup
 WHEELS_VENV ?= .venv-wheels
 
 test-wheels: setup
-	@echo "test-wheels: making $(WHEELS_VENV) with $$($(BIN)/python --version), 2.5 to 5.6 GB"
+	@echo "test-wheels: making $(WHEELS_VENV) with $$($(BIN)/python --version), 2.4 GB with a build of PyTorch for a CPU, 5.6 with CUDA"
 	@rm -rf $(WHEELS_VENV) && $(BIN)/python -m venv $(WHEELS_VENV) && \
 	  $(BIN)/python -m pytest -q -m long tests/install/test_built_wheels.py --wheels-python $(WHEELS_VENV)/bin/python
 

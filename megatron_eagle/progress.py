@@ -18,6 +18,7 @@ SECONDS_BEFORE_BAR = 3.0
 _WITH_TOTAL = "{desc}: {n_fmt} of {total_fmt}{unit}, {percentage:.0f} %, {elapsed} passed, {remaining} left{postfix}"
 _WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {elapsed} passed, {rate_fmt}{postfix}"
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_verbose: ContextVar[bool] = ContextVar("verbose", default=False)
 
 
 @contextmanager
@@ -28,6 +29,21 @@ def quiet(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _quiet.reset(token)
+
+
+@contextmanager
+def verbose(wanted: bool = True) -> Iterator[None]:
+    """Within it lines say all that there is to say, if that is ``wanted``."""
+    token = _verbose.set(wanted)
+    try:
+        yield
+    finally:
+        _verbose.reset(token)
+
+
+def is_verbose() -> bool:
+    """Whether lines should hold what is left out otherwise."""
+    return _verbose.get()
 
 
 def is_quiet() -> bool:

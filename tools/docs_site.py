@@ -14,7 +14,8 @@ LOOK = ("tools/docs_site.css", "tools/iframe-worker.js")
 def site_files() -> list[str]:
     """Names of all files of the site, from the repository's top."""
     below = (file for file in sorted((ROOT / "docs").rglob("*")) if file.is_file())
-    return [*BESIDE, *LOOK, *(file.relative_to(ROOT).as_posix() for file in below)]
+    reports = sorted((ROOT / "benchmarks").rglob("*.md"))  # dated; pages link to some
+    return [*BESIDE, *LOOK, *(file.relative_to(ROOT).as_posix() for file in (*below, *reports))]
 
 
 def on_files(files: Any, config: Any) -> Any:

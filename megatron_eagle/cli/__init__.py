@@ -9,7 +9,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_eagle import __version__
@@ -41,7 +42,7 @@ from megatron_eagle.cli.common import Parser, print_once
 from megatron_eagle.cli.interrupts import interruptible
 from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import LostContact, UserError
-from megatron_eagle.progress import quiet
+from megatron_eagle.progress import quiet, verbose
 
 USER_ERROR = 2
 # What these say is meant for the developers of the libraries, not for users of this: what will be removed one day, that
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for logger in NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with interruptible(options), quiet(getattr(options, "quiet", False)):
+        with interruptible(options), told(options):
             options.run(options)
     except UserError as error:
         print_once(f"megatron-eagle: {error}")
@@ -95,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except LostContact:  # already said, by every process that noticed
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def told(options: argparse.Namespace) -> Iterator[None]:
+    """How much is to be shown, as --quiet and --verbose say."""
+    with quiet(getattr(options, "quiet", False)), verbose(getattr(options, "verbose", False)):
+        yield
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

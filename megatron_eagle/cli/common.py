@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from megatron_eagle.config.numbers import Range, shown
 from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import UserError
+from megatron_eagle.text import folded
 
 if TYPE_CHECKING:
     from megatron_eagle.compat.platform import Platform
@@ -115,21 +116,25 @@ def print_once(line: str) -> None:
 
 
 def verb(
-    verbs: Verbs, name: str, summary: str, text: str, example: str, *, progress: bool = False
+    verbs: Verbs, name: str, summary: str, text: str, example: str, *, progress: bool = False, details: str = ""
 ) -> argparse.ArgumentParser:
     """Declare a verb (or an action of one) with what it does and a worked example.
 
-    progress: it shows how far it is, and has --quiet (``cli.main`` obeys it).
+    progress: it shows how far it is, and has --quiet. details: what it shows with --verbose, if it has that
+    (``cli.main`` obeys both).
     """
     parser = verbs.add_parser(
         name,
         help=summary,
-        description=text,
+        description=folded(re.sub(r"(?<!\n)\n(?![\s-])", " ", text), ""),
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    much = parser.add_mutually_exclusive_group() if details else parser  # argparse cannot show one that is empty
     if progress:
-        parser.add_argument("--quiet", action="store_true", help="do not show how far it is")
+        much.add_argument("--quiet", action="store_true", help="do not show how far it is")
+    if details:
+        much.add_argument("--verbose", action="store_true", help=details)
     return parser
 
 

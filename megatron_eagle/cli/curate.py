@@ -218,6 +218,7 @@ def _synthesise(options: argparse.Namespace) -> None:
 
 def _operators(options: argparse.Namespace) -> None:
     from megatron_eagle.curation.operator import describe_operators
+    from megatron_eagle.text import folded
 
     for line in describe_operators():
-        print(line)
+        print(folded(line, "    "))

@@ -70,6 +70,7 @@ def _plan(options: argparse.Namespace) -> None:
     )
     from megatron_eagle.planning.samples import Mix, samples_of
     from megatron_eagle.planning.search import nearest, search
+    from megatron_eagle.text import folded
 
     names = [recipe.stage(options.stage).name] if options.stage else [stage.name for stage in recipe.stages]
     for name in names:
@@ -96,9 +97,9 @@ def _plan(options: argparse.Namespace) -> None:
     asked_for_made_up = any(value is not None for value in given.values())
     samples = {stage.name: mix if asked_for_made_up else samples_of(recipe, stage, mix) for stage in stages}
     fp8 = recipe.fp8 is not None
-    print(assumptions(hardware, fp8=fp8))
+    print(folded(assumptions(hardware, fp8=fp8)))
     for stage in stages:
-        print(f"{stage.name}: {samples[stage.name].describe()}")
+        print(folded(f"{stage.name}: {samples[stage.name].describe()}"))
     if options.search:
         layouts, without = [], []
         for stage in stages:
@@ -120,9 +121,9 @@ def _plan(options: argparse.Namespace) -> None:
     ]
     print("\n" + stage_table(plans))
     for plan in plans:
-        print(f"\n{plan.stage.name} on {plan.gpus} GPUs: {time_line(plan)}")
+        print("\n" + folded(f"{plan.stage.name} on {plan.gpus} GPUs: {time_line(plan)}"))
         if plan.layout.pp > 1:
-            print(stage_line(plan))
+            print(folded(stage_line(plan)))
         if options.ranks:
             print("\n" + memory_table(plan))
     if options.html:

@@ -36,7 +36,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from megatron_eagle.planning.report import markdown
+    from megatron_eagle.planning.report import narrow
     from megatron_eagle.runs.found import find_runs, read_run, size_of
 
     rows: list[list[str]] = []
@@ -46,7 +46,7 @@ def _list(options: argparse.Namespace) -> None:
             last = records[-1]
             cells = [run.name, stage, f"{last.step}/{last.steps}", f"{last.loss:.4f}", f"{size_of(folder) / 1e9:.2f}"]
             rows.append(cells if not rows or rows[-1][0] != run.name else ["", *cells[1:-1], ""])
-    print(markdown(["run", "stage", "steps", "last loss", "GB"], rows) if rows else f"no runs in {options.runs}")
+    print(narrow(["run", "stage", "steps", "last loss", "GB"], rows) if rows else f"no runs in {options.runs}")
 
 
 def _clean(options: argparse.Namespace) -> None:

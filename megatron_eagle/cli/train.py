@@ -38,6 +38,7 @@ def add(verbs: Verbs) -> None:
         "  megatron-eagle train tiny --stage stage1 --processes 2\n"
         "  torchrun --nproc-per-node 8 -m megatron_eagle train eagle2-1b --stage stage1.5\n",
         progress=True,
+        details="say all numbers of a step: learning rate, padding, tiles, operations, MFU, data wait",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--stage", required=True, help="name of the stage, e.g. stage1.5")

@@ -45,6 +45,7 @@ def _submit_chain(chain: Chain) -> list[str]:
             entries = [
                 {"stage": link.name, "job": job, "steps": link.stage.steps if link.stage else 0}
                 | {"processes": link.processes, "patience": link.stage.patience if link.stage else None}
+                | {"tokens": link.stage.batch * link.stage.pack_length if link.stage else 0}  # of a step
                 for link, job in zip(chain.links, jobs, strict=True)
             ]
             append_events(chain.folder, "submitted", entries)

@@ -11,6 +11,7 @@ from megatron_eagle.cluster import slurm
 from megatron_eagle.cluster.accounting import Usage, usage
 from megatron_eagle.cluster.events import FULL_DISK_BYTES, Attempt, attempts, newest_step, read_events, stragglers
 from megatron_eagle.errors import UserError
+from megatron_eagle.text import folded, stacked
 from megatron_eagle.training.json_lines import warn
 from megatron_eagle.training.log import (
     ETA_WINDOW,
@@ -24,7 +25,7 @@ from megatron_eagle.training.log import (
 GONE, GAVE_UP, CANCELLED, COMPLETE = "not in the queue", "gave up", "cancelled", "complete"
 UNKNOWN = "unknown"  # Slurm cannot be asked
 OVER = (GONE, GAVE_UP, CANCELLED, COMPLETE)  # states of a job that will not change any more
-HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "useful tokens/s", "ETA", "restarts", "GPU-h", "why")
+HEADINGS = ("stage", "job", "state", "step", "saved", "loss", "tokens/s", "ETA", "restarts", "GPU-h")
 
 Queue = dict[str, tuple[str, str]]  # what ``slurm.states`` returns
 
@@ -33,7 +34,8 @@ Queue = dict[str, tuple[str, str]]  # what ``slurm.states`` returns
 class StageStatus:
     """One stage. saved: step of its newest checkpoint; restarts: starts after the first since it was submitted.
 
-    gpu_hours: of all its starts; of processes, where there are no GPUs.
+    gpu_hours: of all its starts; of processes, where there are no GPUs. steps_left_s: seconds of the steps that it has
+    yet to take, at the speed of the stage ``measured_on``: its own, or that before it; None where no step was measured.
     """
 
     stage: str
@@ -48,6 +50,8 @@ class StageStatus:
     restarts: int
     gpu_hours: Usage
     why: str
+    steps_left_s: float | None = None
+    measured_on: str = ""
 
     def cells(self) -> tuple[str, ...]:
         return (
@@ -61,7 +65,6 @@ class StageStatus:
             "" if self.seconds_left is None else format_duration(self.seconds_left),
             str(self.restarts),
             str(self.gpu_hours),
-            self.why,
         )
 
 
@@ -88,7 +91,28 @@ def read_status(run_folder: Path, say: Callable[[str], None] = warn, *, patience
         if rows and row.state == GONE and not row.step and rows[-1].state in (GAVE_UP, CANCELLED):
             row = replace(row, state=CANCELLED, why=f"{rows[-1].stage} did not reach its end")
         rows.append(row)
-    return rows
+    return _with_steps_left(rows, submitted, records)
+
+
+def _with_steps_left(
+    rows: Sequence[StageStatus], submitted: Mapping[str, Mapping[str, Any]], records: Mapping[str, Sequence[StepRecord]]
+) -> list[StageStatus]:
+    """Each row with its steps left in seconds; in a stage not begun a token takes a process as long as in the last."""
+    found, before = [], None
+    for row in rows:
+        event, own = submitted[row.stage], records.get(row.stage)
+        left, tokens = max(0, row.steps - row.step), event.get("tokens")
+        if own:
+            recent = own[-ETA_WINDOW:]
+            row = replace(row, steps_left_s=remaining_seconds([one.seconds for one in recent], left))
+            pace = sum(one.seconds for one in recent) / sum(one.tokens for one in recent) * event["processes"]
+            before = (row.stage, pace)
+            row = replace(row, measured_on=row.stage)
+        elif before and tokens:
+            seconds = left * tokens * before[1] / event["processes"]
+            row = replace(row, steps_left_s=seconds, measured_on=before[0])
+        found.append(row)
+    return found
 
 
 def _row(
@@ -174,8 +198,24 @@ def _without_a_word(run_folder: Path) -> str:
 
 
 def table(rows: Sequence[StageStatus]) -> str:
-    """The rows under their headings, columns aligned; the last one is not padded, because reasons are long."""
+    """The rows under their headings, what ended or holds each stage, and how long the steps of the chain take."""
     lines = [HEADINGS, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    widths[-1] = 0
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    text = [
+        "  ".join(line[column].ljust(widths[column]) for column in part).rstrip()
+        for part in stacked(HEADINGS, lines[1:], borders=2, keep=1)
+        for line in lines
+    ]
+    text += [folded(f"{row.stage}: {row.why}") for row in rows if row.why]
+    return "\n".join([*text, *chain_left(rows)])
+
+
+def chain_left(rows: Sequence[StageStatus]) -> list[str]:
+    """A line with the seconds of all steps left, without the time in queues; none of a chain that is over."""
+    waiting = [row for row in rows if row.steps and row.state not in OVER]
+    known = [row.steps_left_s for row in waiting if row.steps_left_s is not None]
+    if not waiting or len(known) < len(waiting):
+        return []
+    guessed = [f"{row.stage} at the tokens a second of {row.measured_on}" for row in waiting if row.step == 0]
+    line = f"steps left: {format_duration(sum(known))}, measured" + "".join(f"; {one}" for one in guessed)
+    return [folded(line)]

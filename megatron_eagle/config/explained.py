@@ -24,10 +24,10 @@ from megatron_eagle.config.packing_rules import PackingName, packing_rules
 from megatron_eagle.config.recipe import Recipe
 from megatron_eagle.config.schema import KeysOf, advice, core, is_optional, keys_of, meant
 from megatron_eagle.errors import UserError
+from megatron_eagle.text import WIDTH, folded
 
 ENCODERS = ("model", "encoders")
 OF_EACH_KEY = "that of each key below"
-WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ def explain(path: str, recipe: Mapping[str, Any] | None = None) -> str:
     """
     where, key = _find(path)
     lines = [path if key.name == path.rpartition(".")[2] else f"{path}: an entry of {key.name}"]
-    lines += textwrap.wrap(key.meaning, 100, initial_indent="  ", subsequent_indent="  ")
-    lines.append(f"  wanted:  {key.wanted}")
+    lines += textwrap.wrap(key.meaning, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    lines.append(folded(f"  wanted:  {key.wanted}", " " * 11))
     lines.append(f"  default: {'none, it is needed' if key.default is None else key.default}")
     if recipe is not None:
         lines += [f"  {name} is {value}" for name, value in _values(recipe, where)]
     below = key.settings
     if below is not None:
-        lines += ["", *textwrap.wrap(about(below), 100)]
+        lines += ["", *textwrap.wrap(about(below), WIDTH)]
         width = max(len(one.name) for one in keys_explained(below))
         for one in keys_explained(below):
             first = f"  {one.name:<{width}}  "
             lines += textwrap.wrap(
-                f"{one.meaning} ({_bounds(one)})", 110, initial_indent=first, subsequent_indent=" " * len(first)
+                f"{one.meaning} ({_bounds(one)})", WIDTH, initial_indent=first, subsequent_indent=" " * len(first)
             )
     if where == ENCODERS:
         lines += ["", "each entry has its kind and the numbers of that kind, see docs/encoders.md:"]

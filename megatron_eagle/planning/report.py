@@ -8,6 +8,7 @@ import yaml
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.plan import StagePlan, describe_layout
+from megatron_eagle.text import stacked
 from megatron_eagle.training.log import format_duration
 
 GB = 1e9
@@ -62,7 +63,7 @@ def one_line(plan: StagePlan) -> str:
 
 def stage_table(plans: Sequence[StagePlan]) -> str:
     """One row a stage."""
-    return markdown(STAGE_HEADER, [stage_row(plan) for plan in plans])
+    return narrow(STAGE_HEADER, [stage_row(plan) for plan in plans])
 
 
 def stage_row(plan: StagePlan) -> list[str]:
@@ -96,7 +97,7 @@ def memory_table(plan: StagePlan) -> str:
         ]
         for number, m in enumerate(plan.memory)
     ]
-    return markdown(header, rows)
+    return narrow(header, rows)
 
 
 def time_line(plan: StagePlan) -> str:
@@ -141,7 +142,7 @@ def search_table(plans: Sequence[StagePlan]) -> str:
         for number, plan in enumerate(plans, start=1)
     ]
     best = plans[0]
-    return f"{markdown(header, rows)}\n\nmodel.recompute={best.recompute}\nlayout: {layout_as_yaml(best.layout)}"
+    return f"{narrow(header, rows)}\n\nmodel.recompute={best.recompute}\nlayout: {layout_as_yaml(best.layout)}"
 
 
 def layout_as_yaml(layout: Layout) -> str:
@@ -151,6 +152,15 @@ def layout_as_yaml(layout: Layout) -> str:
     chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
     return str(yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)).strip()
+
+
+def narrow(header: Sequence[str], rows: Sequence[Sequence[str]], keep: int = 1) -> str:
+    """As Markdown tables that fit a terminal, one below the other, each with the first ``keep`` columns."""
+    parts = stacked(header, rows, borders=3, keep=keep)
+    return "\n\n".join(
+        markdown([header[column] for column in part], [[row[column] for column in part] for row in rows])
+        for part in parts
+    )
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

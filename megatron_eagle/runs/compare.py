@@ -12,15 +12,16 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.pages import render, write
-from megatron_eagle.planning.report import markdown
+from megatron_eagle.planning.report import narrow
 from megatron_eagle.runs.charts import comparison, svg
 from megatron_eagle.runs.found import Run
+from megatron_eagle.text import folded
 from megatron_eagle.training.log import StepRecord, format_duration
 
 LOSS_WINDOW = 20  # last steps that a stage's loss is the mean of
 NOTHING = "-"
 LONGEST = 60  # characters of a value that are shown
-STAGE_HEADER = ("stage", "run", "steps", "loss", "useful tokens", "tokens/s", "padding", "time", "GB")
+STAGE_HEADER = ("stage", "run", "steps", "loss", "tokens", "tokens/s", "padding", "time", "GB")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def as_text(comparison: Comparison) -> str:
     """Two Markdown tables, which also read in a terminal."""
     names = [run.name for run in comparison.runs]
-    parts = [markdown(STAGE_HEADER, comparison.stages)]
+    parts = [narrow(STAGE_HEADER, comparison.stages, keep=2)]
     if comparison.scored:
         parts.append(", ".join(f"{run.name}: {_share(run.accuracy)} right" for run in comparison.runs))
     if comparison.differences:
-        parts.append(markdown(["differs", *names], [[key, *values] for key, values in comparison.differences]))
+        parts.append(narrow(["differs", *names], [[key, *values] for key, values in comparison.differences]))
     else:
-        parts.append("nothing differs in recipe, code, packages and machine, as far as their starts say")
+        parts.append(folded("nothing differs in recipe, code, packages and machine, as far as their starts say"))
     return "\n\n".join(parts)
 
 

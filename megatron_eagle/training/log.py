@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.progress import is_quiet
+from megatron_eagle.progress import is_quiet, is_verbose
+from megatron_eagle.text import in_line
 from megatron_eagle.training.dashboards import Sender, open_tensorboard, send_to_mlflow, send_to_wandb
 from megatron_eagle.training.json_lines import append_text, read_lines, warn
 from megatron_eagle.training.prometheus import write_for_prometheus
@@ -229,7 +230,8 @@ class TrainingLog:
         for count, (identity, reason) in enumerate(record.rejected, start=earlier + 1):
             print(f"{record.stage} skipped sample {identity!r}: {_one_line(reason)} ({count} so far)", flush=True)
         if self._is_printed(record):
-            print(progress_line(record, remaining_seconds(self._recent, record.steps - record.step)), flush=True)
+            left = remaining_seconds(self._recent, record.steps - record.step)
+            print(progress_line(record, left, everything=is_verbose()), flush=True)
         if self._tensorboard is not None:
             for name, value in record.scalars().items():
                 self._tensorboard.add_scalar(name, value, record.step)
@@ -261,18 +263,19 @@ class TrainingLog:
         self.close()
 
 
-def progress_line(record: StepRecord, seconds_left: float) -> str:
-    """One step on one line; columns line up, whatever the step, and nothing in it needs a terminal."""
-    return "  ".join(
+def progress_line(record: StepRecord, seconds_left: float, *, everything: bool = True) -> str:
+    """One step on as few lines of a terminal's width as hold it; columns line up, whatever the step.
+
+    everything: also the learning rate, and what tells how well the machine is used. Scores and what a checkpoint made
+    wait are never left out.
+    """
+    return in_line(
         (
             f"{record.stage} {record.step:>{len(str(record.steps))}}/{record.steps}",
             f"loss {record.loss:7.4f}",
-            f"lr {record.learning_rate:.2e}",
-            f"grad norm {record.grad_norm:8.3f}",
-            f"{record.useful_tokens_per_second:9,.0f} useful tokens/s" + _rate(record),
-            f"padding {100 * record.padding_fraction:4.1f} %",
-            f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
-            f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
+            *([f"lr {record.learning_rate:.2e}"] if everything else []),
+            "grad " * everything + f"norm {record.grad_norm:8.3f}",
+            *_speed(record, everything),
             f"ETA {format_duration(seconds_left)}",
             *([f"checkpoint stall {record.checkpoint_stall_s:.1f} s"] if record.checkpoint_stall_s >= 0.05 else []),
             *(f"{name} {100 * score:.1f} %" for name, score in record.scores.items()),
@@ -281,12 +284,25 @@ def progress_line(record: StepRecord, seconds_left: float) -> str:
     )
 
 
-def _rate(record: StepRecord) -> str:
+def _speed(record: StepRecord, everything: bool) -> list[str]:
+    if not everything:
+        rate = record.useful_tokens_per_second
+        return [f"{rate / 1000:,.0f}k tokens/s" if rate >= 100_000 else f"{rate:,.0f} tokens/s"]
+    return [
+        f"{record.useful_tokens_per_second:9,.0f} useful tokens/s",
+        *_rate(record),
+        f"padding {100 * record.padding_fraction:4.1f} %",
+        f"{record.tiles:4d} tiles" + _balance(record.tile_balance),
+        f"data wait {100 * record.data_wait / record.seconds:3.0f} %",
+    ]
+
+
+def _rate(record: StepRecord) -> list[str]:
     """Useful operations of each process; of a CPU in a unit that leaves something in front of the point."""
     if record.tflops is None:
-        return ""
+        return []
     rate = f"{record.tflops:6.1f} TFLOP/s" if record.tflops >= 1 else f"{1000 * record.tflops:6.1f} GFLOP/s"
-    return f"  {rate} a rank" + ("" if record.mfu is None else f"  MFU {100 * record.mfu:4.1f} %")
+    return [f"{rate} a rank", *([] if record.mfu is None else [f"MFU {100 * record.mfu:4.1f} %"])]
 
 
 def _balance(tile_balance: float | None) -> str:

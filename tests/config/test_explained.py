@@ -38,7 +38,7 @@ def test_a_printed_recipe_has_comments_and_reads_back(name: str) -> None:
     data = recipe_as_data(load_recipe(shipped_recipes()[name]))
     text = commented_yaml(data)
     assert yaml.safe_load(text) == data
-    assert max(len(line) for line in text.splitlines() if line.lstrip().startswith("#")) <= 120
+    assert max(len(line) for line in text.splitlines() if line.lstrip().startswith("#")) <= 80
     assert text.count("# optimizer steps\n") == 1  # said once, not for each stage
 
 

@@ -18,7 +18,8 @@ FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?(
 
 
 def pages() -> list[str]:
-    return [name for name in SITE["site_files"]() if name.endswith(".md")]
+    """Without the dated reports, which are in no navigation."""
+    return [name for name in SITE["site_files"]() if name.endswith(".md") and not name.startswith("benchmarks/")]
 
 
 def navigation() -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from browser import assert_fits
+from browser import ask_page, assert_fits
 from PIL import Image
 from project import ROOT
 
@@ -91,6 +91,17 @@ def test_texts_of_samples_are_texts(tmp_path: Path, picture: Path) -> None:
     assert "<script>" not in text and "&lt;script&gt;alert(1)" in text
     assert text.count('src="data:image/jpeg;base64,') == 3 + 3 and "http" not in text
     assert 'class="gallery"' in text and "(noted, 3)" in text
+
+
+@pytest.mark.slow
+def test_charts_stand_on_white_in_the_dark(tmp_path: Path) -> None:
+    """Their ink is dark."""
+    figure = '<main><div class="card picture"><img alt=""></div><div class="picture"><img alt=""></div></main>'
+    page = (ROOT / "megatron_eagle" / "pages" / "base.html.j2").read_text(encoding="utf-8")
+    style = page.split("<style>")[1].split("{% block")[0].replace("(prefers-color-scheme: dark)", "all")
+    (tmp_path / "page.html").write_text(f"<html><style>{style}</style><body>{figure}</body></html>", encoding="utf-8")
+    script = "return [...document.querySelectorAll('.picture')].map(one => getComputedStyle(one).backgroundColor);"
+    assert ask_page(tmp_path / "page.html", script, tmp_path) == ["rgb(255, 255, 255)"] * 2
 
 
 @pytest.mark.slow

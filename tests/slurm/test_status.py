@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_the_table_of_a_chain(tmp_path: Path) -> None:
     assert rows[1].tokens_per_second == 450 and rows[1].seconds_left is None, "it will not go on"
     lines = table(rows).splitlines()
     assert lines[0].startswith("stage  job  state") and "2/10" in lines[2]
+
+
+def test_the_steps_left_of_a_chain_at_the_speed_that_was_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    """Steps of 2 s with 1000 tokens on 4 processes: a token of stage b takes 8 processes half as long."""
+    for stage, job, processes, tokens in (("a", "7", 4, 1000), ("b", "8", 8, 3000), ("export", "9", 1, 0)):
+        steps = 10 if tokens else 0
+        append_event(tmp_path, "submitted", stage=stage, job=job, steps=steps, processes=processes, tokens=tokens)
+    monkeypatch.setattr(slurm, "states", lambda jobs, **_: {job: ("PENDING", "Dependency") for job in jobs})
+    assert not [line for line in table(read_status(tmp_path)).splitlines() if "steps left" in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(step("a", number) for number in range(1, 5)))
+    rows = read_status(tmp_path)
+    assert [(row.steps_left_s, row.measured_on) for row in rows] == [(12.0, "a"), (30.0, "a"), (None, "")]
+    text = table(rows)
+    assert text.splitlines()[-1] == "steps left: 42s, measured; b at the tokens a second of a"
+    assert "b: Dependency" in text.splitlines()
 
 
 def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:

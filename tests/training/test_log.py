@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.progress import quiet
+from megatron_eagle.progress import quiet, verbose
 from megatron_eagle.training.log import (
     StepRecord,
     TrainingLog,
@@ -67,19 +67,32 @@ def test_the_progress_line_holds_every_number_a_reader_looks_for():
         "ETA 3m12s",
     ):
         assert part in line
-    assert "\n" not in line and "\r" not in line
+    assert "\r" not in line and max(map(len, line.splitlines())) <= 80
 
 
 def test_the_progress_line_says_how_well_the_machine_is_used():
     gpu = progress_line(record(7, tflops=412.34, mfu=0.4169, checkpoint_stall_s=2.5), seconds_left=1)
-    assert " 412.3 TFLOP/s a rank  MFU 41.7 %" in gpu and "checkpoint stall 2.5 s" in gpu
+    assert " 412.3 TFLOP/s a rank" in gpu and "MFU 41.7 %" in gpu and "checkpoint stall 2.5 s" in gpu
     cpu = progress_line(record(7, tflops=0.0123), seconds_left=1)
-    assert "  12.3 GFLOP/s a rank" in cpu and "MFU" not in cpu and "stall" not in cpu
+    assert "12.3 GFLOP/s a rank" in cpu and "MFU" not in cpu and "stall" not in cpu
     assert record(7, tflops=1.5, mfu=0.2, checkpoint_stall_s=2.5).scalars().items() >= {
         ("tflops", 1.5),
         ("mfu", 0.2),
         ("checkpoint_stall_s", 2.5),
     }
+
+
+def test_a_step_is_one_line_of_a_terminal_unless_all_is_wanted(tmp_path, capsys):
+    numbers = {"grad_norm": 12.345, "tflops": 412.3, "mfu": 0.4, "useful_tokens": 900_000, "tokens": 1_000_000}
+    for wanted in (False, True):
+        with verbose(wanted), open_log(tmp_path / str(wanted), steps=12000) as log:
+            log.step(record(11999, steps=12000, **numbers))
+    short, *long = capsys.readouterr().out.splitlines()
+    assert len(short) <= 80 and "1,800k tokens/s" in short and "norm   12.345" in short and "ETA" in short
+    assert len(long) == 3 and max(map(len, long)) <= 80 and "MFU 40.0 %" in "".join(long)
+    assert len(progress_line(record(11999, steps=12000, **numbers), 93899, everything=False)) <= 80
+    scored = progress_line(record(3, scores={"heldout": 0.5}, evaluation_s=2.0), 1, everything=False)
+    assert "heldout 50.0 %" in scored
 
 
 def test_lines_of_a_stage_line_up():
@@ -284,7 +297,7 @@ def test_fewer_lines_are_printed_and_every_step_is_stored(tmp_path, capsys):
     with open_log(tmp_path, every=4) as log:
         for step in range(1, 21):
             log.step(record(step, scores={"heldout": 0.5} if step == 10 else {}))
-    printed = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines()]
+    printed = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines() if line[0] != " "]
     assert printed == [4, 8, 10, 12, 16, 20]
     assert len(stored_steps(tmp_path)) == 20
 

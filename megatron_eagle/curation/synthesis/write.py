@@ -19,6 +19,7 @@ from megatron_eagle.curation.synthesis.pages import LAYOUTS, draw_page
 from megatron_eagle.curation.synthesis.words import SCRIPTS
 from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 
 IMAGES, SAMPLES_FILE = "images", "samples.jsonl"
 QUALITY = 90
@@ -59,7 +60,8 @@ def synthesise(wanted: Synthesis, out: Path, *, workers: int = 1) -> Path:
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
         partial = out / f".{SAMPLES_FILE}"
         with open(partial, "w", encoding="utf-8") as file:
-            for record in _records(wanted, fonts, out, work, workers):
+            made = _records(wanted, fonts, out, work, workers)
+            for record in Progress("drawing", made, total=len(work), unit="samples"):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(partial, out / SAMPLES_FILE)
     except OSError as error:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from lmms_eval.api.model import lmms
 from PIL import Image
-from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.progress import Progress
 from megatron_eagle.serving.answerer import Answerer, Prompt
 from megatron_eagle.serving.conversation import ROLES, Medium, Message, Options
 from megatron_eagle.serving.limits import Limits
@@ -50,7 +50,8 @@ class MegatronEagle(lmms):
         """An answer for every request, in order."""
         answers: dict[int, str] = {}
         for options, places in _by_options(requests).items():
-            for start in tqdm(range(0, len(places), self.together), desc="answering", disable=self.rank != 0):
+            batches = range(0, len(places), self.together)
+            for start in Progress("answering", batches, unit="batches", shown=self.rank == 0):
                 some = places[start : start + self.together]
                 prompts = [self.prompt_of(requests[place], options) for place in some]
                 said = self.answerer.answer_all(prompts, options)
