@@ -40,7 +40,7 @@ from megatron_eagle.training.log import read_metrics
 SEED = 2026
 TIMES = "seconds.json"
 EXPORT = "export"
-EXAMPLE = "heldout-00001-0.png"  # tasks follow one another, and the second one is to read a number
+EXAMPLE = "heldout-00002-0.png"  # tasks follow one another, and the third one is to name a shape
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_demo(
     seen, blank = summary.accuracy.overall, summary.accuracy.blank_images
     _say(f"{seen:.1%} of the held-out questions right, {blank:.1%} without seeing; open {folder / 'report.html'}")
     image = folder / "raw" / "heldout" / "images" / EXAMPLE
-    _say(f"megatron-eagle ask {export} --image {image} 'Read the number in the image.'")
+    _say(f"megatron-eagle ask {export} --image {image} 'Tell me what shape you see.'")
 
 
 def _prepare_data(folder: Path, tokenizer: Path, vocab_size: int, sets: Sequence[EmbeddedSet]) -> None:
