@@ -81,7 +81,7 @@ def at(recipe: Recipe, *path: str) -> object:
         (["seed=1", "seed=1"], "override 'seed=1': it would undo 'seed=1'"),
         (["stages.s1.steps=3", "stages.0.steps=4"], "'stages.0.steps=4': it would undo 'stages.s1.steps=3'"),
         (["stages.s1.layout.tp=2", "stages.s1.layout.tp=1"], "it would undo 'stages.s1.layout.tp=2'"),
-        (["precision=fp8", "seed=-1", "layout.tp=0"], "; precision: one of fp32, bf16 is wanted"),
+        (["precision=fp4", "seed=-1", "layout.tp=0"], "; precision: one of fp32, bf16, fp8 is wanted"),
     ],
 )
 def test_wrong_overrides_end_in_one_line(recipe: Path, overrides: list[str], words: str, capsys) -> None:

@@ -117,8 +117,12 @@ def test_beside_a_submission_that_is_at_work_nothing_is_written(
         assert f"another submission of {jobs.parent} is at work" in capsys.readouterr().err
         assert [file.name for file in jobs.iterdir()] == [LOCK]
         holder.kill()
-        assert refused(["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)], slurm.environment) == 0
-        assert refused(["cancel", str(jobs.parent)], slurm.environment) == 0
+        slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # a job could start before it is cancelled
+        try:
+            assert refused(["submit", recipe, "--cluster", cluster, "--runs", str(tmp_path)], slurm.environment) == 0
+            assert refused(["cancel", str(jobs.parent)], slurm.environment) == 0
+        finally:
+            slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
 
 
 def test_jobs_are_found_whatever_the_shell_sets_for_its_own_look(

@@ -40,7 +40,9 @@ def test_one_submit_arrives_at_a_trained_and_exported_model(
     proof = json.loads((exported / "proof.json").read_text())
     assert proof["passed"] and proof["source"].startswith(str(chain.folder / "checkpoints" / "stage2")), proof
     shown = command("status", str(chain.folder), environment=slurm.environment).stdout.splitlines()
-    assert [line.split()[0] for line in shown[1:]] == [*STAGES, "export"]
-    assert all("complete" in line for line in shown[1:]) and all(f"{STEPS}/{STEPS}" in line for line in shown[1:4])
-    assert "Killed" in shown[2] and "Killed" not in shown[1] + shown[3], shown
+    (header, *rows), (why, *more) = shown[:5], shown[5:]
+    assert header.startswith("stage") and [line.split()[0] for line in rows] == [*STAGES, "export"], shown
+    assert all("complete" in line for line in rows) and all(f"{STEPS}/{STEPS}" in line for line in rows[:3])
+    assert why.startswith("stage1.5: ") and "Killed" in " ".join([why, *more]), shown
+    assert all(line.startswith("  ") for line in more), "nothing is said of the others"
     assert slurm.processes() == []

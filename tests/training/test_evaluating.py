@@ -1,5 +1,7 @@
 """Evaluation while a stage trains: what it says, what it leaves alone, and which checkpoint it keeps."""
 
+import contextlib
+import io
 import json
 from dataclasses import replace
 from datetime import timedelta
@@ -47,6 +49,13 @@ def train(recipe_path: str, runs: str, scripted: list[float] | None = None, over
     make = make_evaluator if scripted is None else told
     StageRun(recipe, stage, RunFolder(Path(runs) / recipe.name), platform, groups, make_evaluator=make).train()
     return int(torch.randint(1 << 40, ()))
+
+
+def said(*arguments: Any) -> str:
+    """In every process of a world: what ``train`` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        train(*arguments)
+    return text.getvalue()
 
 
 def write(small_run, file: Path, evaluation: dict[str, Any] | None, **changes: Any) -> str:
@@ -139,18 +148,18 @@ def test_the_best_checkpoint_stays_through_a_resume(small_run, worlds, tmp_path:
     assert left() == ["step_00000006", "step_00000008"], "a start without an evaluation loses nothing"
 
 
-def test_a_best_by_another_score_is_none_to_compare_with(small_run, worlds, tmp_path: Path, capfd) -> None:
+def test_a_best_by_another_score_is_none_to_compare_with(small_run, worlds, tmp_path: Path) -> None:
     asked = {"every": 1, "data": ["heldout"], "benchmarks": ["exact"], "benchmark_data": "unread", "keep": "best"}
     stage = {"steps": 2, "checkpoint_every": 1, "keep_checkpoints": 1, "async_save": False, "decay": "constant"}
     file, runs = write(small_run, tmp_path / "r.yaml", asked, stage=stage), str(tmp_path / "runs")
     folder = tmp_path / "runs" / "small" / "checkpoints" / "second"
     worlds(1).run(train, file, runs, [0.9, 0.9, 0.1, 0.1])
     best = "stages.second.evaluation.best_by=exact"
-    worlds(1).run(train, file, runs, [0.9, 0.3, 0.9, 0.2], ("stages.second.steps=4", best))
+    (text,) = worlds(1).run(said, file, runs, [0.9, 0.3, 0.9, 0.2], ("stages.second.steps=4", best))
     noted = json.loads((folder / "best.json").read_text())
     assert noted == {"step": 3, "score": 0.3, "by": "exact"}
-    said = "second: the best score so far, 0.9000, is mean of heldout, exact; the recipe goes by exact, the best begins"
-    assert said in capfd.readouterr().out
+    line = "second: the best score so far, 0.9000, is mean of heldout, exact; the recipe goes by exact, the best begins"
+    assert line in text
 
 
 def test_one_rule_says_when_a_stage_is_over() -> None:
