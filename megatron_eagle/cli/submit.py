@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from megatron_eagle.cli.common import Verbs, add_recipe_arguments, print_once, v
 
 if TYPE_CHECKING:
     from megatron_eagle.cluster.submit import Chain
+    from megatron_eagle.config.recipe import Recipe
 
 
 def add(verbs: Verbs) -> None:
@@ -60,6 +62,7 @@ def _submit(options: argparse.Namespace) -> None:
     if options.dry_run:
         chain = plan_chain(recipe, stages, replace(profile, needs_account=False), *folders, fallback=options.fallback)
         _show(chain)
+        warn_of_memory(recipe, chain, profile.gpu)
         if missing := missing_account(profile):
             print(f"### not to be submitted as it is: {missing}")
         elif slurm.is_installed():
@@ -71,6 +74,7 @@ def _submit(options: argparse.Namespace) -> None:
     slurm.check_environment(os.environ)
     chain = plan_chain(recipe, stages, profile, *folders, fallback=options.fallback)
     check_chain(chain, profile)
+    warn_of_memory(recipe, chain, profile.gpu)
     try:
         jobs = submit_chain(chain)
     except KeyboardInterrupt:
@@ -79,6 +83,19 @@ def _submit(options: argparse.Namespace) -> None:
     for link, job in zip(chain.links, jobs, strict=True):
         print(f"{link.name}: job {job}, {link.nodes} nodes, {link.processes} processes, log {chain.log(link, job)}")
     print(f"watch it: megatron-eagle status {chain.folder} --watch")
+
+
+def warn_of_memory(recipe: "Recipe", chain: "Chain", gpu: str | None) -> None:
+    """Say on stderr which stages of the chain do not fit by the plan; it may be wrong, so that is no refusal."""
+    if gpu is None:
+        return
+    from megatron_eagle.planning.hardware import load_hardware
+    from megatron_eagle.planning.report import too_large
+
+    hardware = load_hardware(gpu)
+    for link in chain.links:
+        if link.stage and (said := too_large(recipe, link.stage, link.processes, hardware)):
+            print(f"megatron-eagle: warning: {said}", file=sys.stderr, flush=True)
 
 
 def _show(chain: "Chain") -> None:

@@ -23,6 +23,7 @@ from megatron_eagle.cli.interrupts import to_continue
 from megatron_eagle.errors import Superseded
 
 if TYPE_CHECKING:
+    from megatron_eagle.config.recipe import Recipe
     from megatron_eagle.training.watchdog import Watchdog
 
 
@@ -87,6 +88,8 @@ def _train(options: argparse.Namespace) -> None:
         StoppedEarly,
     )
 
+    if platform.device.type == "cuda" and os.environ["RANK"] == "0":
+        _warn_of_memory(recipe, options.stage)
     run_folder = RunFolder(options.runs / recipe.name)
     settings = {"fallback": options.fallback, "start": options.start}
     if recipe.stage(options.stage).evaluation:
@@ -109,6 +112,21 @@ def _train(options: argparse.Namespace) -> None:
         watch.close()
     if options.trace_platform:
         print_once(platform.report())
+
+
+def _warn_of_memory(recipe: "Recipe", stage: str) -> None:
+    """Say that the stage does not fit by the plan, of this GPU's memory; it may be wrong, so that is no refusal."""
+    from dataclasses import replace
+
+    import torch
+
+    from megatron_eagle.planning.hardware import load_hardware
+    from megatron_eagle.planning.report import too_large
+
+    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+    hardware = replace(load_hardware("h100"), name=own.name, memory_bytes=float(own.total_memory))
+    if said := too_large(recipe, recipe.stage(stage), int(os.environ["WORLD_SIZE"]), hardware):
+        print(f"megatron-eagle: warning: {said}", file=sys.stderr, flush=True)
 
 
 def _hang(text: str) -> tuple[float, ...]:

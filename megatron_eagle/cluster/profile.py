@@ -100,6 +100,7 @@ class Profile:
     """One site.
 
     gpus_per_node: 0 for nodes without GPUs; then ``tasks_per_node`` says how many processes each runs.
+    gpu: kind of GPU, one of ``plan --gpu``'s or a file as it reads; with it, submitting says which stages do not fit.
     needs_account: refuse to submit while ``account`` is empty.
     nodes: nodes of a stage by its name; without an entry the recipe's ``gpus`` of the stage decide.
     time_limit: of each start, as Slurm writes it ("04:00:00"); a stage may need many starts.
@@ -117,6 +118,7 @@ class Profile:
     tasks_per_node: Positive | None = None
     gpus_per_node: Count = 0
     gpu_request: Flag = True
+    gpu: Text | None = None
     cpus_per_task: Positive | None = None
     partition: Text | None = None
     account: Text | None = None

@@ -6,8 +6,10 @@ from dataclasses import fields
 import yaml
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.planning.hardware import Hardware
-from megatron_eagle.planning.plan import StagePlan, describe_layout
+from megatron_eagle.planning.plan import StagePlan, describe_layout, plan_stage
+from megatron_eagle.planning.samples import Mix
 from megatron_eagle.text import stacked
 from megatron_eagle.training.log import format_duration
 
@@ -50,6 +52,17 @@ def refusal(plan: StagePlan, fitting: StagePlan | None) -> str:
     return (
         f"{what}; the nearest layout that fits ({fitting.peak / GB:.1f} GB, {fitting.seconds:.2f} s a step): "
         f"'stages.{plan.stage.name}.layout={layout_as_yaml(fitting.layout)}'"
+    )
+
+
+def too_large(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware) -> str | None:
+    """One line if ``stage`` does not fit by the plan of a usual mix, and what names a layout that does; else None."""
+    plan = plan_stage(recipe, stage, gpus, hardware, Mix(packing=recipe.reading.packing))
+    if plan.fits:
+        return None
+    return (
+        f"{plan.stage.name} needs {plan.peak / GB:.1f} GB on {gpus} {hardware.name} by the plan, "
+        f"{hardware.usable_bytes / GB:.1f} are there; 'megatron-eagle plan' names the nearest layout that fits"
     )
 
 

@@ -10,6 +10,7 @@ from chain import ROOT, command, profile
 from throwaway import ThrowawaySlurm
 
 from megatron_eagle.cli import main
+from megatron_eagle.cli.submit import warn_of_memory
 from megatron_eagle.cluster import slurm as slurm_commands
 from megatron_eagle.cluster.profile import TEMPLATES, load_profile
 from megatron_eagle.cluster.submit import plan_chain
@@ -70,6 +71,20 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         cluster = load_profile(str(profile(tmp_path / "cluster.yaml", **settings)))
         plan_chain(load_recipe(EAGLE2_9B, overrides), stages, cluster, tmp_path)
+
+
+@pytest.mark.parametrize(("gpu", "words"), [("h100", ()), ("rtx4090", ("stage1.5", "stage2"))])
+def test_stages_that_do_not_fit_are_named(
+    gpu: str, words: tuple[str, ...], h100: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h100.write_text(f"{H100}gpu: {gpu}\n")
+    recipe, cluster = load_recipe(EAGLE2_9B), load_profile(str(h100))
+    warn_of_memory(recipe, plan_chain(recipe, [], cluster, tmp_path), cluster.gpu)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.split()[2] for line in said] == list(words)
+    for line in said:
+        assert "on 256 rtx4090" in line
+        assert line.endswith("are there; 'megatron-eagle plan' names the nearest layout that fits")
 
 
 @pytest.mark.parametrize("name", ["cpu", "blank", "h100"])
