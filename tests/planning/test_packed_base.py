@@ -47,7 +47,7 @@ def rounding(weight: torch.Tensor, numbers: torch.Tensor) -> float:
 
 
 def both(recipe: Recipe) -> tuple[bool, bool, list[float], bool]:
-    """In every process: whether losses and gradients are equal; each layer's rounding; whether a weight shows outside."""
+    """In every process: whether losses and gradients are equal; layers' roundings; whether a weight shows outside."""
     plain = replace(recipe, lora=replace(recipe.lora, base=None))
     platform = install()
     groups = initialise(recipe.layout, platform, timeout=timedelta(minutes=1))
@@ -89,10 +89,8 @@ def test_what_cannot_be_packed_is_refused_in_a_line() -> None:
     recipe = recipe_of({}, lora=LORA)
     with pytest.raises(UserError, match=r"lora\.base: nf4 packs numbers, which a dry run has none of"):
         dry_run(recipe, recipe.stages[0], 1)
-    with (
-        mock.patch("importlib.util.find_spec", return_value=None),
-        pytest.raises(UserError, match="needs bitsandbytes"),
-    ):
+    missing = mock.patch("importlib.util.find_spec", return_value=None)
+    with missing, pytest.raises(UserError, match="needs bitsandbytes, which is not installed"):
         require_packing()
     with pytest.raises(ValueError, match="precision: fp8 and lora"):
         recipe_of({}, lora=LORA, precision="fp8")
