@@ -55,6 +55,8 @@ CURATE = ["faiss-cpu>=1.15", "py3langid>=0.4"]
 ASKING = ["openai>=3.57,<4"]
 # `verify --lora` holds adapters against it; training needs none of it.
 LORA = ["peft>=0.21"]
+# Base weights in NF4 under LoRA (`lora.base`).
+QUANTISED = ["bitsandbytes>=0.50.2"]
 # Gauges of a run for node exporter to read (megatron_eagle/training/prometheus.py).
 PROMETHEUS = ["prometheus-client>=0.26"]
 TESTS = [
@@ -120,6 +122,7 @@ setup(
         "ray": RAY,
         "endpoint": ASKING,
         "lora": LORA,
+        "quantised": QUANTISED,
         "prometheus": PROMETHEUS,
         "serve": [*ENDPOINT, *PAGE],
         "docs": DOCS,

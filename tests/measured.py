@@ -81,6 +81,7 @@ def measure(recipe: Recipe, lengths: list[list[int]], tiles: list[int]) -> dict[
     stage = recipe.stages[0]
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(seconds=60))
     engine = build_engine(recipe, stage, platform, groups)
+    engine.pack_base()
     own = slice(groups.dp_rank, None, groups.dp_size)
     step = Step(engine, groups, stage, platform.device)
     batches = step.normalise(step.run(lambda: packs_of(recipe, lengths, tiles)[own]).batches)

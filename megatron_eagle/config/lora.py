@@ -7,7 +7,7 @@ by its part, for vision its encoder, and its place: ``language.qkv``, ``vision.s
 import re
 from dataclasses import field
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -16,6 +16,7 @@ from megatron_eagle.config.layout import STRICT
 from megatron_eagle.config.numbers import AboveZero, BelowOne, Flag, Positive
 
 ADAPTER = (".lora_a", ".lora_b")  # what the names of an adapter's parameters end in
+BLOCK = 64  # numbers of a packed base weight that share a scale; bitsandbytes' own choice for NF4
 PLACES = ("qkv", "proj", "fc1", "fc2")
 LANGUAGE = tuple(f"language.{place}" for place in PLACES)
 Target = Annotated[str, Field(pattern=r"^(vision|connector|language)(\.[\w*]+)*$")]
@@ -31,6 +32,8 @@ class LoraSettings:
     targets: layers that get one, e.g. language.qkv (qkv, proj, fc1, fc2), vision.siglip.fc1 or connector; a part or an
         encoder alone means all of its layers, ``*`` any characters.
     rslora: divide alpha by the root of the rank instead (Kalajdzievski 2023, arXiv:2312.03732).
+    base: how layers with an adapter keep their base weight: ``nf4``, 4 bits a number, by bitsandbytes (QLoRA); null for
+        what ``precision`` says.
     initial: checkpoint of adapters that the first stage starts from; without it A is drawn and B is 0.
     """
 
@@ -39,6 +42,7 @@ class LoraSettings:
     dropout: BelowOne = 0.0
     targets: tuple[Target, ...] = field(default=LANGUAGE)
     rslora: Flag = False
+    base: Literal["nf4"] | None = None
     initial: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,9 +59,19 @@ class LoraSettings:
         """Parts of a model that get adapters."""
         return tuple(dict.fromkeys(target.split(".")[0] for target in self.targets))
 
+    def packs(self, weight: str) -> bool:
+        """Whether the base weight of this global name is kept packed."""
+        name = layer_name(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
+        return self.base is not None and name is not None and self.wants(name)
+
     def wants(self, layer: str) -> bool:
         """Whether ``layer``, as ``layer_name`` calls it, gets an adapter."""
         return any(fnmatchcase(layer, pattern) for target in self.targets for pattern in (target, f"{target}.*"))
+
+
+def packed_bytes(elements: int) -> int:
+    """Bytes of a weight in NF4: two numbers a byte, a float32 scale a block, the table of 16 values."""
+    return -(-elements // 2) + 4 * -(-elements // BLOCK) + 4 * 16
 
 
 def is_adapter(name: str) -> bool:

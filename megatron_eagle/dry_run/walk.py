@@ -190,6 +190,8 @@ def _walk(
     shapes: list[PackShape],
     recorded: dict[tuple[int, ...], list[torch.Tensor]],
 ) -> Walked:
+    if recipe.lora and recipe.lora.base:
+        raise UserError(f"lora.base: {recipe.lora.base} packs numbers, which a dry run has none of: take it out")
     config, layout, gpus = recipe.model.eagle(), recipe.stage_layout(stage), len(places)
     cost, place = tokens_per_tile(config), places[rank]
     batches = [synthetic(pack, config.tile_size, cost, torch.device("meta")) for pack in shapes]

@@ -16,6 +16,7 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.lora import pack_base
 from megatron_eagle.training.adapters import base_checkpoint, load_base, require_fitting
 from megatron_eagle.training.engine import build_chunks
 from megatron_eagle.training.run_folder import RunFolder
@@ -72,5 +73,9 @@ def load_model(
     if recipe.lora:
         require_fitting(checkpoint, recipe.lora, load_base(base_checkpoint(recipe), models))
     load_weights(checkpoint, models, "adapters" if recipe.lora else "base", ema=ema)
-    model = models[0].eval()
-    return Float16Module(model.config, model).eval() if recipe.weight_precision == "bf16" else model
+    model: EagleModel | Float16Module = models[0]
+    if recipe.weight_precision == "bf16":
+        model = Float16Module(models[0].config, model)
+    if recipe.lora and recipe.lora.base:
+        pack_base([model])
+    return model.eval()

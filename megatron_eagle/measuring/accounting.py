@@ -13,6 +13,7 @@ import torch
 
 from megatron_eagle.compat.gradient_buffers import gradient_tensors, weight_tensors
 from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, storage_key, tree_leaves
+from megatron_eagle.model.lora import packed_tensors
 from megatron_eagle.training.engine import Engine
 
 
@@ -66,6 +67,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     owners = engine.gradient_owners()
     gradients = [tensor for owner in owners for tensor in gradient_tensors(owner)]
     weights = [p.data for module, _ in engine.weight_owners() for p in module.parameters()]
+    weights += packed_tensors(module for module, _ in engine.weight_owners())
     weights += [tensor for owner in owners for tensor in weight_tensors(owner)]
     held = {storage_key(t.untyped_storage()) for t in weights}
     state: list[torch.Tensor] = []

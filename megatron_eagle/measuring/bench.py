@@ -185,7 +185,9 @@ class _Bench:
         self.losses: list[float] = []
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what ran here before
-        self.taken = Step(build_engine(recipe, stage, platform, groups), groups, stage, platform.device)
+        engine = build_engine(recipe, stage, platform, groups)
+        engine.pack_base()
+        self.taken = Step(engine, groups, stage, platform.device)
 
     def step(self) -> list[float]:
         """Seconds of each of ``PHASES``."""

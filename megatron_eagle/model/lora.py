@@ -9,7 +9,7 @@ layers: a row of B is multiplied with the A of its own matrix.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from megatron_eagle.config.lora import LoraSettings, layer_name
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.packed_base import Packed, whole
 from megatron_eagle.model.recomputation import pass_gradients
 from megatron_eagle.model.weights import weight_slices
 
@@ -54,6 +55,8 @@ class _Adapted(nn.Module):
     lora_b: nn.Parameter
     lora_rows: Tensor
     tp_group: Any
+    weight: nn.Parameter
+    packed: Packed | None = None  # what ``weight`` held
 
     def _inner(self, x: Tensor) -> Tensor:
         """[..., parts * rank] of the columns that this process has."""
@@ -85,7 +88,8 @@ class AdaptedColumn(_Adapted, ColumnParallelLinear):
     """Outputs split: every process has all of A and its rows of B."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(input_, *args, **kwargs)
+        with whole(self.weight, self.packed):
+            output, bias = super().forward(input_, *args, **kwargs)
         inner = self._inner(input_)
         # Backward, both add up what each process's rows give to the gradient of ``inner``.
         if self.sequence_parallel:
@@ -105,7 +109,8 @@ class AdaptedRow(_Adapted, RowParallelLinear):
     """Inputs split: every process has its columns of A and all of B."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(input_)
+        with whole(self.weight, self.packed):
+            output, bias = super().forward(input_)
         inner = self._inner(input_)
         if self.sequence_parallel:
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
@@ -137,6 +142,25 @@ def attach(model: nn.Module, settings: LoraSettings, tp_group: Any, *, seed: int
         if seed is not None:
             _draw(adapted, seed)
     pass_gradients(model)
+
+
+def pack_base(models: Iterable[nn.Module]) -> None:
+    """Pack the base weight of every layer of ``models`` that has an adapter, in place and for good.
+
+    Call it when the base is loaded and has the type that the model computes in.
+    """
+    for layer in _adapted(models):
+        layer.packed = Packed.taken_from(layer.weight)
+
+
+def packed_tensors(models: Iterable[nn.Module]) -> list[Tensor]:
+    """All that layers of ``models`` hold instead of base weights."""
+    packed = (layer.packed for layer in _adapted(models) if layer.packed)
+    return [tensor for one in packed for tensor in (one.numbers, one.scales, one.code)]
+
+
+def _adapted(models: Iterable[nn.Module]) -> Iterable[_Adapted]:
+    return (module for model in models for module in model.modules() if isinstance(module, _Adapted))
 
 
 def adapted_layers(model: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pydantic import TypeAdapter
 
 from megatron_eagle.config.layout import Layout
+from megatron_eagle.config.lora import packed_bytes
 from megatron_eagle.config.model import EagleConfig
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.model.cost import Held, Parts
@@ -71,13 +72,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Owned:
-    """Weights of one data-parallel wrapper: all of them, and the buffer of those that train, shared by ``ranks``."""
+    """Weights of one data-parallel wrapper: all of them, and the buffer of those that train, shared by ``ranks``.
+
+    packed: elements of each weight that is kept packed, which are not among ``elements``.
+    """
 
     elements: int
     trained: int
     buffer: Buffer
     ranks: int
     copy: bool = False
+    packed: tuple[int, ...] = ()
 
 
 def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks, packs: Sequence[PackShape]) -> Memory:
@@ -85,6 +90,7 @@ def memory_of(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks
     sizes = Activations.of(recipe, stage)
     weights, gradients, optimizer, update = persistent(recipe, stage, world_size, place)
     activations, where = _walk(sizes, place, packs)
+    activations += unpacked(recipe, stage, world_size, place)
     side = sizes.config.tile_size
     tiles = _tiles_held(sizes, place, packs)
     inputs = sum(pack.length for pack in packs) * INPUT_BYTES_PER_TOKEN + 3 * side**2 * tiles
@@ -101,6 +107,7 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
     for owned in _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp):
         in_buffer = settings.distributed and owned.buffer.elements
         weights += (owned.elements - owned.trained + owned.buffer.elements if in_buffer else owned.elements) * number
+        weights += sum(packed_bytes(elements) + number for elements in owned.packed)  # and one number in its place
         gradients += owned.buffer.elements * GRADIENT_BYTES
         rank = place.world if owned.copy else place.dp_cp
         kept = owned.buffer.shard(rank, owned.ranks) if settings.distributed else owned.trained
@@ -108,6 +115,14 @@ def persistent(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRank
         states += kept * 4 * (stage.ema is not None)
         largest = max(largest, kept)
     return weights, gradients, states, largest * 4
+
+
+def unpacked(recipe: Recipe, stage: Stage, world_size: int, place: ProcessRanks) -> int:
+    """Bytes of the largest packed weight while a pass multiplies with it."""
+    layout, key = recipe.stage_layout(stage), json.dumps(asdict(recipe.model.eagle()), sort_keys=True)
+    settings, parts = recipe.optimizer, stage_parts(recipe, stage)
+    owned = _owned(key, layout, parts, settings.distributed, settings.overlap, world_size, place.pp)
+    return BYTES[recipe.weight_precision] * max((each for one in owned for each in one.packed), default=0)
 
 
 def gradient_buffers(recipe: Recipe, stage: Stage, world_size: int, pp_rank: int) -> list[tuple[int, int, bool]]:
@@ -131,13 +146,15 @@ def _owned(
         wrappers.append((weights, ranks, bucket, False))
     if layout.encoder == "spread":
         wrappers.append((encoder_copy(config, parts.lora), world_size, None, True))
+    packs = parts.lora.packs if parts.lora else lambda name: False
     return tuple(
         _Owned(
-            elements=sum(weight.elements for weight in weights),
+            elements=sum(weight.elements for weight in weights if not packs(weight.name)),
             trained=sum(weight.elements for weight in weights if parts.learns(weight.name)),
             buffer=gradient_buffer(weights, parts, count, distributed=distributed, bucket=bucket),
             ranks=count,
             copy=copy,
+            packed=tuple(weight.elements for weight in weights if packs(weight.name)),
         )
         for weights, count, bucket, copy in wrappers
     )

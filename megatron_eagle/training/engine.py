@@ -30,8 +30,9 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.cost import Parts
 from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.fp8 import require_fp8
-from megatron_eagle.model.lora import attach, seed_dropout
+from megatron_eagle.model.lora import attach, pack_base, seed_dropout
 from megatron_eagle.model.noise import EmbeddingNoise
+from megatron_eagle.model.packed_base import require_packing
 from megatron_eagle.model.recomputation import pass_gradients
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.model.weights import weight_slices
@@ -110,6 +111,11 @@ class Engine:
         if self.ema:
             self.ema.update()
         return float(grad_norm or 0.0)
+
+    def pack_base(self) -> None:
+        """Keep the base of adapters packed from now on, if the recipe wants that; call it when the base is loaded."""
+        if self.lora and self.lora.base:
+            pack_base([module for module, _ in self.weight_owners()])
 
     def gradient_owners(self) -> list[DistributedDataParallel]:
         """All that holds gradient buffers."""
@@ -227,6 +233,8 @@ def build_chunks(recipe: Recipe, layout: Layout, platform: Platform) -> list[Eag
             seed=_seed(recipe, platform),
         )
         if recipe.lora:
+            if recipe.lora.base:
+                require_packing()
             attach(model, recipe.lora, model.tp_group, seed=_seed(recipe, platform))
         chunks.append(model)
     return chunks

@@ -105,6 +105,7 @@ def _load_base(recipe: Recipe, lora: LoraSettings, engine: Engine, adapters: Pat
     """What adapters belong to, before they are loaded from a checkpoint, if there is one; its digest."""
     copy = engine.encoder.copy if engine.encoder else None
     base = load_base(on_rank_zero(lambda: base_checkpoint(recipe)), engine.models, copy)
+    engine.pack_base()
     if adapters:
         on_rank_zero(lambda: require_fitting(adapters, lora, base))
     return base

@@ -101,7 +101,7 @@ def test_what_setup_asks_for_holds_the_pins_of_each_stack(stack: str) -> None:
     arguments = setup_arguments()
     asked = required([*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])], stack)
     pinned = constraints(stack)
-    for beside in ("serve.txt", "ray.txt", "docs.txt"):
+    for beside in ("serve.txt", "ray.txt", "docs.txt", "quantised.txt"):
         pinned |= pins((ROOT / "constraints" / beside).read_text(encoding="utf-8"))
     assert len(asked) > 25
     assert {name: pinned.get(name) for name, one in asked.items() if not one.specifier.contains(pinned[name])} == {}
@@ -131,7 +131,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
     needed = names(arguments["install_requires"])
-    optional = ("gpu", "documents", "curate", "endpoint", "lora", "ray", "serve")
+    optional = ("gpu", "documents", "curate", "endpoint", "lora", "quantised", "ray", "serve")
     extras = set().union(*(names(arguments["extras_require"][extra]) for extra in optional))
     assert needed - used == set(), "required, and not imported"
     assert used - needed - extras - OPTIONAL - BESIDE == set(), "imported, not required"

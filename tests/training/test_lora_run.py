@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from train_cases import losses, metrics, train
 from worlds import WorldError
 
-from megatron_eagle.checkpoint.files import read_description
+from megatron_eagle.checkpoint.files import model_of, read_description
 from megatron_eagle.config.lora import is_adapter
+from megatron_eagle.conversion.adapters import Merged, base_of, lora_of
+from megatron_eagle.conversion.check import dialect_of
 from megatron_eagle.conversion.torch_dist import TorchDist
 
 LORA = {"rank": 2, "alpha": 4, "targets": ["language", "vision.siglip.qkv", "vision.*.fc*", "connector"]}
@@ -126,7 +130,7 @@ def test_adapters_to_start_from(trained: Path, worlds, tmp_path: Path) -> None:
         assert words in refusal(worlds, trained / "r.yaml", "first", tmp_path / "b", *given, change)
 
 
-def score(recipe_path: str, runs: str, data: str, out: str) -> None:
+def score(recipe_path: str, runs: str, data: str, out: str, name: str = "second") -> None:
     """Runs in a world of one."""
     from megatron_eagle.compat.platform import install
     from megatron_eagle.config.recipe import load_recipe
@@ -134,7 +138,7 @@ def score(recipe_path: str, runs: str, data: str, out: str) -> None:
     from megatron_eagle.training.run_folder import RunFolder
 
     recipe = load_recipe(Path(recipe_path))
-    stage = recipe.stage("second")
+    stage = recipe.stage(name)
     evaluate(recipe, stage, RunFolder(Path(runs) / recipe.name), Path(data), Path(out), install(), 4)
 
 
@@ -155,3 +159,25 @@ def test_adapters_are_no_initial_weights(trained: Path, worlds, tmp_path: Path) 
 def test_a_target_that_no_layer_has(base: Path, worlds, tmp_path: Path) -> None:
     line = refusal(worlds, base / "r.yaml", "first", tmp_path, "lora.targets=[language, vision, connector.fc3]")
     assert "no layer is called connector.fc3; adapters got language.fc1" in line
+
+
+def test_a_base_in_nf4(trained: Path, small_run, worlds, tmp_path: Path) -> None:
+    """Its checkpoint holds and names what one on the whole base does, is merged with that one, and answers."""
+    pytest.importorskip("bitsandbytes")
+    settings = yaml.safe_load((trained / "r.yaml").read_text(encoding="utf-8"))
+    recipe, runs = tmp_path / "r.yaml", tmp_path / "runs"
+    recipe.write_text(yaml.safe_dump({**settings, "lora": {**LORA, "base": "nf4"}}), encoding="utf-8")
+    worlds(1).run(train, str(recipe), "first", str(runs))
+    packed, whole = TorchDist(runs / FIRST), TorchDist(trained / "runs" / FIRST)
+    assert packed.names == whole.names and losses(runs)[0] != losses(trained / "runs")[0]
+    description = read_description(runs / FIRST)
+    assert description.base == read_description(trained / "runs" / FIRST).base
+    worlds(1).run(score, str(recipe), str(runs), str(small_run.folder / "heldout"), str(tmp_path), "first")
+    assert (tmp_path / "accuracy.json").is_file()
+    origin, config = base_of(runs / FIRST, description, None), model_of(runs / FIRST, description)
+    sources = dialect_of(origin, config, None).sources(config)
+    merged = Merged(origin, packed, lora_of(runs / FIRST, description), sources)
+    layer = "language.decoder.layers.1.mlp.linear_fc2."
+    change = packed.read(f"{layer}lora_b") @ packed.read(f"{layer}lora_a") * 2
+    assert change.any()
+    assert torch.equal(merged.read(f"{layer}weight"), TorchDist(trained / "base").read(f"{layer}weight") + change)
