@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_eagle.compat.torch_dispatch import TorchDispatchMode, group_of
 from megatron_eagle.config.data import BlendSource
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Part, Recipe, Stage, TokenizerSettings
+from megatron_eagle.config.model_settings import ModelSettings
+from megatron_eagle.config.recipe import OptimizerSettings, Part, Recipe, Stage, TokenizerSettings
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.model.weights import weight_slices
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_eagle.config.data import BlendSource
 from megatron_eagle.config.layout import Layout
-from megatron_eagle.config.recipe import ModelSettings, Recipe, Stage, TokenizerSettings
+from megatron_eagle.config.model_settings import ModelSettings
+from megatron_eagle.config.recipe import Recipe, Stage, TokenizerSettings
 from megatron_eagle.planning.samples import Mix
 
 TOKENS_PER_SAMPLE = 2000.0

@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_eagle.compat.platform import install
 from megatron_eagle.config.data import BlendSource
 from megatron_eagle.config.lora import LoraSettings
-from megatron_eagle.config.recipe import ModelSettings, OptimizerSettings, Recipe, Stage, TokenizerSettings
+from megatron_eagle.config.model_settings import ModelSettings
+from megatron_eagle.config.recipe import OptimizerSettings, Recipe, Stage, TokenizerSettings
 from megatron_eagle.model import hf_names
 from megatron_eagle.model.weights import WeightSlice, weight_slices
 from megatron_eagle.parallel.groups import initialise
