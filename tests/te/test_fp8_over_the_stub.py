@@ -20,7 +20,7 @@ from megatron_eagle.checkpoint import sharded_state
 from megatron_eagle.config.fp8 import FORMATS
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import build_eagle
+from megatron_eagle.model.eagle import EagleModel, build_eagle
 from megatron_eagle.model.fp8 import require_fp8
 
 pytestmark = pytest.mark.slow
@@ -28,23 +28,35 @@ RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
 WIDE = LANGUAGE | {"hidden_size": 512, "intermediate_size": 256}
 
 
+def model_of(recipe: str) -> EagleModel:
+    """The model of a recipe, over the stub."""
+    settings = load_recipe(Path(recipe))
+    return build_eagle(
+        settings.model.eagle(),
+        settings.layout,
+        transformer_impl="transformer_engine",
+        precision=settings.weight_precision,
+        fp8=settings.fp8,
+        pre_process=True,
+        post_process=True,
+    )
+
+
+def write(folder: Path, scaling: str, **changes: Any) -> str:
+    """A recipe in fp8 with layers that are wide enough."""
+    model = {"preset": "tiny", "encoders": ENCODERS, "language": WIDE, "transformer_impl": "transformer_engine"}
+    settings = {"model": model, "precision": "fp8", "fp8_recipe": scaling}
+    return str(SmallRun(folder).write_recipe(folder / "recipe.yaml", **settings, **changes))
+
+
 def built(recipe: str) -> dict[str, Any]:
     """What is in fp8, and how Megatron's own context for a layer turns out, on this process."""
     from megatron.core.fp8_utils import get_fp8_context
     from transformer_engine.pytorch import quantization
 
-    settings = load_recipe(Path(recipe))
     start(recipe)
     with stub.building():
-        model = build_eagle(
-            settings.model.eagle(),
-            settings.layout,
-            transformer_impl="transformer_engine",
-            precision=settings.weight_precision,
-            fp8=settings.fp8,
-            pre_process=True,
-            post_process=True,
-        )
+        model = model_of(recipe)
     language = model.language.decoder.config
     entered: dict[str, Any] = {}
 
@@ -74,14 +86,7 @@ def built(recipe: str) -> dict[str, Any]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_language_models_linear_layers_and_nothing_else(stubbed, tmp_path, scaling, processes) -> None:
     layout = {"tp": 2, "sequence_parallel": True} if processes == 2 else {}
-    path = SmallRun(tmp_path).write_recipe(
-        tmp_path / "recipe.yaml",
-        model={"preset": "tiny", "encoders": ENCODERS, "language": WIDE, "transformer_impl": "transformer_engine"},
-        layout=layout,
-        precision="fp8",
-        fp8_recipe=scaling,
-    )
-    for found in stubbed(processes).run(built, str(path)):
+    for found in stubbed(processes).run(built, write(tmp_path, scaling, layout=layout)):
         assert found["language"] == (FORMATS[scaling], scaling, False)
         assert found["vision"] == {None}
         assert (found["scaling"], found["format"]) == (RECIPES[scaling], FORMATS[scaling])
@@ -96,18 +101,9 @@ def saved_after_a_pass(recipe: str) -> tuple[int, int, list[str], bool]:
     from megatron.core.fp8_utils import get_fp8_recipe
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    settings = load_recipe(Path(recipe))
     start(recipe)
     with stub.building(), mock.patch("torch.cuda.synchronize"):
-        model = build_eagle(
-            settings.model.eagle(),
-            settings.layout,
-            transformer_impl="transformer_engine",
-            precision=settings.weight_precision,
-            fp8=settings.fp8,
-            pre_process=True,
-            post_process=True,
-        )
+        model = model_of(recipe)
         scaling = get_fp8_recipe(model.language.decoder.config)
         linear = [m for m in model.language.decoder.modules() if isinstance(m, TransformerEngineBaseModule)]
         for module in linear:
@@ -130,13 +126,7 @@ def saved_after_a_pass(recipe: str) -> tuple[int, int, list[str], bool]:
 @pytest.mark.parametrize("scaling", RECIPES)
 def test_a_checkpoint_is_what_it_is_without(stubbed, tmp_path, scaling) -> None:
     """Transformer Engine pickles its recipe into each layer's extra state; it is neither stored nor an error."""
-    path = SmallRun(tmp_path).write_recipe(
-        tmp_path / "recipe.yaml",
-        model={"preset": "tiny", "encoders": ENCODERS, "language": WIDE, "transformer_impl": "transformer_engine"},
-        precision="fp8",
-        fp8_recipe=scaling,
-    )
-    ((count, smallest, stored, kept),) = stubbed(1).run(saved_after_a_pass, str(path))
+    ((count, smallest, stored, kept),) = stubbed(1).run(saved_after_a_pass, write(tmp_path, scaling))
     assert count == 2 * 4 and smallest > 0 and stored == [] and kept
 
 
