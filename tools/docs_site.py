@@ -14,7 +14,7 @@ LOOK = ("tools/docs_site.css", "tools/iframe-worker.js")
 def site_files() -> list[str]:
     """Names of all files of the site, from the repository's top."""
     below = (file for file in sorted((ROOT / "docs").rglob("*")) if file.is_file())
-    reports = sorted((ROOT / "benchmarks").rglob("*.md"))  # dated; pages link to some
+    reports = sorted(file for file in (ROOT / "benchmarks").rglob("*") if file.suffix in (".md", ".png"))  # dated
     return [*BESIDE, *LOOK, *(file.relative_to(ROOT).as_posix() for file in (*below, *reports))]
 
 
