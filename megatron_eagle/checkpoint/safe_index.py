@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -87,19 +88,33 @@ def _short_shards(folder: Path, index: Metadata, rank: int, size: int) -> list[s
 
 
 def _unsafe_entries(folder: Path, index: Metadata, rank: int, size: int) -> list[str]:
-    """Tensors, and objects, which Megatron loads with a plain unpickler; an extra state has to be empty."""
+    """Tensors, and objects, which Megatron loads with a plain unpickler; an extra state has to be empty.
+
+    Each process takes entries that lie beside each other and opens each of their files once.
+    """
     entries = sorted(index.storage_data.items(), key=lambda entry: (entry[1].relative_path, entry[1].offset))
-    problems = []
-    for key, at in entries[rank::size]:
-        file = folder / at.relative_path
+    own = entries[len(entries) * rank // size : len(entries) * (rank + 1) // size]
+    problems: list[str] = []
+    for name, inside in groupby(own, key=lambda entry: entry[1].relative_path):
+        file = folder / name
         try:
-            found = _contents(file, at.offset, at.length)
-        except Exception:  # a damaged pickle raises whatever its bytes happen to mean
-            problems.append(f"{file} holds {key.fqn}, which cannot be loaded without running code")
+            with file.open("rb") as handle:
+                found = [_unsafe_entry(handle, key.fqn, at.offset, at.length) for key, at in inside]
+        except OSError as error:
+            problems.append(f"{file} cannot be read ({error.strerror})")
             continue
-        if key.fqn.partition("/")[0].endswith(EXTRA_STATE) and not holds_nothing(found):
-            problems.append(f"{file} holds {key.fqn}, which is not empty: scales of FP8 training are not read")
+        problems += [f"{file} holds {problem}" for problem in found if problem]
     return problems
+
+
+def _unsafe_entry(handle: BinaryIO, name: str, start: int, length: int) -> str | None:
+    try:
+        found = _contents(handle, start, length)
+    except Exception:  # a damaged pickle raises whatever its bytes happen to mean
+        return f"{name}, which cannot be loaded without running code"
+    if name.partition("/")[0].endswith(EXTRA_STATE) and not holds_nothing(found):
+        return f"{name}, which is not empty: scales of FP8 training are not read"
+    return None
 
 
 def holds_nothing(extra_state: Any) -> bool:
@@ -114,25 +129,24 @@ def _unsafe_files(folder: Path, index: Metadata, rank: int, size: int) -> list[s
     files = sorted({folder / COMMON, *folder.glob("*.pt")})[rank::size]
     problems = [f"{file} is missing" for file in files if not file.is_file()]
     return problems + [
-        f"{file} cannot be loaded without running code"
-        for file in files
-        if file.is_file() and not _is_data(file, 0, file.stat().st_size)
+        f"{file} cannot be loaded without running code" for file in files if file.is_file() and not _is_data(file)
     ]
 
 
-def _is_data(file: Path, start: int, length: int) -> bool:
-    """Whether ``_contents`` can be had."""
+def _is_data(file: Path) -> bool:
+    """Whether ``_contents`` of it can be had."""
     try:
-        _contents(file, start, length)
+        with file.open("rb") as handle:
+            _contents(handle, 0, file.stat().st_size)
     except Exception:  # a damaged pickle raises whatever its bytes happen to mean
         return False
     return True
 
 
-def _contents(file: Path, start: int, length: int) -> Any:
+def _contents(handle: BinaryIO, start: int, length: int) -> Any:
     """What torch's weights-only unpickler makes of those bytes: tensors, without their numbers, and plain values."""
     # Transformer Engine kept the scales of a layer as a file in memory.
-    with file.open("rb") as handle, torch.serialization.safe_globals([io.BytesIO]), torch.serialization.skip_data():
+    with torch.serialization.safe_globals([io.BytesIO]), torch.serialization.skip_data():
         region: Any = Region(handle, start, length)
         return torch.load(region, map_location="cpu", weights_only=True)
 

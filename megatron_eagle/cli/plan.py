@@ -59,6 +59,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_eagle.planning.hardware import load_hardware
     from megatron_eagle.planning.page import write_page
     from megatron_eagle.planning.plan import plan_stage
+    from megatron_eagle.planning.reading import reading_line
     from megatron_eagle.planning.report import (
         assumptions,
         memory_table,
@@ -124,6 +125,7 @@ def _plan(options: argparse.Namespace) -> None:
         print("\n" + folded(f"{plan.stage.name} on {plan.gpus} GPUs: {time_line(plan)}"))
         if plan.layout.pp > 1:
             print(folded(stage_line(plan)))
+        print(folded(reading_line(plan, recipe.reading)))
         if options.ranks:
             print("\n" + memory_table(plan))
     if options.html:

@@ -182,9 +182,15 @@ def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(new_state)
 
 
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 # Module -> private name -> what stands there without a GPU. Megatron's own random-state helpers queue their work until
-# CUDA starts, which is never; the flags beside Adam tell the optimizers which checkpoint contract it follows.
+# CUDA starts, which is never; the flags beside Adam tell the optimizers which checkpoint contract it follows; its fuser
+# is ``torch.compile``, whose import alone is half the processor time of a start.
 REPLACED: dict[str, dict[str, Any]] = {
+    "megatron.core.jit": {"jit_fuser": _as_it_is},
     "megatron.core.tensor_parallel.random": {
         "_get_cuda_rng_state": _get_rng_state,
         "_set_cuda_rng_state": _set_rng_state,

@@ -37,7 +37,7 @@ def assumptions(hardware: Hardware, *, fp8: bool) -> str:
         f"{hardware.name}: {hardware.peak_flops / 1e12:.0f} TFLOP/s stated peak; products at {hardware.products:.0%} "
         f"of it, attention {hardware.attention:.0%}, convolutions {hardware.convolutions:.0%}; "
         f"{hardware.memory_bytes / GB:.0f} GB less {hardware.reserved_bytes / GB:.1f} GB for what is no tensor. "
-        f"Reading keeps up.{' fp8 is planned as bf16.' if fp8 else ''}"
+        f"Reading is not in the seconds of a step.{' fp8 is planned as bf16.' if fp8 else ''}"
     )
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.config.recipe import LogSettings, Stage
 from megatron_eagle.errors import UserError
 from megatron_eagle.progress import is_quiet, is_verbose
 from megatron_eagle.text import in_line
@@ -347,3 +348,21 @@ def _drop_later_steps(path: Path, stage: str, resumed_at: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)
+
+
+def open_log(
+    folder: Path, stage: Stage, settings: LogSettings, *, resumed_at: int, about: Mapping[str, Any]
+) -> TrainingLog:
+    """The log of ``stage`` as the recipe's ``settings`` want it, in the run's ``folder``."""
+    return TrainingLog(
+        folder,
+        stage=stage.name,
+        total_steps=stage.steps,
+        tensorboard=settings.tensorboard,
+        wandb_project=settings.wandb_project,
+        mlflow_experiment=settings.mlflow_experiment,
+        prometheus_folder=Path(settings.prometheus_folder) if settings.prometheus_folder else None,
+        resumed_at=resumed_at,
+        about=about,
+        every=settings.every,
+    )

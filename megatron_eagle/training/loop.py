@@ -26,17 +26,19 @@ from megatron_eagle.data.sample.tokenizer import recipe_tokenizer, tokenizer_fil
 from megatron_eagle.data.stream.streams import Stream
 from megatron_eagle.errors import Damaged, Superseded, UserError
 from megatron_eagle.parallel.agreement import naming_a_loss, on_rank_zero
-from megatron_eagle.parallel.groups import Groups, destroy, initialise
+from megatron_eagle.parallel.groups import Groups, destroy, initialise, join
 from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scored, Scores
 from megatron_eagle.training.fencing import Start, claim_by_hand
-from megatron_eagle.training.log import StepRecord, TrainingLog
+from megatron_eagle.training.log import StepRecord, TrainingLog, open_log
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.opening import newest, open_stage, opening_line
 from megatron_eagle.training.origin import origin, write_recipe
 from megatron_eagle.training.resume_rules import changes, recipe_values, require_continuable
 from megatron_eagle.training.run_events import append_event
 from megatron_eagle.training.run_folder import RunFolder
+from megatron_eagle.training.start_up import StartUp
+from megatron_eagle.training.start_up import describe as describe_start
 from megatron_eagle.training.step import COMPUTING, Step, StepResult, packs_per_replica
 from megatron_eagle.training.step_stats import StepStats, gather_rejected, peak_rss_bytes
 from megatron_eagle.training.stragglers import StragglerWatch
@@ -64,11 +66,16 @@ def train_stage(
     Raises StoppedEarly, after saving, if ``watch`` was told to stop before the last step; Superseded, without, if a
     newer start of the run is at work; NonFinite if a loss or a gradient is no number.
     """
-    stage = recipe.stage(stage_name)
+    start_up, stage = StartUp(), recipe.stage(stage_name)
+    start_up.reached("imports")
     timeout = timedelta(minutes=recipe.collective_timeout_minutes)
+    join(platform, timeout=timeout)
+    start_up.reached("meeting")
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timeout)
+    start_up.reached("groups")
     try:
         options: dict[str, Any] = {"fallback": fallback, "start": start, "make_evaluator": make_evaluator}
+        options["start_up"] = start_up
         run = StageRun(recipe, stage, run_folder, platform, groups, watch or Watchdog(), **options)
         run.train()
     finally:
@@ -90,6 +97,7 @@ class StageRun:
         fallback: bool = False,
         start: int | None = None,
         make_evaluator: MakeEvaluator | None = None,
+        start_up: StartUp | None = None,
     ) -> None:
         if stage.evaluation and make_evaluator is None:
             raise ValueError(f"stage '{stage.name}' is evaluated while it trains, nobody said how")
@@ -99,6 +107,7 @@ class StageRun:
         self.recipe, self.stage, self.platform, self.groups = recipe, stage, platform, groups
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
+        self.start_up = start_up or StartUp()
         self.fallback, self.number = fallback, start
         self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
@@ -141,7 +150,9 @@ class StageRun:
             self.scored = Scored(own.description.best_score, own.description.waited, own.description.best_by)
         on_rank_zero(self._read_tokenizer)  # before anything is built
         self.evaluation = self._open_evaluation()
-        opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups)
+        reached = self.start_up.reached
+        reached("checkpoints")
+        opened = open_stage(self.recipe, self.stage, self.run_folder, own, self.platform, self.groups, reached)
         self.base = opened.base
         if own:
             self._say_changes(own.description, "resumed with changes")
@@ -249,6 +260,8 @@ class StageRun:
         try:
             while self.step < self.stage.steps and not self._out_of_patience:
                 stop = self._one_step(step, read, log, lambda leaving: self._save_if_due(engine, stream, leaving))
+                if "first step" not in self.start_up.parts:
+                    self._say_start_up()
                 if stop and self.step < self.stage.steps and not self._out_of_patience:
                     raise StoppedEarly(f"{self.stage.name} was asked to stop: saved step {self.step}")
         finally:
@@ -353,11 +366,21 @@ class StageRun:
             found = self.stragglers.after_step(self.step, seconds)
         for change in found:
             self._say(f"{self.stage.name} step {self.step}: {change}")
+            self._note("straggler", **change.values())
+
+    def _say_start_up(self) -> None:
+        self.start_up.reached("first step")
+        slowest = self.start_up.slowest(self.platform.device)
+        self._say(f"{self.stage.name}: {describe_start(slowest)}")
+        parts = {part: round(seconds, 3) for part, seconds in slowest.items()}
+        self._note("start_up", processes=self.groups.world_size, seconds=parts)
+
+    def _note(self, event: str, **values: Any) -> None:
+        """Into the run's events, on rank 0; a disk that will not take it is no reason to end a run."""
+        if self.groups.rank == 0:
             try:
-                append_event(
-                    self.run_folder.path, "straggler", stage=self.stage.name, step=self.step, **change.values()
-                )
-            except OSError as error:  # no reason to end a run
+                append_event(self.run_folder.path, event, stage=self.stage.name, step=self.step, **values)
+            except OSError as error:
                 self._say(f"{self.stage.name}: cannot note it: {error}")
 
     def _record(
@@ -414,19 +437,7 @@ class StageRun:
     def _open_log(self) -> TrainingLog | None:
         if self.groups.rank != 0:
             return None
-        settings = self.recipe.log
-        return TrainingLog(
-            self.run_folder.path,
-            stage=self.stage.name,
-            total_steps=self.stage.steps,
-            tensorboard=settings.tensorboard,
-            wandb_project=settings.wandb_project,
-            mlflow_experiment=settings.mlflow_experiment,
-            prometheus_folder=Path(settings.prometheus_folder) if settings.prometheus_folder else None,
-            resumed_at=self.step,
-            about=self.origin,
-            every=settings.every,
-        )
+        return open_log(self.run_folder.path, self.stage, self.recipe.log, resumed_at=self.step, about=self.origin)
 
     def _say(self, line: str) -> None:
         if self.groups.rank == 0:

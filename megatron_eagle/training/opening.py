@@ -31,6 +31,7 @@ from megatron_eagle.training.adapters import base_checkpoint, load_base, require
 from megatron_eagle.training.engine import Engine, build_engine
 from megatron_eagle.training.resume_rules import changes
 from megatron_eagle.training.run_folder import RunFolder
+from megatron_eagle.training.start_up import Reached
 from megatron_eagle.training.throughput import stated_peak
 
 
@@ -65,12 +66,22 @@ def newest(stage_folder: Path, *, fallback: bool, say: Callable[[str], None]) ->
 
 
 def open_stage(
-    recipe: Recipe, stage: Stage, run_folder: RunFolder, own: OwnCheckpoint | None, platform: Platform, groups: Groups
+    recipe: Recipe,
+    stage: Stage,
+    run_folder: RunFolder,
+    own: OwnCheckpoint | None,
+    platform: Platform,
+    groups: Groups,
+    reached: Reached,
 ) -> Opened:
-    """Build the stage, load what it starts or goes on from, open its data there; UserError if something is wrong."""
+    """Build the stage, load what it starts or goes on from, open its data there; UserError if something is wrong.
+
+    reached: told when ``model``, ``weights`` and ``data`` are there.
+    """
     before = None if own else on_rank_zero(lambda: run_folder.weights_before(recipe, stage))
     weights = own.path if own else before
     engine = build_engine(recipe, stage, platform, groups)
+    reached("model")
     base = _load_base(recipe, recipe.lora, engine, weights) if recipe.lora else None
     position = None
     if own:
@@ -78,7 +89,10 @@ def open_stage(
     elif weights:
         load_weights(weights, engine.state().modules, "adapters" if recipe.lora else "base")
         engine.reload_optimizer()
-    return Opened(engine, _open_stream(recipe, stage, own, position, groups), weights, base)
+    reached("weights")
+    stream = _open_stream(recipe, stage, own, position, groups)
+    reached("data")
+    return Opened(engine, stream, weights, base)
 
 
 def opening_line(

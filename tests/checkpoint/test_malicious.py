@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_eagle.checkpoint import checksums
+from megatron_eagle.checkpoint import checksums, safe_index
 from megatron_eagle.checkpoint.files import LATEST, find_latest
 from megatron_eagle.checkpoint.safe_index import METADATA
 from megatron_eagle.compat.checkpoint_index import StorageInfo
@@ -234,4 +234,30 @@ def test_the_pointer_to_the_newest_cannot_leave_its_stage(tmp_path, name):
     write_code(tmp_path / LATEST, "pickle", tmp_path / "ran")
     with pytest.raises(UserError, match="latest cannot be read"):
         find_latest(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 5000])
+def test_processes_share_the_entries_and_open_each_of_their_files_once(
+    saved: Path, tmp_path: Path, monkeypatch, size: int
+) -> None:
+    """Whichever entry holds code, one process and no other sees it."""
+    _, checkpoint = copy(saved, tmp_path)
+    index = safe_index.read_index(checkpoint)
+    entries = sorted(index.storage_data.items(), key=lambda entry: (entry[1].relative_path, entry[1].offset))
+    planted = [entries[0], entries[len(entries) // 2], entries[-1]]
+    for _, at in planted:
+        with (checkpoint / at.relative_path).open("r+b") as handle:
+            handle.seek(at.offset)
+            handle.write(pickle.dumps(MakesFolder(tmp_path / "ran")))
+    opened: list[Path] = []
+    usual = Path.open
+    monkeypatch.setattr(Path, "open", lambda file, *mode: opened.append(file) or usual(file, *mode))
+    found = []
+    for rank in range(size):
+        opened.clear()
+        found += safe_index._unsafe_entries(checkpoint, index, rank, size)
+        assert len(opened) == len(set(opened))
+    named = [f"{checkpoint / at.relative_path} holds {where.fqn}, which cannot be loaded" for where, at in planted]
+    assert len(found) == 3 and all(any(line.startswith(name) for line in found) for name in named)
     assert not (tmp_path / "ran").exists()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from train_cases import losses, metrics, train, weights
 
+from megatron_eagle.cluster.events import read_events
 from megatron_eagle.config.recipe import load_recipe
 from megatron_eagle.conversion.torch_dist import TorchDist
 from megatron_eagle.errors import UserError
@@ -183,6 +184,10 @@ def kill_and_resume(small_run, tmp_path: Path, kills: int, seed: int) -> None:
         process.wait()
     assert start_training(recipe, killed).wait(timeout=280) == 0
     assert losses(killed) == losses(whole)
+    (start,) = [event for event in read_events(whole / "small") if event["event"] == "start_up"]
+    parts = ["imports", "meeting", "groups", "checkpoints", "model", "weights", "data", "first step"]
+    assert list(start["seconds"]) == [*parts, "all"] and start["processes"] == 2
+    assert 1 < start["seconds"]["all"] <= sum(start["seconds"][part] for part in parts) + 0.01
 
 
 def count_lines(runs: Path) -> int:
