@@ -125,22 +125,27 @@ def cut_tiles(image: Image.Image | NDArray[np.uint8], tiling: TilingSettings, gr
     columns, rows = grid or choose_grid(pixels.shape[3], pixels.shape[2], tiling)
     size = tiling.tile_size
     cells = columns * rows
-    tiles = torch.empty((tiles_of((columns, rows)), 3, size, size), dtype=torch.uint8)
-    stretched = _resize(pixels, rows * size, columns * size).view(3, rows, size, columns, size)
-    tiles[:cells].view(rows, columns, 3, size, size).copy_(stretched.permute(1, 3, 0, 2, 4))
+    tiles = np.empty((tiles_of((columns, rows)), 3, size, size), dtype=np.uint8)
+    stretched = _resize(pixels, rows * size, columns * size)[0].permute(1, 2, 0).numpy()
+    cells_of = stretched.reshape(rows, size, columns, size, 3)
+    # Plane by plane from colours that lie beside each other: NumPy takes three quarters of PyTorch's time for it.
+    tiles[:cells].reshape(rows, columns, 3, size, size)[...] = cells_of.transpose(0, 2, 4, 1, 3)
     if cells > 1:
-        tiles[cells] = _resize(pixels, size, size)[0]
-    return tiles
+        tiles[cells] = _resize(pixels, size, size)[0].numpy()
+    return torch.from_numpy(tiles)
 
 
 def _pixels(image: Image.Image | NDArray[np.uint8]) -> Tensor:
-    """uint8 [1, 3, H, W] in channels-last order, which PyTorch's resize is fastest on."""
+    """uint8 [1, 3, H, W] in channels-last order, which PyTorch's resize is fastest on.
+
+    It looks at the stride of the single image, too: where that is not H * W * 3, it makes planes of its result, slowly.
+    """
     if isinstance(image, Image.Image) and image.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB images, this one is {image.mode}")
     with warnings.catch_warnings():
         # The array shares Pillow's bytes and cannot be written to; nothing here does.
         warnings.simplefilter("ignore")
-        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).unsqueeze(0)
+        return torch.from_numpy(np.asarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
