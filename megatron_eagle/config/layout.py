@@ -20,6 +20,8 @@ class Layout:
     tp: tensor parallel size: processes that share each layer.
     pp: pipeline parallel size: processes that hold layers one behind another.
     cp: context parallel size: processes that share the tokens of a pack.
+    least_cp: how few of the cp processes may share a pack: each pack of a step then goes to as many of them as balance
+        the step, ``least_cp`` times a power of two (docs/context_parallelism.md). None: all share every pack.
     ulysses: how many of the cp processes trade positions for attention heads among themselves; the remaining factor,
         ``ring``, cuts the pack in zigzag (docs/context_parallelism.md).
     vpp: virtual pipeline stages per process (interleaved schedule).
@@ -35,6 +37,7 @@ class Layout:
     tp: Positive = 1
     pp: Positive = 1
     cp: Positive = 1
+    least_cp: Positive | None = None
     ulysses: Positive = 1
     vpp: Positive | None = None
     sequence_parallel: Flag = False
@@ -47,6 +50,8 @@ class Layout:
             raise ValueError("sequence_parallel needs tp > 1, this layout has tp=1")
         if self.cp % self.ulysses:
             raise ValueError(f"ulysses={self.ulysses} does not divide cp={self.cp}")
+        if self.least_cp is not None:
+            self._check_shared_packs(self.least_cp)
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp * (self.vpp or 1):
             raise ValueError(
                 f"layers_per_stage has {len(self.layers_per_stage)} entries, "
@@ -58,6 +63,17 @@ class Layout:
             )
         if self.vpp is not None and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1, this layout has pp=1")
+
+    def _check_shared_packs(self, least_cp: int) -> None:
+        groups, rest = divmod(self.cp, least_cp)
+        if rest or groups < 2 or groups & (groups - 1):
+            raise ValueError(f"cp={self.cp} must be least_cp={least_cp} times 2, 4, 8, ...")
+        if self.pp > 1:
+            raise ValueError(
+                f"least_cp={least_cp} needs pp=1, this layout has pp={self.pp}: stages send equal parts of packs"
+            )
+        if self.ulysses > 1:
+            raise ValueError(f"least_cp={least_cp} needs ulysses=1, this layout has ulysses={self.ulysses}")
 
     @property
     def ring(self) -> int:

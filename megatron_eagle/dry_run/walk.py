@@ -101,7 +101,7 @@ def dry_run(recipe: Recipe, stage: Stage, gpus: int) -> DryRun:
     # vocabulary: as many on each, because these hold the same labels.
     stand_ins = replace(recipe.model, transformer_impl="local", kernels="torch", attention="packed")
     recipe = replace(recipe, model=stand_ins)
-    packs = min(each, 2 * layout.pp * (layout.vpp or 1))
+    packs = min(each, 2 * (layout.cp if layout.least_cp else layout.pp * (layout.vpp or 1)))
     match_exchanges(layout.pp, layout.vpp, each)
     places = coordinates(layout, gpus)
     walked, _ = walk_replicas(recipe, stage, places, packs)

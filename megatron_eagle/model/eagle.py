@@ -99,21 +99,23 @@ class EagleModel(MegatronModule):
         compute_loss: bool = True,
         per_token: bool = False,
         cached: CachedRows | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """One pack through this stage.
 
         features: what ``encode`` gave for ``batch.tiles``, [n, tokens_per_tile, hidden_size], if it is already known.
         per_token: the cross entropies of all positions, float32 [L], 0 without a label, instead of their weighted sum.
         cached: a pass of generation: the pack, of any length, goes whole through this process, whatever ``cp`` is.
+        context: with whom this process shares this pack, if not with all of ``cp``.
 
         Returns, on the last stage, the loss of the positions that this process holds: their cross entropies summed with
         ``batch.loss_weights``, float32 scalar; or with ``compute_loss=False`` the logits of all positions
         [L, padded_vocab/tp], padding masked, of the wanted ones with ``cached``. On other stages the hidden states of
-        the l = L/cp positions it holds, [l(/tp with sequence parallelism), 1, hidden_size].
+        the l positions it holds (L/cp), [l(/tp with sequence parallelism), 1, hidden_size].
 
         Raises ValueError if the layout cannot cut a pack of this length.
         """
-        context = Context() if cached else self.context
+        context = Context() if cached else context or self.context
         if not cached:
             self.layout.check_pack_length(batch.length)
         held = context.share.positions(batch.length, batch.tokens.device)

@@ -17,6 +17,7 @@ from megatron_eagle.compat.platform import Platform
 from megatron_eagle.compat.process_groups import keep_context_levels
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.errors import UserError
+from megatron_eagle.parallel.context import Context, ContextShard
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Groups:
     reader_rank: global rank of the one process of the replica that reads its packs (tp, cp and pp rank 0).
     encoder_hosts: the processes of the replica on its first pipeline stage; None on the other stages.
     world_group, self_group: all processes of the run, and this one by itself.
+    pack_contexts: with ``layout.least_cp``, this process's share of a pack and the group it exchanges with, by how many
+        of the cp processes share the pack; else empty.
     spread_encoders: whether the layout shares out the tiles over all processes of a replica (``encoder: spread``).
     """
 
@@ -61,6 +64,7 @@ class Groups:
     encoder_hosts: dist.ProcessGroup | None
     world_group: dist.ProcessGroup
     self_group: dist.ProcessGroup
+    pack_contexts: dict[int, Context]
     spread_encoders: bool
 
     @property
@@ -150,6 +154,7 @@ def split(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> 
         world_group=world_group,
         # Eagle has no experts, so Megatron's group of processes that share them is each process by itself.
         self_group=parallel_state.get_expert_model_parallel_group(),
+        pack_contexts=_make_pack_contexts(layout, places, timeout) if layout.least_cp else {},
         spread_encoders=layout.encoder == "spread",
     )
 
@@ -180,12 +185,29 @@ def _gather_places(own: RankCoordinates, device: torch.device) -> list[RankCoord
 
 def _make_context_levels(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> None:
     """Make the groups of context parallelism's two levels, the inner one first, where Megatron would keep them."""
-    inner: dict[RankCoordinates, list[int]] = {}
     outer: dict[RankCoordinates, list[int]] = {}
     for rank, place in enumerate(places):
-        inner.setdefault(replace(place, cp=place.cp // layout.ulysses), []).append(rank)
         outer.setdefault(replace(place, cp=place.cp % layout.ulysses), []).append(rank)
-    keep_context_levels([_one_group_of(list(level.values()), timeout) for level in (inner, outer)])
+    inner = _group_of_neighbours(layout.ulysses, places, timeout)
+    keep_context_levels([inner, _one_group_of(list(outer.values()), timeout)])
+
+
+def _group_of_neighbours(size: int, places: list[RankCoordinates], timeout: timedelta) -> dist.ProcessGroup | None:
+    members: dict[RankCoordinates, list[int]] = {}
+    for rank, place in enumerate(places):
+        members.setdefault(replace(place, cp=place.cp // size), []).append(rank)
+    return _one_group_of(list(members.values()), timeout)
+
+
+def _make_pack_contexts(layout: Layout, places: list[RankCoordinates], timeout: timedelta) -> dict[int, Context]:
+    """For each size from ``least_cp`` to cp: neighbours in cp, the first of them a multiple of the size."""
+    contexts: dict[int, Context] = {}
+    size, own = layout.least_cp or layout.cp, _own_place()
+    while size <= layout.cp:
+        group = _group_of_neighbours(size, places, timeout) if size > 1 else None
+        contexts[size] = Context(ContextShard(size, 1, own.cp % size), group, None, group)
+        size *= 2
+    return contexts
 
 
 def _one_group_of(members: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup | None:

@@ -81,6 +81,10 @@ class Activations:
             attention=recipe.model.attention,
         )
 
+    def shared_by(self, ranks: int) -> "Activations":
+        """The sizes where so many of the cp processes share a pack (``Layout.least_cp``)."""
+        return replace(self, layout=replace(self.layout, cp=ranks, least_cp=None))
+
     def layers(self, numbers: range, pack: PackShape) -> Held:
         """These decoder layers, counted over the whole model, of which some may be frozen."""
         held = [(sizes.layer(pack), count) for sizes, count in self.by_learning(numbers)]

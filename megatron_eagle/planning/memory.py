@@ -214,6 +214,8 @@ def _encode(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape])
 
 
 def _microbatch(sizes: Activations, pp_rank: int, chunk: int, pack: PackShape) -> Held:
+    if sizes.layout.least_cp:
+        sizes = sizes.shared_by(sizes.layout.least_cp)  # who holds the most
     layout = sizes.layout
     place, count = chunks_of_stage(layout, pp_rank)[chunk], layout.pp * (layout.vpp or 1)
     counts = layers_of_chunks(sizes.config, layout)

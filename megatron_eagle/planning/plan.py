@@ -7,10 +7,12 @@ Puts together what the other modules of this package count: packs (``samples.py`
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.lora import is_adapter
 from megatron_eagle.config.model import tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
+from megatron_eagle.data.order.share_packs import PackWork, rank_times, share_packs
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import StepFlops, Work, step_flops
 from megatron_eagle.parallel.shard_tiles import TileShards
@@ -116,7 +118,8 @@ def plan_stage(
         raise UserError(f"stage '{stage.name}': no sample fits into a pack of {stage.pack_length} tokens")
     packs = [packs[number % len(packs)] for number in range(each * shown)]  # the last ones may not have been filled
     timing = Timing(sizes, hardware)
-    runs = [_replica(timing, packs[number::shown], gpus) for number in range(shown)]
+    costs = recipe.data_settings(stage)
+    runs = [_replica(timing, packs[number::shown], gpus, costs) for number in range(shown)]
     slowest = max(runs, key=lambda run: run[0].seconds + run[1])
     fullest = max((packs[number::shown] for number in range(shown)), key=lambda own: sum(p.tiles for p in own))
     memory = tuple(memory_of(recipe, stage, gpus, ProcessRanks(pp), fullest) for pp in range(layout.pp))
@@ -146,8 +149,32 @@ def plan_stage(
     )
 
 
-def _replica(timing: Timing, packs: Sequence[PackShape], gpus: int) -> tuple[Timeline, float]:
-    """(the pipeline, seconds of spread encoders beside it) of one replica."""
+def _replica(timing: Timing, packs: Sequence[PackShape], gpus: int, costs: DataSettings) -> tuple[Timeline, float]:
+    """(the pipeline, seconds of spread encoders beside it) of one replica. costs: what packs are shared by."""
+    layout = timing.sizes.layout
+    timeline = _shared(timing, packs, costs) if layout.least_cp else _pipeline(timing, packs, gpus)
+    if layout.encoder == "tensor":
+        return timeline, 0.0
+    total = sum(pack.tiles for pack in packs)
+    own = max(TileShards.of(total, layout.model_parallel_size).per_rank)
+    return timeline, timing.spread(own, total)
+
+
+def _shared(timing: Timing, packs: Sequence[PackShape], costs: DataSettings) -> Timeline:
+    """Packs shared by as many context-parallel ranks as each needs; what ranks wait for each other is the bubble."""
+    layout = timing.sizes.layout
+    work = [PackWork.of_segments(pack.segments, pack.tiles, costs.attention_parity, costs.tile_cost) for pack in packs]
+    shares = share_packs(work, layout.cp, layout.least_cp or layout.cp)
+    passes = [
+        replace(timing, sizes=timing.sizes.shared_by(len(own))).table(0, [pack])[0]
+        for pack, own in zip(packs, shares, strict=True)
+    ]
+    times = [one.forward + one.backward for one in passes]
+    busy = sum(each * len(own) for each, own in zip(times, shares, strict=True)) / layout.cp
+    return Timeline((busy,), max(rank_times(times, shares, layout.cp)), ({},), ({},))
+
+
+def _pipeline(timing: Timing, packs: Sequence[PackShape], gpus: int) -> Timeline:
     layout = timing.sizes.layout
     count = layout.pp * (layout.vpp or 1)
     tables = {stage: timing.table(stage, packs) for stage in {0, min(1, count - 1), count - 1}}
@@ -160,12 +187,7 @@ def _replica(timing: Timing, packs: Sequence[PackShape], gpus: int) -> tuple[Tim
         return seconds.forward if event.kind == "forward" else seconds.backward
 
     transfer = timing.transfer(packs[0], gpus) if layout.pp > 1 else 0.0
-    timeline = simulate(layout.pp, layout.vpp, len(packs), duration, transfer)
-    if layout.encoder == "tensor":
-        return timeline, 0.0
-    total = sum(pack.tiles for pack in packs)
-    own = max(TileShards.of(total, layout.model_parallel_size).per_rank)
-    return timeline, timing.spread(own, total)
+    return simulate(layout.pp, layout.vpp, len(packs), duration, transfer)
 
 
 def _behind(recipe: Recipe, stage: Stage, gpus: int, timing: Timing) -> tuple[float, float, float]:
@@ -200,6 +222,7 @@ def describe_layout(layout: Layout) -> str:
     words = [f"tp={layout.tp}", f"pp={layout.pp}"]
     words += [f"vpp={layout.vpp}"] if layout.vpp else []
     words += [f"cp={layout.cp}"] if layout.cp > 1 else []
+    words += [f"least_cp={layout.least_cp}"] if layout.least_cp else []
     words += [f"ulysses={layout.ulysses}"] if layout.ulysses > 1 else []
     words += ["sp"] if layout.sequence_parallel else []
     words += [f"encoder={layout.encoder}"]

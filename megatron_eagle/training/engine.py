@@ -36,11 +36,13 @@ from megatron_eagle.model.packed_base import require_packing
 from megatron_eagle.model.recomputation import pass_gradients
 from megatron_eagle.model.tile_encoder import TileEncoder, build_tile_encoder
 from megatron_eagle.model.weights import weight_slices
+from megatron_eagle.parallel.context import Context
 from megatron_eagle.parallel.groups import Groups
 from megatron_eagle.training.adapters import require_targets
 from megatron_eagle.training.ema import Ema
 from megatron_eagle.training.new_rows import NewRows
 from megatron_eagle.training.optimizer import NonFiniteGradients, build_optimizer, build_scheduler, peak_rates
+from megatron_eagle.training.pack_sharing import OwnPack, PackSharing
 from megatron_eagle.training.spread_encoder import SpreadEncoder
 
 
@@ -54,7 +56,8 @@ class Engine:
     encoder: this process's copy of the spread encoders; None with ``encoder: tensor``, where ``models`` hold them.
     lora: the adapters' numbers, where they alone train. frozen: layers that do not train.
     neftune_alpha: size of the noise on embeddings, 0 for none. seed: what dropout and noise are drawn from.
-    ema: the running mean of what trains, if the stage wants one.
+    ema: the running mean of what trains, if the stage wants one. sharing: which packs are this process's, where each
+        has as many context-parallel ranks as it needs; None where all share all.
     """
 
     chunks: list[DistributedDataParallel]
@@ -70,9 +73,12 @@ class Engine:
     neftune_alpha: float = 0.0
     seed: int = 0
     ema: Ema | None = None
+    sharing: PackSharing | None = None
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> Tensor:
         """Gradients of ``batches``, reduced over all that share them; returns this process's share of the loss.
+
+        batches: all packs of the replica.
 
         The share is a float64 scalar on the device, 0 on processes without the last pipeline stage.
         """
@@ -83,12 +89,22 @@ class Engine:
         self._seed_dropout("encoders")
         features = self.encoder.encode(batches) if self.encoder else None
         self._seed_dropout("pipeline")  # of spread encoders every process has run its own number
-        losses = run_schedule(self.chunks, batches, features, forward_only=False)
+        if self.sharing:
+            losses = self._run_own(self.sharing.own(batches), batches, features)
+        else:
+            losses = run_schedule(self.chunks, batches, features, forward_only=False)
         if self.encoder:
             self.encoder.backward()
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=batches[0].loss_weights.device)
         return torch.stack(losses).double().sum()
+
+    def _run_own(
+        self, own: list[OwnPack], batches: Sequence[PackedBatch], features: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        chosen = [batches[one.pack] for one in own]
+        known = [features[one.pack] for one in own] if features is not None else None
+        return run_schedule(self.chunks, chosen, known, [one.context for one in own], forward_only=False)
 
     def _seed_dropout(self, phase: str) -> None:
         if self.lora and self.lora.dropout:
@@ -190,6 +206,8 @@ def build_engine(recipe: Recipe, stage: Stage, platform: Platform, groups: Group
     )
     if stage.ema is not None:
         engine.ema = Ema(stage.ema, optimizer, engine.gradient_owners())
+    if groups.pack_contexts:
+        engine.sharing = PackSharing.of(groups.pack_contexts, groups.cp_rank, recipe.data_settings(stage))
     return engine
 
 
@@ -292,15 +310,18 @@ def run_schedule(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
     features: Sequence[Tensor] | None = None,
+    contexts: Sequence[Context] | None = None,
     *,
     forward_only: bool,
 ) -> list[Tensor]:
     """Run Megatron's pipeline schedule over ``batches``; the detached loss of each, on the last stage only.
 
-    features: of each batch's tiles, if they are known already (``EagleModel.forward``).
+    features: of each batch's tiles, if they are known already; contexts: who shares each batch, if not all of cp
+    (``EagleModel.forward``).
     """
     known: Sequence[Tensor | None] = [None] * len(batches) if features is None else features
-    inputs = list(zip(batches, known, strict=True))
+    shared_by: Sequence[Context | None] = [None] * len(batches) if contexts is None else contexts
+    inputs = list(zip(batches, known, shared_by, strict=True))
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(inputs) for _ in chunks] if len(chunks) > 1 else iter(inputs),
@@ -313,9 +334,11 @@ def run_schedule(
     return [result["loss"] for result in results]
 
 
-def _forward_step(inputs: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    batch, features = next(inputs)
-    return model(batch, features=features), _loss_of_pack
+def _forward_step(
+    inputs: Iterator[tuple[PackedBatch, Tensor | None, Context | None]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    batch, features, context = next(inputs)
+    return model(batch, features=features, context=context), _loss_of_pack
 
 
 def _loss_of_pack(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

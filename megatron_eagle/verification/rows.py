@@ -5,6 +5,7 @@ parallel code need two options to meet. The whole table is the product.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -32,6 +33,7 @@ class Row:
     vpp: int | None = None
     uneven: bool = False
     cp: int = 1
+    least_cp: int | None = None
     ulysses: int = 1
     dp: int = 1
     encoder: Literal["tensor", "spread"] = "tensor"
@@ -58,6 +60,7 @@ class Row:
             vpp=self.vpp,
             layers_per_stage=_UNEVEN[self.pp] if self.uneven else None,
             cp=self.cp,
+            least_cp=self.least_cp,
             ulysses=self.ulysses,
             encoder=self.encoder,
         )
@@ -84,6 +87,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "vpp": (None, 2),
     "uneven": (False, True),
     "cp": (1, 2, 4),
+    "least_cp": (None, 1),
     "ulysses": (1, 2),
     "dp": (1, 2, 4),
     "encoder": ("tensor", "spread"),
@@ -113,8 +117,12 @@ def possible(row: Row, config: EagleConfig = CONFIG) -> bool:
 
 def whole_table(processes: int) -> list[Row]:
     """Every possible row of at most ``processes`` processes, smallest first."""
-    rows = (Row(**dict(zip(OPTIONS, values, strict=True))) for values in itertools.product(*OPTIONS.values()))
-    return sorted((row for row in rows if row.processes <= processes and possible(row)), key=lambda row: row.processes)
+    axes = ("tp", "pp", "cp", "dp")
+    others = [name for name in OPTIONS if name not in axes]
+    sizes = [own for own in itertools.product(*(OPTIONS[axis] for axis in axes)) if math.prod(own) <= processes]
+    rest = [dict(zip(others, own, strict=True)) for own in itertools.product(*(OPTIONS[name] for name in others))]
+    rows = (Row(**dict(zip(axes, own, strict=True)), **more) for own in sizes for more in rest)
+    return sorted((row for row in rows if possible(row)), key=lambda row: row.processes)
 
 
 def quick_table(processes: int, seed: int = 0) -> list[Row]:

@@ -108,6 +108,7 @@ def recipe_rows(recipe: Recipe, packs: int) -> list[Row]:
             vpp=layout.vpp,
             uneven=layout.layers_per_stage is not None,
             cp=layout.cp,
+            least_cp=layout.least_cp,
             ulysses=layout.ulysses,
             encoder=layout.encoder,
             recompute=recipe.model.recompute,

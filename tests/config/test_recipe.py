@@ -270,3 +270,19 @@ def test_a_stages_layout_is_refused_with_its_name(tmp_path: Path) -> None:
         load(tmp_path, minimal(), "stages.stage1.5.layout.tp=3")
     with pytest.raises(UserError, match=r"stages\.stage1\.layout\.size: no such key"):
         load(tmp_path, minimal(), "stages.stage1.layout.size=2")
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ({"cp": 4, "least_cp": 4}, "cp=4 must be least_cp=4 times 2, 4, 8"),
+        ({"least_cp": 1}, "cp=1 must be least_cp=1 times 2, 4, 8"),
+        ({"cp": 6, "least_cp": 2}, "cp=6 must be least_cp=2 times 2, 4, 8"),
+        ({"cp": 2, "pp": 2, "least_cp": 1}, "least_cp=1 needs pp=1, this layout has pp=2"),
+        ({"cp": 4, "ulysses": 2, "least_cp": 1}, "least_cp=1 needs ulysses=1, this layout has ulysses=2"),
+    ],
+)
+def test_layouts_whose_packs_cannot_be_shared_unequally_are_refused(layout, reason):
+    with pytest.raises(ValueError, match=reason):
+        Layout(**layout)
+    assert Layout(cp=8, least_cp=2).least_cp == 2

@@ -64,6 +64,7 @@ def test_padding_and_balance_on_a_long_tail(tmp_path):
     for r in results:
         assert r.padding <= 0.01 and r.spread[4].dealt <= 1.04 and r.spread[16].dealt <= 1.01
         assert r.spread[4].bound <= r.spread[4].dealt < r.spread[4].in_order
+        assert 1.0 < r.spread[1].shared < 1.05 < r.spread[1].bound and 1.0 < r.spread[4].shared < 1.03
     plot(results, tokens, "test", tmp_path / "packs.png")
     assert (tmp_path / "packs.png").read_bytes()[:4] == b"\x89PNG"
     lines = table(results).splitlines()

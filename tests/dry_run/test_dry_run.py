@@ -26,6 +26,7 @@ LAYOUTS = [
     (8, {**UNEVEN, "tp": 2, "sequence_parallel": True}, {"overlap": True}),
     (8, {"pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True}, {"language": {"num_hidden_layers": 4}}),
     (8, {"cp": 4, "ulysses": 2}, {"precision": "bf16"}),
+    (8, {"cp": 4, "least_cp": 1}, {"batch": 16}),
     (4, {**SPREAD}, {"trainable": ["connector"]}),
 ]
 
@@ -70,7 +71,9 @@ def real_calls(recipe, shapes):
     return recorder.calls
 
 
-@pytest.mark.parametrize("layout", [{}, SPREAD], ids=["dp=2", "pp=2, spread"])
+@pytest.mark.parametrize(
+    "layout", [{}, SPREAD, {"cp": 2, "least_cp": 1}], ids=["dp=2", "pp=2, spread", "cp=2, least_cp=1"]
+)
 def test_the_lists_are_those_of_real_processes(worlds, layout):
     recipe = recipe_of(layout, batch=4)
     walked, shapes = walk_replicas(recipe, recipe.stages[0], coordinates(recipe.layout, 2), packs=2)

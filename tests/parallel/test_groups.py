@@ -56,6 +56,23 @@ def test_groups_of_a_run(worlds, layout, expected):
     assert worlds(4).run(groups_of, layout) == expected
 
 
+def pack_groups_of(layout):
+    contexts = initialise(layout, install(), timeout=timedelta(seconds=60)).pack_contexts
+    members = torch.distributed.get_process_group_ranks
+    return {size: (context.share.rank, members(context.outside)) for size, context in contexts.items() if size > 1}
+
+
+def test_neighbours_share_packs_by_powers_of_two(worlds):
+    found = worlds(4).run(pack_groups_of, Layout(cp=4, least_cp=1))
+    assert found == [
+        {2: (0, [0, 1]), 4: (0, [0, 1, 2, 3])},
+        {2: (1, [0, 1]), 4: (1, [0, 1, 2, 3])},
+        {2: (0, [2, 3]), 4: (2, [0, 1, 2, 3])},
+        {2: (1, [2, 3]), 4: (3, [0, 1, 2, 3])},
+    ]
+    assert worlds(4).run(pack_groups_of, Layout(cp=4)) == [{}] * 4
+
+
 def test_processes_that_cannot_be_split_are_refused(worlds):
     with pytest.raises(
         WorldError, match="2 processes cannot be split into replicas of tp=3 x pp=1 x cp=1 = 3 processes"

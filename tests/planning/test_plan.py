@@ -23,7 +23,7 @@ from megatron_eagle.planning.published import (
     software,
 )
 from megatron_eagle.planning.report import layout_as_yaml, search_table, stage_line, stage_table
-from megatron_eagle.planning.samples import Mix
+from megatron_eagle.planning.samples import Given, Mix
 from megatron_eagle.planning.search import search, with_layout
 from megatron_eagle.planning.timing import Timing, link_rate, ring_rate
 
@@ -185,3 +185,20 @@ def test_a_mean_of_weights_costs_bytes_and_the_update_no_time(precision: str) ->
     assert mean.update == pytest.approx(without.update, rel=1e-12) and mean.seconds == pytest.approx(without.seconds)
     states = without.memory[0].optimizer / (12 if precision == "bf16" else 8)
     assert mean.memory[0].optimizer - without.memory[0].optimizer == 4 * states
+
+
+def test_packs_shared_by_as_many_ranks_as_they_need_are_faster_than_by_all_and_hold_more():
+    """One pack with a segment of its own length among seven of shorter ones, on eight GPUs without tiles."""
+    long, middle, short = (PackShape((131_072 // count,) * count, 0) for count in (1, 4, 32))
+    recipe = eagle("eagle2.5-8b")
+    stage = replace(recipe.stage("stage4"), batch=8)
+    recipe = replace(recipe, stages=(stage,))
+
+    def of(**layout):
+        variant = with_layout(recipe, stage, Layout(**layout), "full")
+        return plan_stage(variant, variant.stages[0], 8, H100, Given((long, middle, middle) + (short,) * 5))
+
+    alone, all_share, shared = of(), of(cp=8), of(cp=8, least_cp=1)
+    assert shared.seconds < all_share.seconds < alone.seconds
+    assert alone.memory[0].activations == shared.memory[0].activations > all_share.memory[0].activations
+    assert abs(shared.timeline.bubble) < 0.15 and "cp=8 least_cp=1" in stage_table([shared])

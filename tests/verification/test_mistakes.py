@@ -1,5 +1,6 @@
-"""The verifier can fail: three mistakes that trainers really make are made on purpose, and each is found."""
+"""The verifier can fail: five mistakes that trainers really make are made on purpose, and each is found."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -58,6 +59,35 @@ def with_forgotten_scale(row: Row, folder: str) -> tuple[float, float, float]:
         return check.measure(row, folder)
 
 
+def with_exchanged_shares(row: Row, folder: str) -> tuple[float, float, float]:
+    """In groups that share a pack each process takes the positions of its neighbour."""
+    from megatron_eagle.parallel.groups import ContextShard
+
+    def neighbours(ring, ulysses, rank):
+        return ContextShard(ring, ulysses, rank ^ 1 if ring > 1 else rank)
+
+    with patch("megatron_eagle.parallel.groups.ContextShard", neighbours):
+        return check.measure(row, folder)
+
+
+def with_doubled_packs(row: Row, folder: str) -> tuple[float, float, float]:
+    """A pack shared by two is counted by both, as if each had a whole replica's."""
+    from megatron_eagle.training.engine import Engine
+
+    run_own = Engine._run_own
+
+    def doubled(self, own, batches, features):
+        size = {one.pack: one.context.share.ring for one in own}
+        more = [replace(b, loss_weights=b.loss_weights * size.get(number, 1)) for number, b in enumerate(batches)]
+        return run_own(self, own, more, features)
+
+    with patch.object(Engine, "_run_own", doubled):
+        return check.measure(row, folder)
+
+
+SHARED = Row(cp=2, dp=2, least_cp=1, packing="single")  # two of a replica's packs have a process each, two have both
+
+
 @pytest.fixture(scope="module")
 def verifier():
     with Verifier() as verifier:
@@ -70,8 +100,10 @@ def verifier():
         (with_dropped_gradients, Row(pp=2), "grad_rel"),
         (with_shifted_segments, Row(pp=2), "loss_rel"),
         (with_forgotten_scale, Row(dp=2), "grad_rel"),
+        (with_exchanged_shares, SHARED, "loss_rel"),
+        (with_doubled_packs, SHARED, "loss_rel"),
     ],
-    ids=["dropped gradient", "off-by-one segment", "forgotten scale"],
+    ids=["dropped gradient", "off-by-one segment", "forgotten scale", "neighbour's share", "pack counted twice"],
 )
 def test_a_mistake_makes_the_row_wrong(verifier: Verifier, mistake, row: Row, distance: str) -> None:
     result = verifier.check(row, measure=mistake)
@@ -83,7 +115,7 @@ def test_a_mistake_makes_the_row_wrong(verifier: Verifier, mistake, row: Row, di
 
 
 def test_the_same_rows_without_a_mistake_are_right(verifier: Verifier) -> None:
-    for row in (Row(pp=2), Row(dp=2)):
+    for row in (Row(pp=2), Row(dp=2), SHARED, Row(cp=4, least_cp=2, encoder="spread", packing="single")):
         result = verifier.check(row)
         assert result.ok, result
 

@@ -3,7 +3,8 @@
 Padding is tokens that are computed for nothing. The spread of cost over the ranks of a step is time in which all but
 one rank wait: a step lasts as long as its slowest rank. It is given for packs taken in order, for packs dealt by cost
 (``balance_ranks.py``), and as the bound that no dealing can go below, since every rank has as many packs and one of
-them has the heaviest. The more packs a rank has, the more evenly they can be dealt.
+them has the heaviest. The more packs a rank has, the more evenly they can be dealt. Only who cuts packs goes below the
+bound: the last number is that of ranks that share their packs eight by eight (``share_packs.py``).
 """
 
 import math
@@ -25,10 +26,12 @@ from megatron_eagle.data.order.balance_ranks import (
 )
 from megatron_eagle.data.order.packing import pack_samples
 from megatron_eagle.data.order.sample_index import Ints
+from megatron_eagle.data.order.share_packs import EXCHANGE, PackWork, rank_times, share_packs
 from megatron_eagle.errors import UserError
 
 RANKS = 64
 PACKS_PER_RANK = (1, 4, 16)
+SHARED_BY = 8  # neighbours, the GPUs of a node if a rank is one of them
 STEPS = 20  # of each size; their average is reported
 
 
@@ -47,6 +50,8 @@ class Bounds:
 class Spread:
     """Slowest rank over mean, averages over steps: packs in order, dealt by cost, and the bound for any dealing.
 
+    shared: where ``SHARED_BY`` ranks share their packs (``layout.least_cp``), exchanges counted as time of the slowest,
+        not in the mean; None if they do not divide the ranks.
     tiles: most tiles of a rank over mean, of the same dealing; None without tiles. They cost a rank time only if it
         encodes its own (``tile_cost`` then makes them part of the cost that is dealt by).
     """
@@ -54,6 +59,7 @@ class Spread:
     in_order: float
     dealt: float
     bound: float
+    shared: float | None
     tiles: float | None
 
 
@@ -104,21 +110,43 @@ def _measure(rule: str, tokens: Ints, tiles: Ints, bounds: Bounds, ranks: int) -
     costs = pack_costs(packs, tokens, tiles, bounds.length, bounds.attention_parity, bounds.tile_cost)
     tiles_of = np.array([tiles[own].sum() for own in packs], dtype=np.float64)
     order = np.random.default_rng(0).permutation(len(costs))
-    costs, tiles_of = costs[order], tiles_of[order]
+    work = _Work(costs[order], tiles_of[order], bounds)
     return PackingResult(
         name=rule,
         seconds=seconds,
         packs=len(packs),
         padding=1 - useful / (len(packs) * bounds.length),
-        costs=costs,
-        spread={
-            each: spread for each in PACKS_PER_RANK if (spread := _spread(costs, tiles_of, ranks, each)) is not None
-        },
+        costs=work.costs,
+        spread={each: spread for each in PACKS_PER_RANK if (spread := _spread(work, ranks, each)) is not None},
     )
 
 
-def _spread(costs: NDArray[np.float64], tiles: NDArray[np.float64], ranks: int, each: int) -> Spread | None:
+@dataclass(frozen=True)
+class _Work:
+    """costs, tiles: of every pack."""
+
+    costs: NDArray[np.float64]
+    tiles: NDArray[np.float64]
+    bounds: Bounds
+
+    def slowest_shared(self, first: int, batch: int, ranks: int) -> float:
+        """Slowest rank over mean of the step whose packs begin at ``first``."""
+        costs = self.costs[first : first + batch]
+        repeated = (self.tiles[first : first + batch] * self.bounds.tile_cost).tolist()
+        exchange = EXCHANGE * self.bounds.length
+        work = [PackWork(cost - own, own, exchange) for cost, own in zip(costs.tolist(), repeated, strict=True)]
+        slowest = 0.0
+        for replica in balance_ranks(costs, ranks // SHARED_BY):
+            packs = [work[i] for i in replica]
+            shares = share_packs(packs, SHARED_BY)
+            times = [pack.of_each(len(own)) for pack, own in zip(packs, shares, strict=True)]
+            slowest = max(slowest, *rank_times(times, shares, SHARED_BY))
+        return slowest * ranks / float(costs.sum())
+
+
+def _spread(work: _Work, ranks: int, each: int) -> Spread | None:
     """None if there is not one step's worth of packs."""
+    costs, tiles = work.costs, work.tiles
     batch = ranks * each
     firsts = range(0, len(costs) - batch + 1, batch)[:STEPS]
     steps = [costs[first : first + batch] for first in firsts]
@@ -129,11 +157,13 @@ def _spread(costs: NDArray[np.float64], tiles: NDArray[np.float64], ranks: int, 
     dealt = [slowest_over_mean(own, share) for own, share in zip(steps, shares, strict=True)]
     with_tiles = [(tiles[f : f + batch], s) for f, s in zip(firsts, shares, strict=True) if tiles[f : f + batch].any()]
     of_tiles = [slowest_over_mean(own, share) for own, share in with_tiles]
+    shared = [work.slowest_shared(first, batch, ranks) for first in firsts] if ranks % SHARED_BY == 0 else []
     bounds = [least_slowest_over_mean(own, ranks) for own in steps]
     return Spread(
         float(np.mean(in_order)),
         float(np.mean(dealt)),
         float(np.mean(bounds)),
+        float(np.mean(shared)) if shared else None,
         float(np.mean(of_tiles)) if of_tiles else None,
     )
 
@@ -141,10 +171,11 @@ def _spread(costs: NDArray[np.float64], tiles: NDArray[np.float64], ranks: int, 
 def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
     """The results as lines of text."""
     sizes = sorted({each for result in results for each in result.spread})
-    heads = [f"{each} a rank: in order / dealt / bound" for each in sizes]
+    heads = [f"{each} a rank: in order / dealt / bound / shared" for each in sizes]
     lines = [
         f"slowest of {ranks} ranks over their mean, and what it took to pack; no dealing can go below the bound, since "
-        "every rank has as many packs and one of them has the heaviest",
+        f"every rank has as many packs and one of them has the heaviest; shared: by {SHARED_BY} neighbours "
+        f"(layout: cp={SHARED_BY}, least_cp=1)",
         " | ".join(["packing", "packs an epoch", "padding", "CPU seconds", *heads]),
     ]
     for r in results:
@@ -156,7 +187,8 @@ def table(results: Sequence[PackingResult], ranks: int = RANKS) -> str:
 
 def _cell(spread: Spread) -> str:
     tiles = "" if spread.tiles is None else f" (tiles {spread.tiles:.4f})"
-    return f"{spread.in_order:.4f} / {spread.dealt:.4f} / {spread.bound:.4f}{tiles}"
+    shared = "-" if spread.shared is None else f"{spread.shared:.4f}"
+    return f"{spread.in_order:.4f} / {spread.dealt:.4f} / {spread.bound:.4f} / {shared}{tiles}"
 
 
 def plot(results: Sequence[PackingResult], tokens: Ints, title: str, path: Path) -> None:
