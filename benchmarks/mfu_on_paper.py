@@ -1,6 +1,8 @@
 """Writes what the best plans reach on paper, where their steps go, and what each way to raise them is worth.
 
-    python benchmarks/mfu_on_paper.py benchmarks/mfu_on_paper_2026-11-27.md
+    python benchmarks/mfu_on_paper.py benchmarks/mfu_on_paper_2026-11-27.md [COUNT]
+
+COUNT: of the stages below, from the first; by default all, which takes five minutes of a core.
 
 Nothing here is measured by this project: the shares of the peaks are of measurements published elsewhere, named in
 the hardware profile. Seconds of the search are processor seconds of this machine.
@@ -119,7 +121,7 @@ def account(name, plan, hardware):
     return [*rows, ("computed again, padding, waiting for the replica with most tiles", rest)]
 
 
-def page():
+def page(stages):
     """The report, part by part."""
     from megatron_eagle.planning import search as searching
     from megatron_eagle.planning.hardware import load_hardware
@@ -139,7 +141,7 @@ def page():
         f"(profile: {hardware.convolutions:.0%}; assumed before: {ASSUMED['convolutions']:.0%}).\n\n## Best plans\n"
     )
     rows, plans = [], []
-    for name, stage, gpus in STAGES:
+    for name, stage, gpus in stages:
         before, _ = best(name, stage, gpus, assumed)
         ways, searching.LAYERS_AGAIN = searching.LAYERS_AGAIN, ()
         whole, _ = best(name, stage, gpus, hardware)
@@ -162,7 +164,8 @@ def page():
 def main():
     """Write the report to the path that was given."""
     install()
-    Path(sys.argv[1]).write_text("\n".join(page()) + "\n", encoding="utf-8")
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else len(STAGES)
+    Path(sys.argv[1]).write_text("\n".join(page(STAGES[:count])) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
