@@ -112,7 +112,7 @@ def page():
     yield "# Plans of the published models on H100\n"
     yield (
         "Computed, not measured: `python benchmarks/plans.py docs/plans.md` writes this page; see docs/planning.md.\n\n"
-        f"{assumptions(hardware)} Packs: {mix.describe()}.\n"
+        f"{assumptions(hardware, fp8=False)} Packs: {mix.describe()}.\n"
         "Hours are for the steps of `examples/*/recipe.yaml`. Layouts are the\n"
         "fastest that fit of a few, with the recipe's batch; a dash means that the batch cannot be shared "
         "out or nothing fits, with the\n"
@@ -160,14 +160,14 @@ def page():
         "which is also what a pack of stage 1 holds.\n\n"
         "Computed for what the released code does: ZeRO-3, whole layers recomputed, no other parallelism. Unknown are\n"
         "also two numbers of that software: which share of the planner's achievable rates it reached, and how fast\n"
-        "ZeRO-3 moved weights over the time that computing did not hide (280 GB/s are rings through all eight\n"
-        "adapters of a node, 35 GB/s through one). Below, the tokens per sample at which each published time comes\n"
+        "ZeRO-3 moved weights over the time that computing did not hide (328 GB/s are rings through all eight\n"
+        "adapters of a node, 41 GB/s through one). Below, the tokens per sample at which each published time comes\n"
         "out; a dash means at none in the bracket. Three times cannot fix five numbers; the last column says which\n"
         "pairs explain all three.\n"
     )
     header = ["share of the rates", "ZeRO-3 GB/s", *(f"{n}: {p.gpus} x {p.hours:g} h" for n, p in PUBLISHED.items())]
     yield markdown([*header, "all inside"], rows)
-    chosen = Software(0.6, link_rate(hardware, 256))
+    chosen = Software(0.4, link_rate(hardware, 256))
     rows = []
     for name, stage in stages.items():
         published = PUBLISHED[name]

@@ -39,7 +39,7 @@ def recipe_of(layout: dict[str, Any], **changes: Any) -> Recipe:
     for key, value in changes.items():
         if key in ("trainable", "batch", "pack_length", "freeze", "neftune_alpha", "ema", "new_rows_from"):
             settings["stages"][0][key] = value
-        elif key in ("recompute", "language", "encoders"):
+        elif key in ("recompute", "recompute_layers", "language", "encoders"):
             settings["model"][key] = value
         elif key in ("distributed", "overlap"):
             settings.setdefault("optimizer", {})[key] = value

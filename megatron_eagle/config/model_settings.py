@@ -28,6 +28,8 @@ class ModelSettings:
     transformer_impl: ``local`` runs anywhere; ``transformer_engine`` needs a GPU with Transformer Engine.
     recompute: activations computed again in the backward pass instead of being kept: none, those of the attention core
         (selective), whole layers (full), or whole layers with what they start from kept in host memory (offload).
+    recompute_layers: with ``recompute: full``, how many decoder layers of each (virtual) pipeline stage are computed
+        again, its first ones; the encoders are then computed once. By default all, and the encoders' layers too.
     kernels: this project's and, with ``transformer_impl: local``, Liger-Kernel's Triton kernels or PyTorch's operations
         for the same; by default Triton on a CUDA device.
     attention: whose attention over packs: this project's (``packed``), FlashAttention by torch.nn.attention.varlen
@@ -41,6 +43,7 @@ class ModelSettings:
     language: Annotated[dict[str, Any], KeysOf(QwenConfig)] = field(default_factory=dict)
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     recompute: Literal["none", "selective", "full", "offload"] = "none"
+    recompute_layers: Positive | None = None
     kernels: Literal["triton", "torch"] | None = None
     attention: Literal["packed", "varlen", "te"] = "packed"
     initial_weights: str | None = None
@@ -67,7 +70,15 @@ class ModelSettings:
         if precision != "bf16":
             raise ValueError(f"attention: {self.attention} computes in bf16, precision is {precision}")
 
+    @property
+    def encoder_recompute(self) -> Literal["none", "selective", "full", "offload"]:
+        """What the encoders compute again: as the language model, unless that does so for some of its layers."""
+        return self.recompute if self.recompute_layers is None else "none"
+
     def __post_init__(self) -> None:
+        if self.recompute_layers is not None and self.recompute != "full":
+            words = f"recompute_layers={self.recompute_layers} needs recompute: full, this is {self.recompute}"
+            raise Refused([(("recompute_layers",), words)])
         if self.preset not in PRESETS:
             names = f"{', '.join(sorted(PRESETS))}{meant(self.preset, PRESETS)}"
             raise Refused([(("preset",), f"preset {shown(self.preset)} does not exist; there are {names}")])

@@ -38,6 +38,8 @@ class BuildContext:
     groups: Megatron's process groups tp, pp, cp, hcp and embd of this process.
     recompute: activations computed again in the backward pass: none, those of the attention core, or whole layers;
         ``offload`` also recomputes whole layers and keeps what they start from in host memory.
+    recompute_layers: with ``full``, how many decoder layers of each (virtual) pipeline stage are, its first ones, and
+        no other module's; None for all that there are.
     kernels: ``triton`` takes this project's kernels where it has one: preparing tiles for the encoders, joining their
         tokens with the connector's norm, attention over packs, and the loss without the logits of a whole pack; and
         Liger-Kernel's in the language model, see ``liger``. ``torch`` computes the same with PyTorch's operations.
@@ -54,6 +56,7 @@ class BuildContext:
     kernels: Kernels = "torch"
     attention: AttentionCore = "packed"
     fp8: Fp8Recipe | None = None
+    recompute_layers: int | None = None
 
     @property
     def liger(self) -> bool:
@@ -62,7 +65,8 @@ class BuildContext:
 
     @property
     def recomputes_layers(self) -> bool:
-        return self.recompute in ("full", "offload")
+        """Whether modules outside the pipeline compute their layers again."""
+        return self.recompute in ("full", "offload") and self.recompute_layers is None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +104,15 @@ def transformer_config(build: BuildContext, *, in_pipeline: bool, **architecture
             # Megatron's TransformerBlock enters Transformer Engine's context around its layers.
             **({"fp8": FORMATS[build.fp8], "fp8_recipe": build.fp8} if build.fp8 else {}),
         }
-    return TransformerConfig(**shared | _RECOMPUTE[build.recompute] | architecture)
+    return TransformerConfig(**shared | _recompute(build, in_pipeline=in_pipeline) | architecture)
+
+
+def _recompute(build: BuildContext, *, in_pipeline: bool) -> dict[str, Any]:
+    """What is computed again, in Megatron's words."""
+    if build.recompute_layers is None:
+        return _RECOMPUTE[build.recompute]
+    some = {"recompute_method": "block", "recompute_num_layers": build.recompute_layers}
+    return _WHOLE_LAYERS | some if in_pipeline else _RECOMPUTE["none"]
 
 
 def parallel_config(build: BuildContext) -> ModelParallelConfig:

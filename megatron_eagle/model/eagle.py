@@ -206,6 +206,7 @@ def build_eagle(
     kernels: Kernels = "torch",
     attention: AttentionCore = "packed",
     fp8: Fp8Recipe | None = None,
+    recompute_layers: int | None = None,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
@@ -221,7 +222,9 @@ def build_eagle(
     """
     check_layout(config, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "hcp", "embd"])
-    build = BuildContext(layout, groups, transformer_impl, precision, recompute, kernels, attention, fp8)
+    build = BuildContext(
+        layout, groups, transformer_impl, precision, recompute, kernels, attention, fp8, recompute_layers
+    )
     with torch.device(device):
         model = EagleModel(config, build, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     if seed is not None:

@@ -10,6 +10,8 @@ written down per module, not fitted.
 All sizes are bytes on one process.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.config.encoders import encoder_config
@@ -66,6 +68,7 @@ class Activations:
     impl: TransformerImpl = "local"
     kernels: Kernels = "torch"
     attention: AttentionCore = "packed"
+    recompute_layers: int | None = None
 
     @staticmethod
     def of(recipe: Recipe, stage: Stage) -> "Activations":
@@ -76,6 +79,7 @@ class Activations:
             parts=stage_parts(recipe, stage),
             precision=recipe.weight_precision,
             recompute=recipe.model.recompute,
+            recompute_layers=recipe.model.recompute_layers,
             impl=recipe.model.transformer_impl,
             kernels=recipe.model.kernels or "torch",
             attention=recipe.model.attention,
@@ -86,19 +90,27 @@ class Activations:
         return replace(self, layout=replace(self.layout, cp=ranks, least_cp=None))
 
     def layers(self, numbers: range, pack: PackShape) -> Held:
-        """These decoder layers, counted over the whole model, of which some may be frozen."""
-        held = [(sizes.layer(pack), count) for sizes, count in self.by_learning(numbers)]
-        return Held(
-            sum(layer.saved * count for layer, count in held),
-            max(layer.forward for layer, _ in held),
-            max(layer.backward for layer, _ in held),
-        )
+        """The decoder layers of a virtual stage, counted over the whole model, of which some may be frozen, and the
+        first ones computed again: when they are, the layers behind them hold nothing any more."""
+        again: list[tuple[Held, int]] = []
+        kept: list[tuple[Held, int]] = []
+        for sizes, count in self.by_kind(numbers):
+            (kept if sizes.recompute_layers is None else again).append((sizes.layer(pack), count))
+        return _all_of(again).then(_all_of(kept))
 
-    def by_learning(self, numbers: range) -> list[tuple["Activations", int]]:
-        """The sizes around those of ``numbers`` that train and how many these are, and the same of the others."""
-        learn, _ = learning_of_language(self.config.language, self.parts)
-        count = sum(layer in numbers for layer in learn)
-        return [(sizes, some) for sizes, some in ((self, count), (self._frozen(), len(numbers) - count)) if some]
+    def by_kind(self, *stages: range) -> list[tuple["Activations", int]]:
+        """Sizes around the decoder layers of virtual ``stages`` and how many have them: of those that train and those
+        that do not, of those that are computed again and those that are kept."""
+        learn = set(learning_of_language(self.config.language, self.parts)[0])
+        some = self.recompute_layers
+        kinds = Counter(
+            (layer in learn, some is None or layer < numbers.start + some) for numbers in stages for layer in numbers
+        )
+        found = []
+        for (learns, again), count in sorted(kinds.items(), reverse=True):
+            sizes = self if learns else self._frozen()
+            found.append((sizes if again else replace(sizes, recompute="none", recompute_layers=None), count))
+        return found
 
     def of_head(self) -> "Activations":
         """The sizes around the output matrix, which may be frozen."""
@@ -118,8 +130,9 @@ class Activations:
         return self.attention == "packed" and self.kernels == "torch"
 
     @property
-    def _repeats_layers(self) -> bool:
-        return self.recompute in ("full", "offload")
+    def repeats_encoders(self) -> bool:
+        """Whether the encoders' layers are computed again."""
+        return self.recompute in ("full", "offload") and self.recompute_layers is None
 
     @property
     def number(self) -> int:
@@ -327,7 +340,7 @@ class Activations:
             number=self.number,
             tp=self.encoder_tp,
             trains=self.parts.vision,
-            repeats_layers=self._repeats_layers,
+            repeats_layers=self.repeats_encoders,
             in_kernel=self.kernels == "triton" and kernels_take(self.config),
             adapters=self.parts.lora is not None and "vision" in self.parts.lora.parts,
         )
@@ -347,3 +360,12 @@ class Activations:
     def encoder_tp(self) -> int:
         """Processes that share one encoder's weights."""
         return 1 if self.layout.encoder == "spread" else self.layout.tp
+
+
+def _all_of(layers: Sequence[tuple[Held, int]]) -> Held:
+    """Layers of a few kinds, each so many times, in any order."""
+    return Held(
+        sum(layer.saved * count for layer, count in layers),
+        max((layer.forward for layer, _ in layers), default=0.0),
+        max((layer.backward for layer, _ in layers), default=0.0),
+    )

@@ -14,6 +14,7 @@ from megatron_eagle.planning.report import (
     STAGE_HEADER,
     assumptions,
     layout_as_yaml,
+    recompute_as_override,
     stage_line,
     stage_row,
     time_line,
@@ -94,7 +95,7 @@ def view_stage(plan: StagePlan, layouts: Sequence[StagePlan]) -> StageView:
     lines = [time_line(plan)] + ([stage_line(plan)] if plan.layout.pp > 1 else [])
     return StageView(
         plan=plan,
-        layout=f"{describe_layout(plan.layout)}, recompute {plan.recompute}",
+        layout=f"{describe_layout(plan.layout)}, recompute {plan.again}",
         verdict=f"{plan.peak / GB:.1f} of {usable / GB:.1f} GB: {'fits' if plan.fits else 'does not fit'}",
         lines=tuple(lines),
         memory=tuple(_memory_row(number, one, axis, usable) for number, one in enumerate(plan.memory)),
@@ -102,10 +103,10 @@ def view_stage(plan: StagePlan, layouts: Sequence[StagePlan]) -> StageView:
         step=(_step_row("a step", plan, plan.seconds),),
         lanes=tuple(_lanes(plan)),
         layouts=tuple(
-            _step_row(f"{number}. {describe_layout(one.layout)}, {one.recompute}", one, slowest)
+            _step_row(f"{number}. {describe_layout(one.layout)}, {one.again}", one, slowest)
             for number, one in enumerate(layouts, 1)
         ),
-        paste=f"model.recompute={plan.recompute} layout: {layout_as_yaml(plan.layout)}",
+        paste=f"{recompute_as_override(plan)} layout: {layout_as_yaml(plan.layout)}",
     )
 
 

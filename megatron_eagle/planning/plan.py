@@ -6,6 +6,7 @@ Puts together what the other modules of this package count: packs (``samples.py`
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.config.layout import Layout
@@ -49,6 +50,7 @@ class StagePlan:
     stage: Stage
     layout: Layout
     recompute: str
+    recompute_layers: int | None
     gpus: int
     hardware: Hardware
     memory: tuple[Memory, ...]
@@ -69,6 +71,11 @@ class StagePlan:
     @property
     def peak(self) -> float:
         return max(memory.peak for memory in self.memory)
+
+    @property
+    def again(self) -> str:
+        """What is computed again in the backward pass, in words."""
+        return self.recompute if self.recompute_layers is None else f"{self.recompute_layers} layers of each stage"
 
     @property
     def fits(self) -> bool:
@@ -111,17 +118,13 @@ def plan_stage(
     if stage.batch % replicas:
         raise UserError(f"stage '{stage.name}': batch={stage.batch} packs cannot be shared out to {replicas} replicas")
     sizes = Activations.of(recipe, stage)
-    each = stage.batch // replicas
-    shown = min(replicas, max(simulated, -(-PACKS_DRAWN // each)))
-    packs, samples = mix.packs(each * shown, stage.pack_length, tokens_per_tile(config))
-    if not packs:
-        raise UserError(f"stage '{stage.name}': no sample fits into a pack of {stage.pack_length} tokens")
-    packs = [packs[number % len(packs)] for number in range(each * shown)]  # the last ones may not have been filled
+    drawn, samples = draw_replicas(stage, replicas, mix, tokens_per_tile(config), simulated)
+    packs, shown = list(chain.from_iterable(drawn)), len(drawn)
     timing = Timing(sizes, hardware)
     costs = recipe.data_settings(stage)
-    runs = [_replica(timing, packs[number::shown], gpus, costs) for number in range(shown)]
+    runs = [_replica(timing, own, gpus, costs) for own in drawn]
     slowest = max(runs, key=lambda run: run[0].seconds + run[1])
-    fullest = max((packs[number::shown] for number in range(shown)), key=lambda own: sum(p.tiles for p in own))
+    fullest = fullest_of(drawn)
     memory = tuple(memory_of(recipe, stage, gpus, ProcessRanks(pp), fullest) for pp in range(layout.pp))
     reduction, sums, update = _behind(recipe, stage, gpus, timing)
     useful = sum((pack.useful() for pack in packs), Work(0, 0, 0)) * (replicas / shown)
@@ -130,6 +133,7 @@ def plan_stage(
         stage=stage,
         layout=layout,
         recompute=recipe.model.recompute,
+        recompute_layers=recipe.model.recompute_layers,
         gpus=gpus,
         hardware=hardware,
         memory=memory,
@@ -147,6 +151,27 @@ def plan_stage(
         samples=samples * replicas / shown,
         checkpoint_bytes=checkpoint_bytes(recipe, stage),
     )
+
+
+def draw_replicas(
+    stage: Stage, replicas: int, mix: Samples, tokens_per_tile: int, simulated: int
+) -> tuple[list[list[PackShape]], int]:
+    """(the packs of some of ``replicas``, at least ``simulated`` and enough to show how packs differ; samples in them).
+
+    UserError if no sample fits into a pack.
+    """
+    each = stage.batch // replicas
+    shown = min(replicas, max(simulated, -(-PACKS_DRAWN // each)))
+    packs, samples = mix.packs(each * shown, stage.pack_length, tokens_per_tile)
+    if not packs:
+        raise UserError(f"stage '{stage.name}': no sample fits into a pack of {stage.pack_length} tokens")
+    packs = [packs[number % len(packs)] for number in range(each * shown)]  # the last ones may not have been filled
+    return [packs[number::shown] for number in range(shown)], samples
+
+
+def fullest_of(drawn: Sequence[Sequence[PackShape]]) -> Sequence[PackShape]:
+    """The packs of the replica with most tiles."""
+    return max(drawn, key=lambda own: sum(pack.tiles for pack in own))
 
 
 def _replica(timing: Timing, packs: Sequence[PackShape], gpus: int, costs: DataSettings) -> tuple[Timeline, float]:

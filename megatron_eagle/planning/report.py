@@ -85,7 +85,7 @@ def stage_row(plan: StagePlan) -> list[str]:
     return [
         plan.stage.name,
         describe_layout(plan.layout),
-        plan.recompute,
+        plan.again,
         f"{plan.peak / GB:.1f}",
         "yes" if plan.fits else f"NO ({plan.hardware.usable_bytes / GB:.0f})",
         f"{plan.seconds:.2f}",
@@ -144,7 +144,7 @@ def search_table(plans: Sequence[StagePlan]) -> str:
             str(number),
             describe_layout(plan.layout),
             " ".join(map(str, plan.layout.layers_per_stage or ())) or "even",
-            plan.recompute,
+            plan.again,
             f"{plan.peak / GB:.1f}",
             f"{plan.seconds:.2f}",
             f"{plan.timeline.balance:.0%}",
@@ -155,7 +155,13 @@ def search_table(plans: Sequence[StagePlan]) -> str:
         for number, plan in enumerate(plans, start=1)
     ]
     best = plans[0]
-    return f"{narrow(header, rows)}\n\nmodel.recompute={best.recompute}\nlayout: {layout_as_yaml(best.layout)}"
+    return f"{narrow(header, rows)}\n\n{recompute_as_override(best)}\nlayout: {layout_as_yaml(best.layout)}"
+
+
+def recompute_as_override(plan: StagePlan) -> str:
+    """What a plan computes again, as overrides of a recipe."""
+    layers = "" if plan.recompute_layers is None else f" model.recompute_layers={plan.recompute_layers}"
+    return f"model.recompute={plan.recompute}{layers}"
 
 
 def layout_as_yaml(layout: Layout) -> str:

@@ -1,13 +1,17 @@
-"""The best layouts for a number of GPUs: every sensible combination is planned, the fastest that fit are kept.
+"""The best layouts for a number of GPUs: every sensible one is looked at, the fastest that fit are kept.
 
 Varied: tensor, pipeline (also interleaved) and context parallelism, recomputation, where the encoders are, how many
 tiles they take at a time, and the layers of each pipeline stage, which are shared out so that stages take equally long.
-The number of microbatches follows from the batch, which is the recipe's: a search must not change what is learned.
-Memory is looked at first, because most combinations fail there and it is cheaper than time.
+Where keeping everything does not fit, as few layers of each stage are computed again as must be. The number of
+microbatches follows from the batch, which is the recipe's: a search must not change what is learned.
+
+To plan a layout is dear, to say what it cannot beat is cheap (``least.py``). So they are planned in the order of that
+time, and when it is more than the slowest kept plan takes, so do all that are left. The result is that of planning
+every one (``tests/planning/test_search.py``).
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,17 +19,34 @@ from megatron_eagle.config.layout import Layout
 from megatron_eagle.config.model import check_layout, tokens_per_tile
 from megatron_eagle.config.recipe import Recipe, Stage
 from megatron_eagle.errors import UserError
-from megatron_eagle.planning.activations import Activations, PackShape
+from megatron_eagle.planning.activations import Activations
 from megatron_eagle.planning.hardware import Hardware
+from megatron_eagle.planning.least import Least
 from megatron_eagle.planning.memory import ProcessRanks, memory_of
-from megatron_eagle.planning.plan import StagePlan, plan_stage
+from megatron_eagle.planning.plan import StagePlan, draw_replicas, fullest_of, plan_stage
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
 
 SIZES = (1, 2, 4, 8)
+VIRTUAL = (None, 2, 4)
 RECOMPUTE = ("none", "selective", "full", "offload")
+LAYERS_AGAIN = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24)  # of a pipeline stage, where it has more
 TILES_AT_A_TIME = (None, 8)
 SHORTEST_SHARE = 2048  # tokens of a pack that context parallelism leaves to a process; less is not worth its exchange
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what it computes again (``ModelSettings``). least: seconds that its step takes at the least."""
+
+    least: float
+    layout: Layout
+    recompute: str
+    layers: int | None = None
+
+    def of(self, recipe: Recipe, stage: Stage) -> Recipe:
+        """``recipe`` with this for ``stage``; ValueError if it cannot be."""
+        return with_layout(recipe, stage, self.layout, self.recompute, self.layers)
 
 
 def search(
@@ -34,15 +55,34 @@ def search(
     """The ``keep`` fastest layouts of ``stage`` on ``gpus`` GPUs that fit, best first; empty if none does."""
     best: list[StagePlan] = []
     recipe = recipe.with_kernels_on(hardware.device)
-    for layout, recompute in candidates(recipe, stage, gpus, hardware, mix):
-        variant = with_layout(recipe, stage, layout, recompute)
-        try:
-            plan = plan_stage(variant, variant.stage(stage.name), gpus, hardware, mix, simulated=1)
-        except UserError:
+    keeping_more: set[Layout] = set()  # layouts that fit with fewer layers computed again
+    for one in sorted(candidates(recipe, stage, gpus, hardware, mix), key=lambda one: one.least):
+        if len(best) == keep and one.least >= best[-1].seconds:
+            break
+        if one.layers and one.layout in keeping_more:
             continue
-        if plan.fits:
-            best = sorted([*best, plan], key=lambda one: one.seconds)[:keep]
+        plan = planned(one, recipe, stage, gpus, hardware, mix)
+        if plan:
+            best = sorted([*best, plan], key=lambda each: each.seconds)[:keep]
+            keeping_more |= {one.layout} if one.layers or one.recompute == "none" else set()
     return best
+
+
+def planned(
+    one: Candidate, recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples
+) -> StagePlan | None:
+    """The plan of a candidate, None if it is impossible or does not fit; the first pipeline stage is asked first."""
+    try:
+        variant = one.of(recipe, stage)
+        own = variant.stage(stage.name)
+        replicas, cost = one.layout.data_parallel_size(gpus), tokens_per_tile(recipe.model.eagle())
+        drawn, _ = draw_replicas(own, replicas, mix, cost, simulated=1)
+        if memory_of(variant, own, gpus, ProcessRanks(0), fullest_of(drawn)).peak > hardware.usable_bytes:
+            return None
+        plan = plan_stage(variant, own, gpus, hardware, mix, simulated=1)
+    except (UserError, ValueError):
+        return None
+    return plan if plan.fits else None
 
 
 def nearest(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples) -> StagePlan | None:
@@ -80,34 +120,35 @@ def _changed(layout: Layout, count: int) -> Iterator[Layout]:
             yield replace(layout, **together)
 
 
-def with_layout(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any) -> Recipe:
-    """``recipe`` with another layout and recomputation for ``stage``."""
+def with_layout(recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, layers: int | None = None) -> Recipe:
+    """``recipe`` with another layout and recomputation for ``stage``. layers: computed again of each pipeline stage."""
     stages = tuple(replace(s, layout=layout) if s.name == stage.name else s for s in recipe.stages)
-    return replace(recipe, model=replace(recipe.model, recompute=recompute), stages=stages)
+    return replace(recipe, model=replace(recipe.model, recompute=recompute, recompute_layers=layers), stages=stages)
 
 
-def candidates(
-    recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples
-) -> Iterator[tuple[Layout, str]]:
-    """(layout, recompute) of everything worth timing: possible, and not refused by a look at its memory."""
+def candidates(recipe: Recipe, stage: Stage, gpus: int, hardware: Hardware, mix: Samples) -> Iterator[Candidate]:
+    """Everything that the model and the batch allow; whether it fits is not asked."""
     config = recipe.model.eagle()
     cost = tokens_per_tile(config)
+    sizes = Activations.of(recipe, stage)
     for layout in _layouts(gpus, stage.pack_length):
         replicas = gpus // layout.model_parallel_size
         if stage.batch % replicas:
             continue
-        packs, _ = mix.packs(min(stage.batch // replicas, 64), stage.pack_length, cost)
+        drawn, _ = draw_replicas(stage, replicas, mix, cost, simulated=1)
+        least = Least(Timing(replace(sizes, layout=layout), hardware), drawn[0])
         for recompute in RECOMPUTE:
-            balanced = _balance(recipe, stage, layout, recompute, hardware, packs[0])
+            balanced = least.balanced(recompute)
             try:
                 check_layout(config, balanced)
                 balanced.check_pack_length(stage.pack_length)
             except ValueError:
                 break
-            variant = with_layout(recipe, stage, balanced, recompute)
-            first = memory_of(variant, variant.stage(stage.name), gpus, ProcessRanks(0), packs)
-            if first.peak <= hardware.usable_bytes:
-                yield balanced, recompute
+            yield Candidate(least.seconds(balanced, recompute), balanced, recompute)
+            if recompute == "none":
+                largest = max(least.layers(balanced))
+                for layers in (layers for layers in LAYERS_AGAIN if layers < largest):
+                    yield Candidate(least.seconds(balanced, "full", layers), balanced, "full", layers)
 
 
 def _layouts(gpus: int, pack_length: int) -> Iterator[Layout]:
@@ -116,30 +157,8 @@ def _layouts(gpus: int, pack_length: int) -> Iterator[Layout]:
             for pp in SIZES:
                 if gpus % (tp * pp * cp):
                     continue
-                for vpp in (None, 2) if pp > 1 else (None,):
+                for vpp in VIRTUAL if pp > 1 else (None,):
                     shape: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sequence_parallel": tp > 1}
                     yield Layout(**shape)
                     for chunk in TILES_AT_A_TIME:
                         yield Layout(**shape, encoder="spread", encoder_chunk=chunk)
-
-
-def _balance(
-    recipe: Recipe, stage: Stage, layout: Layout, recompute: Any, hardware: Hardware, pack: PackShape
-) -> Layout:
-    """``layout`` with layers shared out so that the slowest stage is as fast as it can be."""
-    count, layers = layout.pp * (layout.vpp or 1), recipe.model.eagle().language.num_hidden_layers
-    if count == 1 or layers < count:
-        return layout
-    sizes = replace(Activations.of(recipe, stage), layout=layout, recompute=recompute)
-    timing = Timing(sizes, hardware)
-    layer, head, tiles = timing.layer(pack), timing.head(pack), timing.tiles(pack.tiles)
-    loads = [0.0] * count
-    loads[-1] += head.forward + head.backward
-    if layout.encoder == "tensor":
-        loads[0] += tiles.forward + tiles.backward
-    given = [1] * count
-    each = layer.forward + layer.backward
-    for _ in range(layers - count):
-        lightest = min(range(count), key=lambda number: loads[number] + given[number] * each)
-        given[lightest] += 1
-    return replace(layout, layers_per_stage=None if len(set(given)) == 1 else tuple(given))

@@ -79,7 +79,7 @@ class Timing:
             cost = encoder_cost(settings)
             flops = encoder_flops(settings, parts, name) * (count / tp)
             one = self._compute(flops, getattr(self.hardware, cost.RATE))
-            repeats = self.sizes.recompute in ("full", "offload") and parts.vision
+            repeats = self.sizes.repeats_encoders and parts.vision
             total += PassTime(one.forward, one.backward + one.forward * repeats)
             layers += cost.layers(encoder_config(settings))
         if self.sizes.layout.encoder_chunk is not None and parts.vision:
@@ -93,7 +93,7 @@ class Timing:
         layout = self.sizes.layout
         layers = layers_of_chunks(self.sizes.config, layout)
         own = range(sum(layers[:stage]), sum(layers[: stage + 1]))
-        kinds = [(replace(self, sizes=sizes), count) for sizes, count in self.sizes.by_learning(own)]
+        kinds = [(replace(self, sizes=sizes), count) for sizes, count in self.sizes.by_kind(own)]
         times = []
         for pack in packs:
             total = sum((kind.layer(pack) * count for kind, count in kinds), PassTime(0.0, 0.0))

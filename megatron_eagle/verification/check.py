@@ -216,6 +216,7 @@ def _recipe(row: Row, subject: Subject) -> Recipe:
             encoders=subject.config.encoders,
             language=asdict(subject.config.language),
             recompute=row.recompute,
+            recompute_layers=row.recompute_layers,
             kernels=row.kernels,
         ),
         tokenizer=TokenizerSettings(kind="sentencepiece", path="none"),

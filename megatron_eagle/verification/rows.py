@@ -39,6 +39,7 @@ class Row:
     encoder: Literal["tensor", "spread"] = "tensor"
     packing: Packing = "packed"
     recompute: Literal["none", "selective", "full", "offload"] = "none"
+    recompute_layers: int | None = None
     distributed_optimizer: bool = True
     overlap: bool = False
     trainable: Literal["all", "connector"] = "all"
@@ -93,6 +94,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "encoder": ("tensor", "spread"),
     "packing": ("packed", "single"),
     "recompute": ("none", "selective", "full", "offload"),
+    "recompute_layers": (None, 1),
     "distributed_optimizer": (True, False),
     "overlap": (False, True),
     "trainable": ("all", "connector"),
@@ -106,6 +108,8 @@ def possible(row: Row, config: EagleConfig = CONFIG) -> bool:
         return False
     if row.vpp and (PACKS_OF_A_STEP[row.packing] // row.dp) % row.pp:
         return False  # the interleaved schedule works in rounds of pp microbatches
+    if row.recompute_layers and row.recompute != "full":
+        return False
     if row.encoder == "spread" and row.tp * row.pp * row.cp == 1:
         return False
     try:

@@ -112,6 +112,7 @@ def recipe_rows(recipe: Recipe, packs: int) -> list[Row]:
             ulysses=layout.ulysses,
             encoder=layout.encoder,
             recompute=recipe.model.recompute,
+            recompute_layers=recipe.model.recompute_layers,
             distributed_optimizer=recipe.optimizer.distributed,
             overlap=recipe.optimizer.overlap,
         )

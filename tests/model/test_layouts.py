@@ -58,10 +58,12 @@ def test_layout_changes_nothing(worlds, processes, layout, config):
     assert names_seen >= len(gradients)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_nothing(worlds, recompute):
+@pytest.mark.parametrize(
+    "options", [{"recompute": "selective"}, {"recompute": "full"}, {"recompute": "full", "recompute_layers": 1}]
+)
+def test_recomputing_changes_nothing(worlds, options):
     losses, gradients = reference(worlds, EAGLE)
-    ((again, new),) = worlds(1).run(_with_options, EAGLE, Layout(), BATCHES, {"recompute": recompute})
+    ((again, new),) = worlds(1).run(_with_options, EAGLE, Layout(), BATCHES, options)
     assert again == losses
     assert all(torch.equal(new[name], gradients[name]) for name in gradients)
 
