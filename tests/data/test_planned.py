@@ -464,7 +464,9 @@ def test_data_commands(small_run, tmp_path, capsys):
         assert stopped.value.code == 0
         return capsys.readouterr().out
 
-    assert "first: " in run("measure", str(recipe)) and "80 samples = 80 used + 0 rejected" in run(
+    parts = [run("measure", str(recipe), "--part", f"{number}/2") for number in (1, 2)]
+    assert all(f"part {number}/2: " in said and "without --part" in said for number, said in enumerate(parts, 1))
+    assert "first: " in run("measure", str(recipe), "--workers", "2") and "80 samples = 80 used + 0 rejected" in run(
         "measure", str(recipe)
     )
     digests = {
