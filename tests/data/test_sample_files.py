@@ -17,7 +17,7 @@ from megatron_eagle.data.stream.sample_files import SampleFiles
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("world"), 12, samples_per_shard=5)
+    return make_dataset(tmp_path_factory.mktemp("samples") / "set", 12, samples_per_shard=5)
 
 
 @pytest.fixture
