@@ -25,6 +25,7 @@ RUN pip install --no-cache-dir \
     markupsafe==3.0.4 \
     matplotlib==3.11.2 \
     megatron-energon==7.4.1 \
+    multi-storage-client==1.3.1 \
     pillow==13.0.0 \
     psutil==7.2.2 \
     pyarrow==26.0.1 \

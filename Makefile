@@ -11,6 +11,7 @@
 # make docs   the documentation as a site in build/site, every link and anchor checked; opens without a server or a network
 # make test-lmms  lmms-eval runs a task on a checkpoint through the plug-in
 # make test-ray   a curation on a Ray cluster of two nodes, one of which is killed, with Ray in a folder of its own
+# make test-store  data sets in an S3-compatible server behind a proxy that answers badly, with moto in a folder of its own
 # make test-text-model  curation with the real all-MiniLM-L6-v2, which a package of 90 MB carries
 # make test-vllm  make .venv-vllm with vLLM's build for a CPU, serve exports there with the plug-in
 # make gpu    set up, measure and report on this machine's GPU all that was proved on CPUs, in benchmarks/gpu
@@ -50,7 +51,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 \
     HF_HUB_OFFLINE=1 HF_HOME=.vllm/hf OMP_NUM_THREADS=1
 
-.PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-long support gpu lint \
+.PHONY: setup demo demo-curation check test test-stacks test-te test-vllm test-page test-lmms test-ray test-store test-long support gpu lint \
     format clean test-bare test-text-model test-wheels docs
 
 setup: $(READY)
@@ -122,6 +123,12 @@ test-ray: setup
 	    --requirement constraints/ray.txt && touch .ray/ready; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/curation/test_two_nodes.py --ray-packages $(CURDIR)/.ray
 
+test-store: setup
+	@[ -f .store/ready ] || { echo "test-store: moto and boto3 into .store, 71 MB" && rm -rf .store && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .store \
+	    --requirement constraints/store.txt && touch .store/ready; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/store --store-packages $(CURDIR)/.store
+
 test-text-model: setup
 	@[ -f .text-model/ready ] || { echo "test-text-model: all-MiniLM-L6-v2 into .text-model, 90 MB" && rm -rf .text-model && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .text-model \
@@ -179,4 +186,4 @@ format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(WHEELS_VENV) $(VLLM_VENV) .vllm .te .page .docs .lmms .ray .text-model runs build *.egg-info
+	rm -rf $(VENV) $(OTHER_VENV) $(BARE_VENV) $(WHEELS_VENV) $(VLLM_VENV) .vllm .te .page .docs .lmms .ray .store .text-model runs build *.egg-info

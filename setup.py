@@ -20,6 +20,7 @@ TRAINER = [
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",
     "megatron-energon==7.4.1",
+    "multi-storage-client>=1.3,<2",
     "numpy>=2.4",
     "pillow>=12.3",
     "psutil>=7.2",
@@ -59,6 +60,8 @@ LORA = ["peft>=0.21"]
 QUANTISED = ["bitsandbytes>=0.50.2"]
 # Gauges of a run for node exporter to read (megatron_eagle/training/prometheus.py).
 PROMETHEUS = ["prometheus-client>=0.26"]
+# Data sets in S3 and what speaks its protocol; the client's other extras are for other stores (docs/data.md).
+S3 = ["multi-storage-client[boto3]>=1.3,<2"]
 TESTS = [
     "jsonschema",  # recipes against the schema for editors
     "hypothesis",
@@ -120,6 +123,7 @@ setup(
         "documents": DOCUMENTS,
         "curate": CURATE,
         "ray": RAY,
+        "s3": S3,
         "endpoint": ASKING,
         "lora": LORA,
         "quantised": QUANTISED,

@@ -27,7 +27,8 @@ import numpy as np
 
 from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.config.reading import ReadingSettings
-from megatron_eagle.data.order.sample_index import Names, SampleIndex, _save, text_tokens
+from megatron_eagle.data.order.measuring import text_tokens
+from megatron_eagle.data.order.sample_index import Names, SampleIndex, save_index
 from megatron_eagle.data.stream.planned import PlannedStream
 
 SAMPLES, BATCH = 1_000_000, 64
@@ -54,7 +55,7 @@ def make_catalogues(folder: Path, count: int) -> list[Path]:
         images = draw.integers(0, 3, SAMPLES)
         known = draw.integers(200, 2000, (50_000, 2)).astype(np.int32)
         _prepare(first, "source-0")
-        _save(
+        save_index(
             SampleIndex(
                 path=first,
                 identity="source-0",

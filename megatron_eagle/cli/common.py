@@ -240,3 +240,11 @@ def become_part_of_a_run(processes: int | None, *, saves: bool = False) -> None:
         os.environ |= process_variables(rank=0, processes=1)
     else:
         sys.exit(launch(processes, sys.argv[1:], saves=saves))
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """I/N."""
+    number, _, parts = text.partition("/")
+    if not (number and parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/16")
+    return int(positive_int(number)), int(positive_int(parts))

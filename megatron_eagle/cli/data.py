@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eagle.cli import data_build
-from megatron_eagle.cli.common import Verbs, count, not_negative, positive_int, verb
+from megatron_eagle.cli.common import Verbs, count, not_negative, part_of, positive_int, verb
 
 if TYPE_CHECKING:
     from megatron_eagle.config.recipe import Recipe, Stage
@@ -53,11 +53,19 @@ def _add_measure(actions: Verbs) -> None:
         "count the tokens of a recipe's data sets",
         "Counts tokens and sizes of images and videos of every data set of a recipe and keeps them beside the shards,\n"
         "so that no training process has to. Prints what is shown whole, degraded or dropped at the recipe's pack\n"
-        "length. Does nothing for what was counted before.",
-        "  megatron-eagle data measure tiny\n",
+        "length. Only shards that were not counted before are read: a new data set, or new shards of one that another\n"
+        "program extended. After a kill, the same command goes on where it was. Many machines can share the work,\n"
+        "each with its --part; without it what is there is put together, and what is missing is counted.",
+        "  megatron-eagle data measure tiny\n"
+        "  sbatch --array=1-16 --wrap 'megatron-eagle data measure big.yaml --part $SLURM_ARRAY_TASK_ID/16'\n",
+        progress=True,
     )
     _add_recipe(parser)
-    parser.set_defaults(run=_data_measure, kept=lambda options: "data sets that were counted stay counted")
+    parser.add_argument(
+        "--workers", type=positive_int, default=1, help="processes that read, a shard each (default: 1)"
+    )
+    parser.add_argument("--part", type=part_of, metavar="I/N", help="count only part I of N; then without it")
+    parser.set_defaults(run=_data_measure, kept=lambda options: "shards that were counted stay counted")
 
 
 def _add_inspect(actions: Verbs) -> None:
@@ -148,14 +156,27 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _data_measure(options: argparse.Namespace) -> None:
+    from megatron_eagle.data.build.measure import measure_shards
+    from megatron_eagle.data.build.part import Part
     from megatron_eagle.data.order.lengths import dataset_lengths
-    from megatron_eagle.data.order.sample_index import open_sample_index
+    from megatron_eagle.data.order.measuring import TextOf, open_sample_index
     from megatron_eagle.data.sample.budget import degrade_report
     from megatron_eagle.data.sample.tokenizer import recipe_tokenizer
+    from megatron_eagle.data.storage.location import REMOTE
 
     recipe, chosen = _load(options)
     tokenizer = recipe_tokenizer(recipe)
-    for stage in [chosen] if options.stage else recipe.stages:
+    stages = [chosen] if options.stage else recipe.stages
+    paths = [source.path for stage in stages for source in recipe.data_settings(stage).sources]
+    local = [path for path in paths if not path.startswith(REMOTE)]
+    part = Part(*options.part) if options.part else None
+    report = measure_shards(local, TextOf(tokenizer, recipe.reading.system), part=part, workers=options.workers)
+    if part is not None:
+        print(f"part {part.number}/{part.parts}: {report.own} of {report.due} shards, {report.now} of them read now")
+        print(f"when all {part.parts} parts are done: megatron-eagle data measure {options.recipe}, without --part")
+        return
+    print(f"{report.due} shards were due, {report.due - report.now} of them measured before, {report.now} read now")
+    for stage in stages:
         settings = recipe.data_settings(stage)
         for source in settings.sources:
             lengths = dataset_lengths(open_sample_index(source.path), tokenizer, settings)

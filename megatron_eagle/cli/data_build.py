@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_eagle.cli.common import Verbs, count, positive_int, verb
+from megatron_eagle.cli.common import Verbs, count, part_of, positive_int, verb
 
 if TYPE_CHECKING:
     from megatron_eagle.data.build.dataset import BuildReport
@@ -53,7 +53,7 @@ def add(actions: Verbs) -> None:
         help="samples of SOURCE for one tar file (default: 1000)",
     )
     build.add_argument("--workers", type=positive_int, default=1, help="processes that read and decode (default: 1)")
-    build.add_argument("--part", type=_part, metavar="I/N", help="build only part I of N; then 'data join OUT'")
+    build.add_argument("--part", type=part_of, metavar="I/N", help="build only part I of N; then 'data join OUT'")
     build.set_defaults(
         run=_data_build,
         kept=lambda options: f"finished shards are kept in {options.out.parent}/.{options.out.name}.partial",
@@ -90,14 +90,6 @@ def _add_max_rejected(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-rejected", type=count, default=0, help="fail when more samples than this are bad (default: 0)"
     )
-
-
-def _part(text: str) -> tuple[int, int]:
-    """I/N."""
-    number, _, parts = text.partition("/")
-    if not (number and parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/16")
-    return int(positive_int(number)), int(positive_int(parts))
 
 
 def _keys(text: str) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ Leaned on, in ``megatron.energon``:
 - ``PackingDataset._fill_reading_buffer``: the one place from which Energon's progress bar can be kept off. A saved
   position holds the names of the classes that read, so ours keeps its own;
 - the attribute ``pin_memory`` of a loader, which cannot be given when it is made;
-- ``cache.file_store.WebdatasetFileStore`` with ``sqlite_reader.get_sample_part`` and ``tar_filepaths``: where a file
-  of a sample lies in a shard. Energon reads whole files; a video is too large for that;
 - the tables ``samples`` and ``sample_parts`` of ``.nv-meta/index.sqlite``, whose tar files are numbered in the order of
-  ``.info.json``, and ``SHARD.idx``, int64 where each sample begins and the last one ends: what a check of all bytes
-  holds against the shards. Energon's own readers believe them, and end in an error whose words are known here.
+  ``.info.json``: by them planned packs are read, at random. Energon's own ``WebdatasetFileStore`` opens the shard anew
+  for every file of a sample, which downloads it as a whole from an object store;
+- these and ``SHARD.idx``, int64 where each sample begins and the last one ends: what a check of all bytes holds against
+  the shards. Energon's own readers believe them, and end in an error whose words are known here;
+- ``local_copy.ensure_local_copy``: one copy of a remote index for all processes of a machine.
 """
 
 import itertools
@@ -26,10 +27,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from megatron.energon import PackingDataset, SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
-from megatron.energon.cache.file_store import WebdatasetFileStore
 from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset.config import INDEX_SQLITE_FILENAME, MAIN_FOLDER_NAME
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+from megatron.energon.local_copy import ensure_local_copy
 from megatron.energon.metadataset.metadataset_v2 import BlendDatasetReference, MetadatasetBlend
 
 _From = TypeVar("_From")
@@ -79,23 +79,6 @@ def open_loader(samples: SavableDataset[_To], *, pin_memory: bool, **options: An
     return loader
 
 
-class ShardFiles:
-    """The files of a data set's samples, by random access through its index. KeyError for a file that has no entry."""
-
-    def __init__(self, path: Path | EPath) -> None:
-        self._store = WebdatasetFileStore(EPath(path))
-
-    def read(self, key: str, ending: str) -> bytes:
-        """The whole file ``ending`` of the sample ``key``."""
-        data, _ = self._store[f"{key}.{ending}"]
-        return bytes(data)
-
-    def locate(self, key: str, ending: str) -> tuple[EPath, int, int]:
-        """Where that file lies: its shard, the first byte in it, and how many they are."""
-        entry = self._store.sqlite_reader.get_sample_part(key, ending)
-        return self._store.tar_filepaths[entry.tar_file_id], entry.raw_byte_offset, entry.raw_byte_size
-
-
 @dataclass(frozen=True)
 class IndexedSample:
     """A sample of a shard as Energon's index has it; files: (name ending, first byte of its content, bytes)."""
@@ -106,19 +89,27 @@ class IndexedSample:
     files: tuple[tuple[str, int, int], ...]
 
 
-class ShardIndex:
-    """What Energon's index says of the samples of each shard; closed as a context. Every call may raise
-    ``sqlite3.Error``, if the index cannot be read."""
+def copy_once(file: EPath) -> Path:
+    """A local copy of a remote file, the same for all processes of this machine; as of Energon, of any length."""
+    return ensure_local_copy(file).local_path()
 
-    def __init__(self, folder: Path) -> None:
-        file = (folder / MAIN_FOLDER_NAME / INDEX_SQLITE_FILENAME).absolute()
+
+class ShardIndex:
+    """What Energon's index, ``index.sqlite``, says of the samples of each shard; closed as a context, or by ``close``.
+    Every call may raise ``sqlite3.Error``, if the index cannot be read. It holds one file open."""
+
+    def __init__(self, file: Path) -> None:
         # A disk that is read only has no place for sqlite's locks.
-        self._database = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)
+        self._database = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
     def __enter__(self) -> "ShardIndex":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file."""
         self._database.close()
 
     def samples(self, shard: int) -> list[IndexedSample]:
@@ -134,6 +125,20 @@ class ShardIndex:
             IndexedSample(key, begin, begin + size, tuple((name, first, bytes_) for *_, name, first, bytes_ in own))
             for (key, begin, size), own in itertools.groupby(rows, key=lambda row: row[:3])
         ]
+
+    def files(self, key: str) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Number of the shard that holds the sample ``key``, and its files in their order: name ending -> (first byte
+        in the shard, bytes). KeyError if there is no such sample."""
+        rows = self._database.execute(
+            "SELECT p.tar_file_id, p.part_name, p.content_byte_offset, p.content_byte_size "
+            "FROM samples AS s JOIN sample_parts AS p "
+            "ON p.tar_file_id = s.tar_file_id AND p.sample_index = s.sample_index "
+            "WHERE s.sample_key = ? ORDER BY p.content_byte_offset",
+            (key,),
+        ).fetchall()
+        if not rows:
+            raise KeyError(key)
+        return int(rows[0][0]), {ending: (begin, size) for _, ending, begin, size in rows}
 
     def count(self) -> int:
         """Samples of all shards."""

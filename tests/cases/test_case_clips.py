@@ -19,7 +19,8 @@ from megatron_eagle.config.reading import Tiling, VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.frames import VideoInfo, cut_clip, frame_times, frame_words, wanted_frames
 from megatron_eagle.data.order.lengths import dataset_lengths
-from megatron_eagle.data.order.sample_index import open_sample_index, read_pictures
+from megatron_eagle.data.order.measuring import open_sample_index
+from megatron_eagle.data.order.scan import read_pictures
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream.encode import add_tiles, tokenise

@@ -18,7 +18,7 @@ from megatron_eagle.config.reading import VideoSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.media.images import decode_image
 from megatron_eagle.data.order.lengths import dataset_lengths
-from megatron_eagle.data.order.sample_index import open_sample_index
+from megatron_eagle.data.order.measuring import open_sample_index
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.shards import iterate_samples
 from megatron_eagle.data.stream.digest import read_digest

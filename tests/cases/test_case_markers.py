@@ -9,7 +9,7 @@ from samples import image_bytes, make_tokenizer, write_jsonl, write_video
 from megatron_eagle.config.data import BlendSource, DataSettings
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.order.lengths import dataset_lengths
-from megatron_eagle.data.order.sample_index import open_sample_index
+from megatron_eagle.data.order.measuring import open_sample_index
 from megatron_eagle.data.sample.conversation import parse_record
 from megatron_eagle.data.sample.markers import cut_at_markers, escape_marks, find_marks
 from megatron_eagle.data.sample.visual_plan import VisualPlanner

@@ -68,6 +68,14 @@ GUARDED = [
     ),
     ("liger_kernel.ops.rms_norm:rsqrt", "liger:rsqrt", "replaces it in the interpreter"),
     *(
+        (f"multistorageclient{name}", "multi_storage_client:forgetting_what_the_cache_holds", "forget an answer")
+        for name in (
+            ":StorageClient._cache_manager",
+            ".cache:CacheManager._invalidate_chunks",
+            ".cache:CacheManager._get_cache_file_path",
+        )
+    ),
+    *(
         (f"liger_kernel.ops.{module}:{function}", "liger:arguments", f"Liger-Kernel's {function} no longer takes")
         for module, function in LIGER.items()
     ),

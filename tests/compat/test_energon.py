@@ -60,31 +60,17 @@ def test_contract_writing_an_index(tmp_path):
 
 
 @contract(
-    "Energon's WebdatasetFileStore no longer gives a file by its name, or says by sqlite_reader.get_sample_part "
-    "where it lies: data/stream/pack_reader.py reads planned packs by it, and videos in place"
-)
-def test_contract_files_by_random_access(tmp_path):
-    from megatron_eagle.compat.energon import ShardFiles
-
-    make_dataset(tmp_path)
-    files = ShardFiles(tmp_path)
-    assert files.read("second", "txt") == b"second"
-    shard, start, length = files.locate("second", "txt")
-    assert (tmp_path / "shard_0.tar").read_bytes()[start : start + length] == b"second"
-    assert str(shard).endswith("shard_0.tar")
-    with pytest.raises(KeyError):
-        files.read("third", "txt")
-
-
-@contract(
-    "Energon's index.sqlite or .idx changed: data/reports/shard_check.py holds every shard against them, whose numbers "
-    "follow .info.json"
+    "Energon's index.sqlite or .idx changed: data/stream/sample_files.py reads planned packs by it, and "
+    "data/reports/shard_check.py holds every shard against them, whose numbers follow .info.json"
 )
 def test_contract_what_the_index_has_of_a_shard(tmp_path):
     from megatron_eagle.compat.energon import IndexedSample, ShardIndex, sample_borders
 
     make_dataset(tmp_path)
-    with ShardIndex(tmp_path) as index:
+    with ShardIndex(tmp_path / ".nv-meta" / "index.sqlite") as index:
+        assert index.files("second") == (0, {"txt": (1536, 6)})
+        with pytest.raises(KeyError):
+            index.files("third")
         first = IndexedSample("first", 0, 1024, (("txt", 512, 5),))
         assert index.samples(0) == [first, IndexedSample("second", 1024, 2048, (("txt", 1536, 6),))]
         assert (index.samples(1), index.count(), index.shard_of("second"), index.shard_of("third")) == ([], 2, 0, None)

@@ -10,8 +10,9 @@ from megatron_eagle.config.data import BlendSource
 from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.order import source_samples
 from megatron_eagle.data.order.lengths import dataset_lengths, lengths_of
+from megatron_eagle.data.order.measuring import open_sample_index, text_tokens
 from megatron_eagle.data.order.plan import Plan, WindowStart, epoch_lengths
-from megatron_eagle.data.order.sample_index import Names, open_sample_index, text_tokens
+from megatron_eagle.data.order.sample_index import Names
 from megatron_eagle.data.order.window import Window
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.location import is_mapped, load_array

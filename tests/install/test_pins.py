@@ -131,7 +131,7 @@ def test_what_is_required_is_imported_and_the_other_way_round() -> None:
     files = [*(ROOT / "megatron_eagle").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = set().union(*map(imported, files))
     needed = names(arguments["install_requires"])
-    optional = ("gpu", "documents", "curate", "endpoint", "lora", "quantised", "ray", "serve")
+    optional = ("gpu", "documents", "curate", "endpoint", "lora", "quantised", "ray", "s3", "serve")
     extras = set().union(*(names(arguments["extras_require"][extra]) for extra in optional))
     assert needed - used == set(), "required, and not imported"
     assert used - needed - extras - OPTIONAL - BESIDE == set(), "imported, not required"

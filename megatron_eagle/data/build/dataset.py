@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_eagle.config.reading import MAX_PIXELS
 from megatron_eagle.data.build.index import check_dataset, write_index
+from megatron_eagle.data.build.part import Part
 from megatron_eagle.data.build.shard_writer import (
     STATE_FOLDER,
     Block,
@@ -38,7 +39,7 @@ from megatron_eagle.data.build.shard_writer import (
 from megatron_eagle.data.build.sources import DEFAULT_PROMPT, RecordSource, spool
 from megatron_eagle.data.build.walk import Ledger
 from megatron_eagle.data.build.worker_pool import WorkerPool
-from megatron_eagle.data.order.sample_index import open_sample_index
+from megatron_eagle.data.order.measuring import open_sample_index
 from megatron_eagle.data.storage.checksums import write_checksums
 from megatron_eagle.errors import UserError
 from megatron_eagle.progress import Progress
@@ -78,20 +79,6 @@ class FileReport:
     @property
     def total(self) -> int:
         return self.used + self.rejected + self.left
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part ``number``, from 1, of ``parts`` that build one data set together."""
-
-    number: int = 1
-    parts: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.parts:
-            raise UserError(
-                f"part {self.number}/{self.parts} must be between 1/{self.parts} and {self.parts}/{self.parts}"
-            )
 
 
 def build_dataset(

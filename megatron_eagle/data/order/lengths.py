@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.media.tile_counts import count_tiles_of
-from megatron_eagle.data.order.sample_index import BROKEN_TOKENS, INDEX_FOLDER, Ints, SampleIndex, text_tokens
+from megatron_eagle.data.order.measuring import text_tokens
+from megatron_eagle.data.order.sample_index import BROKEN_TOKENS, INDEX_FOLDER, Ints, SampleIndex
 from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner

@@ -1,20 +1,18 @@
 """What is known of a data set without opening its shards: each sample's key, id, sizes of media and tokens of text.
 
-A planned order of packs needs the lengths of all samples before the first one is read. They are found once, when a data
-set is built (or first met, if another program made the shards), and kept in ``.eagle-meta`` beside Energon's
-``.nv-meta``: sizes of images and lengths of videos are facts of the data; tokens of text depend on tokenizer and system
-text and are kept once for each pair. Tiles follow from sizes by arithmetic, so another tiling rule or longer packs need
-no second reading. Numbers are plain ``.npy`` files, mapped into memory, not loaded: readers of one machine share them.
+A planned order of packs needs the lengths of all samples before the first one is read. They are found once
+(``measuring.py``) and kept in ``.eagle-meta`` beside Energon's ``.nv-meta``: sizes of images and lengths of videos are
+facts of the data; tokens of text depend on tokenizer and system text and are kept once for each pair. Tiles follow from
+sizes by arithmetic, so another tiling rule or longer packs need no second reading. Numbers are plain ``.npy`` files,
+mapped into memory, not loaded: readers of one machine share them.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eagle.data.media.frames import VideoInfo, cut_clip
-from megatron_eagle.data.media.images import read_size
-from megatron_eagle.data.media.video import read_info
-from megatron_eagle.data.sample.chatml import TEXT_FORMAT, encode_conversation
-from megatron_eagle.data.sample.tokenizer import Tokenizer
+from megatron_eagle.data.media.frames import VideoInfo
+from megatron_eagle.data.order.shard_stamps import MeasuredShard
 from megatron_eagle.data.sample.visual_plan import Pictures
 from megatron_eagle.data.storage.location import Location, load_array, locate_dataset, read_text
-from megatron_eagle.data.storage.shards import (
-    StoredSample,
-    dataset_identity,
-    iterate_entries,
-    parse_conversation,
-    parse_entry,
-    shard_counts,
-)
-from megatron_eagle.errors import BrokenSample
+from megatron_eagle.data.storage.shards import dataset_identity
 
 INDEX_FOLDER = ".eagle-meta"
 SAMPLES_FOLDER = f"{INDEX_FOLDER}/samples-3"
@@ -79,13 +66,23 @@ class Names:
         where = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], np.diff(starts))
         return Names(self.text[where], starts)
 
+    def part(self, begin: int, end: int) -> "Names":
+        """The names from number ``begin`` to before ``end``."""
+        starts = self.starts[begin : end + 1]
+        return Names(self.text[starts[0] : starts[-1]], starts - starts[0])
+
     @staticmethod
     def joined(parts: Sequence["Names"]) -> "Names":
         """The names of all parts, one part after another."""
-        before = np.cumsum([0, *(part.starts[-1] for part in parts)])
-        starts = [part.starts[:-1] + begin for part, begin in zip(parts, before, strict=False)]
         text = np.concatenate([np.zeros(0, np.uint8), *(part.text for part in parts)])
-        return Names(text, np.concatenate([*starts, before[-1:]]).astype(np.int64))
+        return Names(text, _one_after_another([part.starts for part in parts]))
+
+
+def _one_after_another(starts: Sequence[Ints]) -> Ints:
+    """int64 [n + 1], where each begins: of parts that each begin at 0, put one after another."""
+    before = np.cumsum([0, *(part[-1] for part in starts)])
+    moved = [part[:-1] + begin for part, begin in zip(starts, before, strict=False)]
+    return np.concatenate([*moved, before[-1:]]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -133,31 +130,47 @@ class SampleIndex:
             self.image_numbers.get(sample, ()),
         )
 
+    def part(self, begin: int, end: int) -> "SampleIndex":
+        """Of the samples from number ``begin`` to before ``end``."""
+        images, videos = (first[begin : end + 1] for first in (self.first_image, self.first_video))
+        by_sample = {
+            name: {n - begin: own for n, own in getattr(self, name).items() if begin <= n < end} for name in BY_SAMPLE
+        }
+        return SampleIndex(
+            path=self.path,
+            identity=self.identity,
+            keys=self.keys.part(begin, end),
+            ids=self.ids.part(begin, end),
+            image_sizes=self.image_sizes[images[0] : images[-1]],
+            first_image=images - images[0],
+            videos=self.videos[videos[0] : videos[-1]],
+            first_video=videos - videos[0],
+            **by_sample,
+        )
 
-@dataclass(frozen=True)
-class ScannedSample:
-    """One sample as found in a shard; ``reason`` says why it is broken, if it is."""
-
-    key: str
-    id: str
-    pictures: Pictures
-    reason: str | None
-
-
-def open_sample_index(path: Location | str) -> SampleIndex:
-    """The sample_index of a data set; it is made (and kept, where the folder can be written) if there is none yet.
-
-    Raises UserError if ``path`` is no prepared data set or a shard cannot be read.
-    """
-    folder, identity = locate_dataset(path), dataset_identity(path)
-    found = _load(folder, identity)
-    if found is not None:
-        return found
-    scanned = [sample for shard, count in shard_counts(path).items() for sample in scan_shard(folder / shard, count)]
-    made = _assemble(folder, identity, scanned)
-    with contextlib.suppress(OSError):  # a read-only data set: this process keeps it in memory
-        _save(made)
-    return _load(folder, identity) or made
+    @staticmethod
+    def joined(path: Location, identity: str, parts: Sequence["SampleIndex"]) -> "SampleIndex":
+        """Of the samples of all parts, one part after another: what one made of all of them would be."""
+        before = np.cumsum([0, *map(len, parts)]).tolist()
+        by_sample: dict[str, Any] = {
+            name: {
+                begin + n: own
+                for begin, part in zip(before, parts, strict=False)
+                for n, own in getattr(part, name).items()
+            }
+            for name in BY_SAMPLE
+        }
+        return SampleIndex(
+            path=path,
+            identity=identity,
+            keys=Names.joined([part.keys for part in parts]),
+            ids=Names.joined([part.ids for part in parts]),
+            image_sizes=np.concatenate([np.zeros((0, 2), np.int32), *(part.image_sizes for part in parts)]),
+            first_image=_one_after_another([part.first_image for part in parts]),
+            videos=np.concatenate([np.zeros((0, 4)), *(part.videos for part in parts)]),
+            first_video=_one_after_another([part.first_video for part in parts]),
+            **by_sample,
+        )
 
 
 def count_mapped(path: Location | str) -> int | None:
@@ -166,67 +179,18 @@ def count_mapped(path: Location | str) -> int | None:
     Raises UserError if ``path`` is no prepared data set.
     """
     samples = locate_dataset(path) / SAMPLES_FOLDER
-    if not isinstance(samples, Path) or _description(samples, dataset_identity(path)) is None:
+    if not isinstance(samples, Path):
+        return None
+    description = _description(samples)
+    if description is None or description["identity"] != dataset_identity(path):
         return None
     with contextlib.suppress(OSError, ValueError):
         return len(load_array(samples / "key_starts.npy")) - 1
     return None
 
 
-def scan_shard(shard: Location, count: int) -> Iterator[ScannedSample]:
-    """Every sample of a tar file, ``count`` or more; only headers of its media are looked at.
-
-    All sizes are let through: they are facts, and which ones are too large is for the reader to say.
-    """
-    for key, entry in iterate_entries(shard, count):
-        sample_id = key
-        try:
-            stored = parse_entry(entry)
-            sample_id = stored.conversation.id
-            yield ScannedSample(key, sample_id, read_pictures(stored, sys.maxsize), None)
-        except BrokenSample as error:
-            yield ScannedSample(key, sample_id, Pictures(), f"{error} ({shard.name}: {key})")
-
-
-def read_pictures(stored: StoredSample, max_pixels: int) -> Pictures:
-    """Sizes of a sample's media, from their headers; raises BrokenSample."""
-    conversation = stored.conversation
-    films = [read_info(video, max_pixels=max_pixels) for video in stored.videos]
-    clips = conversation.video_clips or (None,) * len(films)
-    return Pictures(
-        tuple(read_size(image, max_pixels=max_pixels) for image in stored.images),
-        tuple(film if clip is None else cut_clip(film, clip) for film, clip in zip(films, clips, strict=True)),
-        conversation.video_numbers,
-        conversation.image_documents,
-        conversation.image_numbers if conversation.image_documents else (),
-    )
-
-
-def _assemble(folder: Location, identity: str, scanned: Sequence[ScannedSample]) -> SampleIndex:
-    sizes = [size for sample in scanned for size in sample.pictures.sizes]
-    videos = [(v.width, v.height, v.seconds, v.rate) for sample in scanned for v in sample.pictures.videos]
-    return SampleIndex(
-        path=folder,
-        identity=identity,
-        keys=Names.of(sample.key for sample in scanned),
-        ids=Names.of(sample.id for sample in scanned),
-        image_sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
-        first_image=np.cumsum([0, *(len(sample.pictures.sizes) for sample in scanned)], dtype=np.int64),
-        videos=np.array(videos, dtype=np.float64).reshape(-1, 4),
-        first_video=np.cumsum([0, *(len(sample.pictures.videos) for sample in scanned)], dtype=np.int64),
-        broken={number: sample.reason for number, sample in enumerate(scanned) if sample.reason is not None},
-        video_numbers={n: s.pictures.video_numbers for n, s in enumerate(scanned) if s.pictures.video_numbers},
-        video_starts={
-            n: tuple(video.start for video in s.pictures.videos)
-            for n, s in enumerate(scanned)
-            if any(video.start for video in s.pictures.videos)
-        },
-        image_documents={n: s.pictures.image_documents for n, s in enumerate(scanned) if s.pictures.image_documents},
-        image_numbers={n: s.pictures.image_numbers for n, s in enumerate(scanned) if s.pictures.image_numbers},
-    )
-
-
-def _arrays(sample_index: SampleIndex) -> dict[str, NDArray[Any]]:
+def arrays_of(sample_index: SampleIndex) -> dict[str, NDArray[Any]]:
+    """What is kept of an index as arrays, by name."""
     return {
         "keys": sample_index.keys.text,
         "key_starts": sample_index.keys.starts,
@@ -239,40 +203,17 @@ def _arrays(sample_index: SampleIndex) -> dict[str, NDArray[Any]]:
     }
 
 
-def _save(sample_index: SampleIndex) -> None:
-    """Writes the folder under another name first, so that it is there whole or not at all."""
-    if not isinstance(sample_index.path, Path):  # an object store is only read
-        return
-    final = sample_index.path / SAMPLES_FOLDER
-    final.parent.mkdir(exist_ok=True)
-    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        for name, array in _arrays(sample_index).items():
-            np.save(partial / f"{name}.npy", array)
-        description: dict[str, Any] = {"identity": sample_index.identity, "broken": sample_index.broken}
-        description |= {name: by_sample for name in _OF_FEW if (by_sample := getattr(sample_index, name))}
-        (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):  # another process was faster; it wrote the same
-            os.rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def description_of(sample_index: SampleIndex) -> dict[str, Any]:
+    """The rest, for JSON; most samples are not in it."""
+    description: dict[str, Any] = {"identity": sample_index.identity, "broken": sample_index.broken}
+    return description | {name: by_sample for name in _OF_FEW if (by_sample := getattr(sample_index, name))}
 
 
-def _load(folder: Location, identity: str) -> SampleIndex | None:
-    """The sample_index on disk, or None if there is none, or one of other shards."""
-    samples = folder / SAMPLES_FOLDER
-    description = _description(samples, identity)
-    if description is None:
-        return None
-    try:
-        array = {name: load_array(samples / f"{name}.npy") for name in _ARRAY_NAMES}
-    except (OSError, ValueError):
-        return None
+def index_of(path: Location, description: dict[str, Any], array: Mapping[str, NDArray[Any]]) -> SampleIndex:
+    """The index of which these are ``description_of`` and ``arrays_of``."""
     return SampleIndex(
-        path=folder,
-        identity=identity,
+        path=path,
+        identity=description["identity"],
         keys=Names(array["keys"], array["key_starts"]),
         ids=Names(array["ids"], array["id_starts"]),
         image_sizes=array["image_sizes"],
@@ -284,49 +225,62 @@ def _load(folder: Location, identity: str) -> SampleIndex | None:
     )
 
 
-def _description(samples: Location, identity: str) -> dict[str, Any] | None:
-    """What an index on disk says beside its arrays, if it is of these shards."""
+def save_index(sample_index: SampleIndex, shards: Sequence[MeasuredShard] = ()) -> None:
+    """Writes the folder under another name first, so that it is there whole or not at all.
+
+    shards: what it was made of, so that those of them which stay need not be read for the next one.
+    """
+    if not isinstance(sample_index.path, Path):  # an object store is only read
+        return
+    final = sample_index.path / SAMPLES_FOLDER
+    final.parent.mkdir(exist_ok=True)
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        for name, array in arrays_of(sample_index).items():
+            np.save(partial / f"{name}.npy", array)
+        description = description_of(sample_index) | (
+            {"shards": [shard.to_json() for shard in shards]} if shards else {}
+        )
+        (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):  # another process was faster; it wrote the same
+            os.rename(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_index(folder: Location, identity: str) -> SampleIndex | None:
+    """The index on disk, or None if there is none, or one of other shards."""
+    description = _description(folder / SAMPLES_FOLDER)
+    return _opened(folder, description) if description is not None and description["identity"] == identity else None
+
+
+def load_earlier(folder: Location) -> tuple[SampleIndex, list[MeasuredShard]] | None:
+    """The index on disk, of whatever shards, and what these were; None if there is none or it does not say."""
+    description = _description(folder / SAMPLES_FOLDER)
+    if description is None or "shards" not in description:
+        return None
+    index = _opened(folder, description)
+    return None if index is None else (index, [MeasuredShard.from_json(shard) for shard in description["shards"]])
+
+
+def _opened(folder: Location, description: dict[str, Any]) -> SampleIndex | None:
+    with contextlib.suppress(OSError, ValueError):
+        arrays = {name: load_array(folder / SAMPLES_FOLDER / f"{name}.npy") for name in _ARRAY_NAMES}
+        return index_of(folder, description, arrays)
+    return None
+
+
+def _description(samples: Location) -> dict[str, Any] | None:
+    """What an index on disk says beside its arrays."""
     try:
         description: dict[str, Any] = json.loads(read_text(samples / DESCRIPTION_FILE))
-        return description if description["identity"] == identity and "broken" in description else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return description if "identity" in description and "broken" in description else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
 _OF_FEW = ("video_numbers", "video_starts", "image_documents", "image_numbers")  # by sample; most have none
+BY_SAMPLE = ("broken", *_OF_FEW)
 _ARRAY_NAMES = ("keys", "key_starts", "ids", "id_starts", "image_sizes", "first_image", "videos", "first_video")
-
-
-def text_tokens(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) -> Ints:
-    """int32 [n]: tokens of each sample without tiles and frames and their words; BROKEN_TOKENS if it is broken.
-
-    Counted once for a tokenizer and system text, and kept beside the shards.
-    """
-    about = [sample_index.identity, tokenizer.fingerprint, system, TEXT_FORMAT]
-    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    file = sample_index.path / INDEX_FOLDER / f"text-{name}.npy"
-    with contextlib.suppress(OSError, ValueError):
-        counted = load_array(file)
-        if len(counted) == len(sample_index):
-            return counted
-    counts = np.fromiter(_count(sample_index, tokenizer, system), dtype=np.int32, count=len(sample_index))
-    if isinstance(file, Path):
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(exist_ok=True)
-            partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
-            np.save(partial, counts)
-            os.replace(partial, file)
-            return load_array(file)
-    return counts
-
-
-def _count(sample_index: SampleIndex, tokenizer: Tokenizer, system: str) -> Iterator[int]:
-    for shard, count in shard_counts(sample_index.path).items():
-        for _, entry in iterate_entries(sample_index.path / shard, count, endings=("json",)):
-            try:
-                conversation = parse_conversation(entry)
-                tiles = [1] * len(conversation.images)  # of no tokens each
-                no_frames = [()] * len(conversation.videos)
-                yield len(encode_conversation(conversation, tokenizer, tiles, 0, system, no_frames).tokens)
-            except BrokenSample:
-                yield BROKEN_TOKENS

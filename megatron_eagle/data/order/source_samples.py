@@ -11,14 +11,8 @@ import numpy as np
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.order.lengths import Lengths, lengths_of
-from megatron_eagle.data.order.sample_index import (
-    Ints,
-    Names,
-    SampleIndex,
-    count_mapped,
-    open_sample_index,
-    text_tokens,
-)
+from megatron_eagle.data.order.measuring import open_sample_index, text_tokens
+from megatron_eagle.data.order.sample_index import Ints, Names, SampleIndex, count_mapped
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.location import is_mapped, locate_dataset

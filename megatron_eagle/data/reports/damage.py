@@ -18,7 +18,7 @@ from megatron_eagle.compat.energon import ShardIndex
 from megatron_eagle.data.build.worker_pool import WorkerPool
 from megatron_eagle.data.reports.shard_check import Advance, ShardFate, ShardTask, check_shard
 from megatron_eagle.data.storage.checksums import ShardChecksums, open_checksums
-from megatron_eagle.data.storage.shards import dataset_identity, shard_counts
+from megatron_eagle.data.storage.shards import INDEX_FILE, dataset_identity, shard_counts
 from megatron_eagle.errors import UserError
 from megatron_eagle.progress import Progress
 
@@ -120,7 +120,7 @@ def _done(running: dict[Future[ShardFate], ShardTask], advance: Advance) -> Iter
 def _index_trouble(folder: Path, promised: int) -> list[str]:
     """Whether Energon's index can be read at all, and has as many samples as it promises."""
     try:
-        with ShardIndex(folder) as index:
+        with ShardIndex(folder / INDEX_FILE) as index:
             found = index.count()
     except (sqlite3.Error, TypeError) as error:
         return [f".nv-meta/index.sqlite: cannot be read: {error}"]

@@ -27,7 +27,7 @@ from megatron_eagle.data.media.file_slice import VIDEO_ENDINGS, FileSlice
 from megatron_eagle.data.media.images import decode_image, is_plain_jpeg
 from megatron_eagle.data.media.video import VideoReader
 from megatron_eagle.data.storage.checksums import BLOCK, CHUNK, Members, ShardChecksums
-from megatron_eagle.data.storage.shards import Entry, parse_entry, shard_counts
+from megatron_eagle.data.storage.shards import INDEX_FILE, Entry, parse_entry, shard_counts
 from megatron_eagle.errors import BrokenSample
 
 # Headers that say more of the one that follows: a name of more than 100 characters, and the like.
@@ -102,7 +102,7 @@ def check_shard(task: ShardTask, advance: Advance = int) -> ShardFate:
 def _indexed(task: ShardTask) -> list[IndexedSample]:
     """What the index has of the shard; nothing if it cannot be read, which is said once for all shards."""
     try:
-        with ShardIndex(task.folder) as index:
+        with ShardIndex(task.folder / INDEX_FILE) as index:
             return index.samples(task.number)
     except (sqlite3.Error, TypeError):
         return []
@@ -266,7 +266,7 @@ def _origin(task: ShardTask, due: list[IndexedSample], found: dict[int, _Member]
     if not due or key in ("", due[0].key):
         return ""
     whose = "a file of another data set"
-    with contextlib.suppress(sqlite3.Error, IndexError), ShardIndex(task.folder) as index:
+    with contextlib.suppress(sqlite3.Error, IndexError), ShardIndex(task.folder / INDEX_FILE) as index:
         number = index.shard_of(key)
         if number is not None:
             whose = f"the file of {[*shard_counts(task.folder)][number]}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.media.tiling import Grid, choose_grid
-from megatron_eagle.data.order.sample_index import read_pictures
+from megatron_eagle.data.order.scan import read_pictures
 from megatron_eagle.data.sample.assemble import Segment
 from megatron_eagle.data.sample.packed_batch import IGNORE_LABEL
 from megatron_eagle.data.sample.tokenizer import Tokenizer

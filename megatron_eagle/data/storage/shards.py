@@ -19,11 +19,12 @@ from pathlib import Path
 
 from megatron_eagle.data.media.file_slice import VIDEO_ENDINGS, FileSlice
 from megatron_eagle.data.sample.conversation import Conversation, parse_record
-from megatron_eagle.data.storage.location import Location, locate_dataset, read_text
+from megatron_eagle.data.storage.location import Location, locate_dataset, openable, read_text
 from megatron_eagle.errors import BrokenSample, UserError
 
 META_FOLDER = ".nv-meta"
 INFO_FILE = f"{META_FOLDER}/.info.json"
+INDEX_FILE = f"{META_FOLDER}/index.sqlite"
 IDENTITY_FILE = f"{META_FOLDER}/index.uuid"
 
 
@@ -117,7 +118,8 @@ def iterate_entries(shard: Location, count: int, endings: Collection[str] | None
     entry: Entry = {}
     seen = 0
     try:
-        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        file = openable(shard)
+        with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 member_key, _, ending = member.name.partition(".")
                 if member_key != key and entry:
@@ -125,11 +127,11 @@ def iterate_entries(shard: Location, count: int, endings: Collection[str] | None
                     entry, seen = {}, seen + 1
                 key = member_key
                 if ending.rpartition(".")[2] in VIDEO_ENDINGS:
-                    entry[ending] = FileSlice(shard, member.offset_data, member.size)
+                    entry[ending] = FileSlice(file, member.offset_data, member.size)
                     continue
                 wanted = endings is None or ending in endings
-                file = tar.extractfile(member) if wanted else None
-                entry[ending] = file.read() if file is not None else b""
+                content = tar.extractfile(member) if wanted else None
+                entry[ending] = content.read() if content is not None else b""
     except (OSError, tarfile.TarError) as error:
         after = f" after sample {key}" if key else ""
         raise UserError(f"{shard}: cannot be read{after}: {' '.join(str(error).split())}") from error

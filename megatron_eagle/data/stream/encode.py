@@ -16,7 +16,7 @@ from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.media.images import decode_pixels, read_size
 from megatron_eagle.data.media.tiling import choose_grid, cut_tiles
 from megatron_eagle.data.media.video import VideoReader
-from megatron_eagle.data.order.sample_index import read_pictures
+from megatron_eagle.data.order.scan import read_pictures
 from megatron_eagle.data.sample.assemble import Segment
 from megatron_eagle.data.sample.chatml import EncodedConversation, encode_conversation, encode_prompt
 from megatron_eagle.data.sample.visual_plan import Clip, VisualPlan, VisualPlanner

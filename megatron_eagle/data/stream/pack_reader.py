@@ -1,24 +1,21 @@
-"""PackReader: fetches the samples of a planned pack through Energon's index and makes the pack of them."""
+"""PackReader: fetches the samples of a planned pack (``sample_files.py``) and makes the pack of them."""
 
 import contextlib
 import sqlite3
-import tarfile
 from collections.abc import Iterator
 
 from torch.utils.data import Dataset
 
-from megatron_eagle.compat.energon import ShardFiles
 from megatron_eagle.config.data import DataSettings
 from megatron_eagle.data.media.dali import DaliDecoder
-from megatron_eagle.data.media.file_slice import FileSlice
 from megatron_eagle.data.order.plan import PlannedPack, PlannedSample
 from megatron_eagle.data.sample.assemble import Segment, assemble_pack, padding_pack
 from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlan, VisualPlanner
-from megatron_eagle.data.storage.location import Location
-from megatron_eagle.data.storage.shards import StoredSample, parse_conversation
+from megatron_eagle.data.storage.shards import StoredSample, parse_entry
 from megatron_eagle.data.stream.encode import add_tiles, tokenise
+from megatron_eagle.data.stream.sample_files import SampleFiles
 from megatron_eagle.errors import BrokenSample
 
 
@@ -32,7 +29,7 @@ class PackReader(Dataset[PackedBatch]):
         self._settings, self._tokenizer = settings, tokenizer
         self._planner = VisualPlanner(settings, tokenizer)
         self._dali = DaliDecoder(settings.tile_size, gpu) if settings.reading.decoder == "dali" else None
-        self._shards: dict[Location, ShardFiles] = {}
+        self._files = SampleFiles()
 
     def __getitem__(self, pack: PlannedPack) -> PackedBatch:
         segments: list[Segment] = []
@@ -67,40 +64,25 @@ class PackReader(Dataset[PackedBatch]):
         return add_tiles(segment, stored, plan, self._settings, self._dali), plan, stored
 
     def _fetch(self, sample: PlannedSample) -> StoredSample:
-        conversation = parse_conversation({"json": self._file(sample, "json")})
-        images = tuple(self._file(sample, name) for name in conversation.images)
-        return StoredSample(conversation, images, tuple(self._place(sample, name) for name in conversation.videos))
-
-    def _file(self, sample: PlannedSample, ending: str) -> bytes:
-        """One file of a sample."""
-        with _delivered(sample, ending):
-            return self._shards_of(sample).read(sample.key, ending)
-
-    def _place(self, sample: PlannedSample, ending: str) -> FileSlice:
-        """Where one file of a sample lies; a video is not read as a whole."""
-        with _delivered(sample, ending):
-            return FileSlice(*self._shards_of(sample).locate(sample.key, ending))
+        with _delivered(sample):
+            entry = self._files.read(sample.path, sample.key)
+        return parse_entry(entry)
 
     def _where(self, sample: PlannedSample) -> str:
         """The shard of a sample and its key there, which ``data check`` speaks of."""
         try:
-            shard, _, _ = self._shards_of(sample).locate(sample.key, "json")
+            shard = self._files.shard_of(sample.path, sample.key)
         except (KeyError, OSError, sqlite3.Error):
             return f" ({sample.key})"
-        return f" ({shard.name}: {sample.key})"
-
-    def _shards_of(self, sample: PlannedSample) -> ShardFiles:
-        if sample.path not in self._shards:
-            self._shards[sample.path] = ShardFiles(sample.path)
-        return self._shards[sample.path]
+        return f" ({shard}: {sample.key})"
 
 
 @contextlib.contextmanager
-def _delivered(sample: PlannedSample, ending: str) -> Iterator[None]:
-    """What the data's machine cannot deliver is a broken sample, not the end of the run."""
+def _delivered(sample: PlannedSample) -> Iterator[None]:
+    """What is not there, or is damaged, is a broken sample, not the end of the run. A store that does not answer is."""
     try:
         yield
     except KeyError:
-        raise BrokenSample(f"no {ending} in the shard's index for this sample") from None
-    except (OSError, tarfile.TarError, sqlite3.Error) as error:
-        raise BrokenSample(f"{ending} of {sample.key} cannot be read: {error}") from error
+        raise BrokenSample("is not in the index of the shards") from None
+    except (OSError, sqlite3.Error) as error:
+        raise BrokenSample(f"{sample.key} cannot be read: {error}") from error

@@ -21,7 +21,7 @@ from megatron_eagle.data.sample.packed_batch import PackedBatch
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.stream.pack_reader import PackReader
 from megatron_eagle.data.stream.position import deciding, differences, read_position
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UnreachableStore, UserError
 
 PACKS_AHEAD = 2  # of each reader process
 
@@ -124,6 +124,10 @@ class PlannedStream(Iterator[PackedBatch]):
             if "DataLoader" not in str(error) or "Caught " in str(error):
                 raise
             raise UserError(f"a reader process hangs or died: {error}; {self._due()}") from error
+        except UnreachableStore as error:
+            # Of a reader process torch makes the traceback there, whose last line is "module.UnreachableStore: words".
+            words = str(error).strip().splitlines()[-1].rpartition(f"{UnreachableStore.__name__}: ")[2]
+            raise UnreachableStore(f"{words}; {self._due()}") from error
         self._check(batch)
         self._taken += 1
         self._in_a_row = 0 if batch.sample_ids else self._in_a_row + len(batch.rejected)
