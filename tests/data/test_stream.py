@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from collections import Counter
 
 import pytest
@@ -159,6 +160,9 @@ def test_continues_exactly_with_reader_processes(world, monkeypatch):
     following = take(again, 5)
     again.close()
     assert all_same(following, rest)
+    deadline = time.monotonic() + 20  # a process that was told to end may wait for a core to do so
+    while not set(multiprocessing.active_children()) <= before and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert set(multiprocessing.active_children()) <= before
 
 

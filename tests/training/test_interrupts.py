@@ -132,7 +132,7 @@ LONG = {
     "data build a b": "finished shards are kept in ./.b.partial",
     "data join b": "the parts are kept",
     "data check b": "nothing is kept of the check",
-    "data measure tiny": "data sets that were counted stay counted",
+    "data measure tiny": "shards that were counted stay counted",
     "evaluate tiny --data d": "the answers given so far are kept",
     "evaluate tiny --data d --losses": "losses are not kept",
     "convert hf-to-megatron a b": "whole files are kept in b.partial",
