@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tarfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from megatron_eagle.data.sample.conversation import Conversation
 from megatron_eagle.data.sample.markers import Kind
 from megatron_eagle.data.storage.checksums import SummedWriter
 from megatron_eagle.data.storage.shards import sample_key
+from megatron_eagle.data.storage.whole_file import written_whole
 from megatron_eagle.errors import BrokenSample
 
 STATE_FOLDER = ".state"
@@ -150,9 +150,8 @@ def _open_tar(path: Path) -> Iterator[tuple[SummedWriter, tarfile.TarFile]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # several machines may write it
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _short(value: Any) -> Any:

@@ -7,8 +7,6 @@ are decided in one place, ``visual_plan.py``.
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.sample.visual_plan import VisualPlanner
 from megatron_eagle.data.storage.location import Location, load_array, read_text
+from megatron_eagle.data.storage.whole_file import written_whole
 from megatron_eagle.errors import BrokenSample
 
 
@@ -89,12 +88,10 @@ def _keep(lengths: Lengths, sample_index: SampleIndex, tokenizer: Tokenizer, set
         return
     with contextlib.suppress(OSError):
         file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.npy")
-        np.save(partial, np.stack([lengths.tokens, lengths.tiles, lengths.frames]))
-        os.replace(partial, file)
-        partial = partial.with_suffix(".json")
-        partial.write_text(json.dumps({"rejected": lengths.rejected, "outcomes": lengths.outcomes}))
-        os.replace(partial, file.with_suffix(".json"))  # last: without it the numbers are not looked at
+        with written_whole(file) as partial:
+            np.save(partial, np.stack([lengths.tokens, lengths.tiles, lengths.frames]))
+        with written_whole(file.with_suffix(".json")) as partial:  # last: without it the numbers are not looked at
+            partial.write_text(json.dumps({"rejected": lengths.rejected, "outcomes": lengths.outcomes}))
 
 
 def _file(sample_index: SampleIndex, tokenizer: Tokenizer, settings: DataSettings) -> Location:

@@ -14,8 +14,6 @@ measured of the others is taken from what was kept before (``shard_stamps.py``).
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -41,6 +39,7 @@ from megatron_eagle.data.sample.chatml import TEXT_FORMAT
 from megatron_eagle.data.sample.tokenizer import Tokenizer
 from megatron_eagle.data.storage.location import Location, load_array, locate_dataset, read_text
 from megatron_eagle.data.storage.shards import dataset_identity, iterate_entries
+from megatron_eagle.data.storage.whole_file import written_whole
 
 PARTS_FOLDER = f"{INDEX_FOLDER}/.measured"
 
@@ -254,18 +253,9 @@ def _keep(file: Location, write: Callable[[Path], object]) -> None:
     """``write(file)``, where files can be written."""
     if isinstance(file, Path):
         with contextlib.suppress(OSError):
-            _write(file, write)
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    """``write(file)``, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{uuid.uuid4().hex}-{file.name}")
-    try:
-        write(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(file) as partial:
+                write(partial)
 
 
 def _forget(folder: Location, parts: Sequence[Location]) -> None:
