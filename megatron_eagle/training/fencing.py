@@ -18,6 +18,7 @@ add one line, for a step that the new start logs, too.
 import json
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,6 +68,60 @@ class Start:
         new = file.with_suffix(".new")
         new.write_text(json.dumps(_read(self.run_folder, self.number) | more), encoding="utf-8")
         new.replace(file)
+
+
+class OwnStart:
+    """The start that a process writes for, which is rank 0's alone, from joining the run to leaving it.
+
+    number: of it, if whoever started the processes has taken one. superseded_by: what ``is_newest`` has found.
+    """
+
+    def __init__(self, run_folder: Path, number: int | None) -> None:
+        self.number, self.superseded_by = number, ""
+        self._run_folder = run_folder
+        self._start: Start | None = None
+
+    def join(self, needed: Callable[[], bool]) -> int | None:
+        """Become a start of the run, by hand if that is ``needed``; its number, None if there is nothing to do.
+
+        Raises Superseded if the number that was taken is not the newest, UserError if a trainer is known to be at work.
+        """
+        if self.number is not None:
+            self._start = Start(self._run_folder, self.number)
+            self.require_newest()
+            self._start.sign()
+        elif needed():
+            self._start = claim_by_hand(self._run_folder)
+        return self._start.number if self._start else None
+
+    def require_newest(self) -> None:
+        """Raise Superseded if a newer start of the run is at work."""
+        if self._start is not None:
+            self._start.require_newest()
+
+    def is_newest(self, say: Callable[[str], None]) -> bool:
+        """Asked just before a step is logged; the other processes learn of a newer start with the next step's numbers.
+
+        A network disk's hiccup ends no healthy run: a folder that cannot be listed shows no newer start. Before a
+        checkpoint is published it is looked at again, and there the failure counts.
+        """
+        try:
+            self.require_newest()
+        except Superseded as superseded:
+            self.superseded_by = str(superseded)
+        except OSError as error:
+            say(f"cannot look for a newer start: {error}; training goes on")
+        return not self.superseded_by
+
+    def describe(self, more: dict[str, Any]) -> None:
+        """As of ``Start``."""
+        if self._start is not None:
+            self._start.describe(more)
+
+    def leave(self) -> None:
+        """As of ``Start``."""
+        if self._start is not None:
+            self._start.leave()
 
 
 def claim(run_folder: Path, **who: str) -> Start:

@@ -29,7 +29,7 @@ from megatron_eagle.parallel.agreement import naming_a_loss, on_rank_zero
 from megatron_eagle.parallel.groups import Groups, destroy, initialise, join
 from megatron_eagle.training.engine import Engine
 from megatron_eagle.training.evaluating import Evaluation, MakeEvaluator, Scored, Scores
-from megatron_eagle.training.fencing import Start, claim_by_hand
+from megatron_eagle.training.fencing import OwnStart
 from megatron_eagle.training.log import StepRecord, TrainingLog, open_log
 from megatron_eagle.training.non_finite import NonFinite, describe, explain
 from megatron_eagle.training.opening import newest, open_stage, opening_line
@@ -108,14 +108,13 @@ class StageRun:
         self.run_folder = run_folder
         self.watch = watch or Watchdog()
         self.start_up = start_up or StartUp()
-        self.fallback, self.number = fallback, start
+        self.fallback = fallback
+        self.own_start = OwnStart(run_folder.path, start)
         self.packs_per_replica = packs_per_replica(stage, groups.dp_size)
         self.rejected_total = 0
         self.peak_rss_bytes = 0  # of the processes that trained earlier steps of this stage
         self.step = 0
-        self.start: Start | None = None
         self.tokenizer_files: dict[str, bytes] = {}  # on rank 0, which puts them into checkpoints
-        self.superseded_by = ""
         self.base: str | None = None  # digest of what adapters belong to
         self.origin: dict[str, Any] = {}  # on rank 0, for the start's file and the dashboards
 
@@ -125,15 +124,14 @@ class StageRun:
         Raises UserError, on every process, if a trainer is known to be at work in the run's folder.
         """
         try:
-            self.number = on_rank_zero(self._join)
+            self.own_start.number = on_rank_zero(lambda: self.own_start.join(self._is_needed))
             self._train_or_continue()
         except Damaged as damaged:  # on every process: by ``on_rank_zero`` or ``checksums.verify``, nowhere else
             folder = Path(damaged.folder)
             way_on = on_rank_zero(lambda: self.run_folder.way_on(folder, self.recipe, self.stage))
             raise UserError(f"{damaged.what}. {way_on}") from None
         finally:
-            if self.start is not None:
-                self.start.leave()
+            self.own_start.leave()
 
     def _train_or_continue(self) -> None:
         stage_folder = self.run_folder.stage_checkpoints(self.stage.name)
@@ -161,15 +159,8 @@ class StageRun:
         self._say(opening_line(self.recipe, self.stage, opened, step=self.step, groups=self.groups, device=device))
         self._train(opened.engine, opened.stream, stage_folder)
 
-    def _join(self) -> int | None:
-        """Become a start of the run, on the process that writes for it, unless there is nothing to do."""
-        if self.number is not None:
-            self.start = Start(self.run_folder.path, self.number)
-            self._require_newest()
-            self.start.sign()
-        elif self.fallback or not self._is_complete():
-            self.start = claim_by_hand(self.run_folder.path)
-        return self.start.number if self.start else None
+    def _is_needed(self) -> bool:
+        return self.fallback or not self._is_complete()
 
     def _explain_start(self) -> None:
         write_recipe(self.run_folder.path, self.recipe)
@@ -180,8 +171,7 @@ class StageRun:
             processes=self.groups.world_size,
             device=self.platform.device,
         )
-        if self.start is not None:
-            self.start.describe(self.origin)
+        self.own_start.describe(self.origin)
 
     def _read_tokenizer(self) -> None:
         """Refuses one that does not fit the model; its files are for the checkpoints."""
@@ -200,25 +190,6 @@ class StageRun:
     @property
     def _out_of_patience(self) -> bool:
         return self.evaluation is not None and self.evaluation.out_of_patience
-
-    def _require_newest(self) -> None:
-        """Raise Superseded on rank 0, which writes, if a newer start of the run is at work."""
-        if self.start is not None:
-            self.start.require_newest()
-
-    def _is_newest(self) -> bool:
-        """Asked by rank 0 just before it logs; the others learn of a newer start with the next step's numbers.
-
-        A network disk's hiccup ends no healthy run: a folder that cannot be listed shows no newer start. Before a
-        checkpoint is published it is looked at again, and there the failure counts.
-        """
-        try:
-            self._require_newest()
-        except Superseded as superseded:
-            self.superseded_by = str(superseded)
-        except OSError as error:
-            self._say(f"{self.stage.name}: cannot look for a newer start: {error}; training goes on")
-        return not self.superseded_by
 
     def _say_changes(self, saved: Description, what: str) -> None:
         if not saved.recipe:
@@ -241,7 +212,7 @@ class StageRun:
         return Evaluation(settings, self.stage.steps, evaluate, self.scored)
 
     def _train(self, engine: Engine, stream: Stream | None, stage_folder: Path) -> None:
-        on_rank_zero(self._require_newest)  # the log's file is written anew
+        on_rank_zero(self.own_start.require_newest)  # the log's file is written anew
         on_rank_zero(lambda: forget_best_after(stage_folder, self.step))  # later steps will be trained again
         log, step = self._open_log(), Step(engine, self.groups, self.stage, self.platform.device)
         read = (lambda: [next(stream) for _ in range(self.packs_per_replica)]) if stream else list
@@ -252,8 +223,8 @@ class StageRun:
             keep=self.stage.keep_checkpoints,
             tokenizer=self.tokenizer_files,
             say=self._say,
-            start=self.number,
-            may_publish=self._require_newest,
+            start=self.own_start.number,
+            may_publish=self.own_start.require_newest,
         )
         self.stragglers = StragglerWatch(self.groups, self.platform.device)
         self.watch.training_begins()
@@ -301,10 +272,10 @@ class StageRun:
         started = time.perf_counter()
         result = step.run(partial(self.stragglers.reading, read), phase=self._phase)
         with self._doing("collecting the step's numbers"):
-            stats = step.collect(result, stop=self.watch.asked, superseded=bool(self.superseded_by))
+            stats = step.collect(result, stop=self.watch.asked, superseded=bool(self.own_start.superseded_by))
             rejected = gather_rejected(result.batches, self.groups) if stats.rejected else []
         if stats.superseded:
-            raise Superseded(self.superseded_by or "a newer start of the run is at work")
+            raise Superseded(self.own_start.superseded_by or "a newer start of the run is at work")
         self.step += 1
         self.rejected_total += stats.rejected
         if not (math.isfinite(stats.loss) and math.isfinite(result.grad_norm)):  # the same on every process
@@ -317,7 +288,7 @@ class StageRun:
         if saved_first:
             save(True)
         scores = self._evaluate(step.engine, skip=stats.stop and not last)
-        if log and self._is_newest():
+        if log and self.own_start.is_newest(self._say_of_stage):
             log.step(self._record(step.engine, result, stats, rejected, seconds, scores))
         if not saved_first:
             save(stats.stop or last or self._out_of_patience)
@@ -438,6 +409,9 @@ class StageRun:
         if self.groups.rank != 0:
             return None
         return open_log(self.run_folder.path, self.stage, self.recipe.log, resumed_at=self.step, about=self.origin)
+
+    def _say_of_stage(self, line: str) -> None:
+        self._say(f"{self.stage.name}: {line}")
 
     def _say(self, line: str) -> None:
         if self.groups.rank == 0:

@@ -226,6 +226,7 @@ def train_watched(
     from megatron_eagle.errors import Superseded
     from megatron_eagle.evaluation.while_training import make_evaluator
     from megatron_eagle.parallel.groups import initialise
+    from megatron_eagle.training.fencing import OwnStart
     from megatron_eagle.training.loop import StageRun
     from megatron_eagle.training.run_folder import RunFolder
     from megatron_eagle.training.watchdog import StoppedEarly, Watchdog
@@ -251,7 +252,7 @@ def train_watched(
 
         return evaluate
 
-    def require_newest(run: StageRun) -> None:
+    def require_newest(own: OwnStart) -> None:
         if trouble == "superseded" and len(found) == 2:
             raise Superseded("a newer start")
 
@@ -266,7 +267,7 @@ def train_watched(
     groups = initialise(recipe.stage_layout(stage), platform, timeout=timedelta(minutes=1))
     make = make_evaluator if scripted is None else told
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StageRun, "_require_newest", require_newest)
+        patch.setattr(OwnStart, "require_newest", require_newest)
         patch.setattr(saver, "publish", publish)
         try:
             StageRun(recipe, stage, folder, platform, groups, watch, make_evaluator=make).train()
