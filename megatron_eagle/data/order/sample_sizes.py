@@ -38,8 +38,12 @@ class SampleSizes:
         return SampleSizes(own.tolist(), length, counts.tolist(), max_tiles)
 
     @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.array(self.lengths, dtype=np.int64)
+
+    @cached_property
     def _fits(self) -> NDArray[np.bool_]:
-        fits = np.array(self.lengths, dtype=np.int64) <= self.length
+        fits = self._lengths <= self.length
         if self.max_tiles is not None:
             fits &= np.array(self.tiles, dtype=np.int64) <= self.max_tiles
         return fits
@@ -47,7 +51,7 @@ class SampleSizes:
     @cached_property
     def longest_first(self) -> list[int]:
         """The samples that fit into an empty pack, longest first, equally long ones in their order."""
-        order = np.argsort(-np.array(self.lengths, dtype=np.int64), kind="stable")
+        order = np.argsort(-self._lengths, kind="stable")
         return order[self._fits[order]].tolist()
 
     @cached_property
@@ -57,11 +61,10 @@ class SampleSizes:
 
     def fewest_packs(self) -> int:
         """Packs that the samples which fit need at least."""
-        samples = self.longest_first
-        packs = math.ceil(int(np.array(self.lengths, dtype=np.int64)[samples].sum()) / self.length)
+        packs = math.ceil(int(self._lengths[self._fits].sum()) / self.length)
         if self.max_tiles is None:
             return packs
-        return max(packs, math.ceil(sum(self.tiles[i] for i in samples) / self.max_tiles))
+        return max(packs, math.ceil(sum(self.tiles[i] for i in self.longest_first) / self.max_tiles))
 
     def fits_tiles(self, held: int, sample: int) -> bool:
         """Whether ``sample`` may join a pack that holds ``held`` tiles."""

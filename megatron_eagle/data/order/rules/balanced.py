@@ -27,16 +27,19 @@ def pack(samples: SampleSizes, spare: int) -> list[list[int]]:
 
 
 def _fill_by_tokens(samples: SampleSizes, packs: list[list[int]]) -> None:
-    emptiest = [(0, number) for number in range(len(packs))]
+    """A pack in the heap is one integer, its fill before its number: half the time of pairs."""
+    lengths = samples.lengths
+    bits = (len(packs) + len(lengths)).bit_length()
+    pack_number, too_full = (1 << bits) - 1, (samples.length + 1) << bits
+    emptiest = list(range(len(packs)))
     for i in samples.longest_first:
-        fill, number = emptiest[0]
-        if fill + samples.lengths[i] <= samples.length:
-            heapq.heapreplace(emptiest, (fill + samples.lengths[i], number))
+        filled = emptiest[0] + (lengths[i] << bits)
+        if filled < too_full:
+            heapq.heapreplace(emptiest, filled)
+            packs[filled & pack_number].append(i)
         else:
-            number = len(packs)
-            packs.append([])
-            heapq.heappush(emptiest, (samples.lengths[i], number))
-        packs[number].append(i)
+            heapq.heappush(emptiest, (lengths[i] << bits) + len(packs))
+            packs.append([i])
 
 
 def _fill_by_tokens_and_tiles(samples: SampleSizes, packs: list[list[int]], max_tiles: int) -> None:
