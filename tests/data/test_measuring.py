@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import make_dataset, make_tokenizer
+from samples import make_dataset, make_tokenizer, question, write_jsonl
 
+from megatron_eagle.data.build.dataset import build_dataset
 from megatron_eagle.data.build.index import write_index
 from megatron_eagle.data.build.measure import MeasureReport, measure_shards
 from megatron_eagle.data.build.part import Part
 from megatron_eagle.data.order.measuring import TextOf, open_sample_index, text_tokens
+from megatron_eagle.data.order.shard_stamps import stamp_shards
 from megatron_eagle.data.sample.tokenizer import SentencePieceTokenizer
 from megatron_eagle.errors import UserError
 
@@ -119,6 +121,19 @@ def test_a_shard_that_was_changed_is_read_again(world: Any, tmp_path: Path) -> N
     shutil.copyfile(source / "shard-000002.tar", folder / "shard-000001.tar")
     write_index(folder, ["shard-000000.tar", "shard-000001.tar"])
     assert [open_sample_index(folder).ids[n] for n in (0, 5)] == ["s0", "s10"]
+
+
+def test_a_shard_that_was_built_here_is_known_by_its_bytes_and_not_by_its_age(tmp_path: Path) -> None:
+    stamps = []
+    for number, word in enumerate(("cat", "cat", "dog")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        built = folder / "built"
+        build_dataset(write_jsonl(folder, [question(f"s{n}", "What?", word) for n in range(3)]), built)
+        os.utime(built / "shard-000000.tar", ((0, 9, 0)[number],) * 2)
+        stamps += stamp_shards(built)
+    cat, same, dog = stamps
+    assert cat == same != dog and cat.size == dog.size
 
 
 @pytest.mark.slow

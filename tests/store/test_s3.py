@@ -3,13 +3,17 @@
 The same stream as from disk: nothing lost, nothing read twice but what was asked for again, a cache within its bound.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import re
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +94,9 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         )
         client.create_bucket(Bucket=BUCKET)
         with hostile_proxy(port) as proxy:
-            own = Store(proxy, root, folder or "")
-            own.read(str(root), ["pictures", "films"], root / "local")  # text is counted before it is copied
-            for file in (path for name in ("pictures", "films") for path in (root / name).rglob("*")):
+            own, sets = Store(proxy, root, folder or ""), ["pictures", "posters", "films"]
+            own.read(str(root), sets, root / "local")  # text is counted before it is copied
+            for file in (path for name in sets for path in (root / name).rglob("*")):
                 if file.is_file():
                     client.put_object(Bucket=BUCKET, Key=str(file.relative_to(root)), Body=file.read_bytes())
             yield own
@@ -101,14 +105,15 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def _build_sets(root: Path) -> None:
-    """Pictures of about 100 KB that no codec shrinks, and films."""
+    """Pictures of about 100 KB and posters of 600 that no codec shrinks, and films."""
     source = root / "source"
     source.mkdir()
     draw = np.random.default_rng(0)
-    for number in range(SAMPLES):
-        Image.fromarray(draw.integers(0, 256, (190, 180, 3), np.uint8)).save(source / f"{number}.png")
-    records = [question(f"p{n}", "<image>\nWhat?", "Noise.", f"{n}.png") for n in range(SAMPLES)]
-    build_dataset(write_jsonl(source, records), root / "pictures", samples_per_shard=SAMPLES // 2)
+    for name, sides in (("pictures", (190, 180, 3)), ("posters", (450, 450, 3))):
+        for number in range(SAMPLES):
+            Image.fromarray(draw.integers(0, 256, sides, np.uint8)).save(source / f"{name}{number}.png")
+        records = [question(f"{name}-{n}", "<image>\nWhat?", "Noise.", f"{name}{n}.png") for n in range(SAMPLES)]
+        build_dataset(write_jsonl(source, records, f"{name}.jsonl"), root / name, samples_per_shard=SAMPLES // 2)
     write_video(source / "a.mp4", 100)
     films = [question(f"f{number}", "<video>What?", "It.", video="a.mp4") for number in range(3)]
     build_dataset(write_jsonl(source, films, "films.jsonl"), root / "films")
@@ -164,6 +169,40 @@ def test_a_cache_serves_what_it_holds(store: Store, tmp_path: Path) -> None:
     assert 2 * MIB < cached(tmp_path / "cache") < 4 * MIB
 
 
+@pytest.mark.slow
+def test_a_cache_smaller_than_the_data_stays_within_its_bound(store: Store, tmp_path: Path) -> None:
+    """Its size, and what comes in until the client looks at it again, at a store that sends four lines a second."""
+    size, every, answers = 2 * MIB, 1, 4
+    store.proxy.fault_of = lambda *_: time.sleep(1 / answers) or ""
+    local = store.read(str(store.folder), ["posters"], tmp_path)
+    eviction = {"policy": "lru", "refresh_interval": every}
+    lines = {"cache_line_size": "1M", "location": str(tmp_path / "cache"), "check_source_version": False}
+    with greatest(lambda: cached(tmp_path / "cache")) as most:
+        cache = {**lines, "size": "2M", "eviction_policy": eviction}
+        assert store.read("msc://store", ["posters"], tmp_path, cache=cache) == local
+    came = sum(one.sent for one in store.proxy.whole(".tar"))
+    assert came > 14 * MIB > size + (every * answers + 2) * MIB >= max(most) > size / 2
+
+
+@contextmanager
+def greatest(number: Callable[[], int]) -> Iterator[list[int]]:
+    """The number as it is every 50 ms meanwhile."""
+    seen, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            with contextlib.suppress(FileNotFoundError):
+                seen.append(number())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
 def cached(folder: Path) -> int:
     """Bytes that a cache holds."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
@@ -203,6 +242,6 @@ def test_a_shard_that_is_missing_is_its_samples_rejected(store: Store, tmp_path:
     store.proxy.fault_of = lambda method, path, asked, nth: "gone" if path.endswith("1.tar") else ""
     found = store.read("msc://store", ["pictures"], tmp_path)
     assert sorted(name for name, _ in found["rejected"]) == sorted(
-        f"p{number}" for number in range(SAMPLES // 2, SAMPLES)
+        f"pictures-{number}" for number in range(SAMPLES // 2, SAMPLES)
     )
     assert all("msc://store/pictures/shard-000001.tar is not there" in reason for _, reason in found["rejected"])
