@@ -40,13 +40,13 @@ def skipped(found: PartResult) -> str:
     return "; ".join(found.skipped)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_calibrate_leaves_a_profile_that_later_parts_plan_with(setting):
     run("calibrate", setting)
     assert load_hardware(str(setting.folder / PROFILE)).name == setting.hardware().name == f"cpu-{gethostname()}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_is_set_beside_the_plan_and_transformers(setting):
     found = run("train_1b", setting)
     beside, planned = found.tables
@@ -67,7 +67,7 @@ def test_train_is_set_beside_the_plan_and_transformers(setting):
     assert NO_CUDA in skipped(found) and "flash_attn is not installed" in skipped(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoint_resumes_to_the_same_bits(setting):
     saved, offload = run("checkpoint", setting).tables
     assert ("losses after resuming", "the same bits") in saved.rows
@@ -75,7 +75,7 @@ def test_checkpoint_resumes_to_the_same_bits(setting):
     assert not (setting.folder / "checkpoint-part").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_are_checked_and_nothing_is_timed(setting):
     found = run("kernels", setting)
     assert {row[0] for row in found.tables[0].rows} == {"tile_prepare"} and "no CUDA device" in skipped(found)
@@ -109,7 +109,7 @@ def test_syncs_and_optional_say_what_is_missing(setting):
     assert all(name in skipped(found) or name in dict(found.values) for name in ("transformer_engine", "apex"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_verify_runs_rows_of_one_process(setting):
     found = run("verify", setting)
     assert [row[-1] for row in found.tables[0].rows] == ["equal", "equal"] and "kernels" in skipped(found)

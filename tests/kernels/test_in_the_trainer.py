@@ -74,7 +74,7 @@ def compare(encoders: tuple, groups) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_layout_with_all_kernels_equals_the_reference(lora: bool) -> None:
     """Tiles, join, attention and loss in kernels under tp=2 with sequence parallelism: loss, gradients, weights.
 

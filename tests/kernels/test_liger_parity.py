@@ -152,7 +152,7 @@ def test_rope_is_megatrons(dtype: torch.dtype, heads: int, key_heads: int) -> No
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", pytest.param("full", marks=pytest.mark.long)])
 def test_layers_compute_and_are_called_the_same(recompute: str) -> None:
     from megatron_eagle.model.liger import LigerRMSNorm, LigerSwiGLU, RotarySelfAttention
 
@@ -193,7 +193,12 @@ def test_the_norms_gradient_is_summed_with_sequence_parallelism() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("recompute", "trains", "precision"),
-    [("none", True, "fp32"), ("none", False, "fp32"), ("selective", True, "bf16"), ("full", True, "fp32")],
+    [
+        ("none", True, "fp32"),
+        ("none", False, "fp32"),
+        pytest.param("selective", True, "bf16", marks=pytest.mark.long),
+        pytest.param("full", True, "fp32", marks=pytest.mark.long),
+    ],
 )
 def test_the_plan_counts_what_a_layer_keeps(recompute: str, trains: bool, precision: str) -> None:
     """Bytes that two layers keep more than one does: all are held, and none twice."""

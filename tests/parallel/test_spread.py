@@ -161,7 +161,10 @@ def test_frozen_parts_stay_and_the_others_learn_the_same(worlds, trainable: tupl
     assert moved == set(trainable)
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed-optimizer", "plain-optimizer"])
+@pytest.mark.parametrize(
+    "distributed",
+    [pytest.param(True, id="distributed-optimizer"), pytest.param(False, id="plain-optimizer", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [

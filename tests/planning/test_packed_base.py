@@ -69,7 +69,7 @@ def both(recipe: Recipe) -> tuple[bool, bool, list[float], bool]:
     return sizes == wanted, equal, distances, shown
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("one", marks=pytest.mark.long), *list(CASES)[1:]])
 def test_a_step_is_that_on_the_unpacked_numbers_to_the_bit(worlds, case: str) -> None:
     pytest.importorskip("bitsandbytes")
     size, layout, changes, _ = CASES[case]

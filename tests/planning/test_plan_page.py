@@ -97,8 +97,8 @@ def test_the_command_writes_it_also_of_what_does_not_fit(tmp_path, capsys):
 def test_stages_that_fit_nowhere_are_named(tmp_path, capsys):
     out = tmp_path / "plan.html"
     with pytest.raises(SystemExit) as stopped:
-        main(["plan", "eagle2-9b", "--stage", "stage2", "--gpus", "2", "--search", "--html", str(out)])
-    said, line = capsys.readouterr(), "stage2 on 2 h100: no layout fits"
+        main(["plan", "eagle2-9b", "--stage", "stage2", "--gpus", "1", "--search", "--html", str(out)])
+    said, line = capsys.readouterr(), "stage2 on 1 h100: no layout fits"
     assert stopped.value.code == 2 and said.err == f"megatron-eagle: {line}\n"
     assert f'<p class="bad">{line}</p>' in out.read_text() and "<table>" not in out.read_text()
 

@@ -99,7 +99,14 @@ def go_on(worlds, recipe: Path, made: Path, to: Path, *changes: str) -> TorchDis
     return steps_of(to)[-1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pp=2, tied, spread",
+        "tp=2, not distributed",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("dp=2", "cp=2")),
+    ],
+)
 def test_it_goes_on_to_the_last_bit(trained, recipe: Path, worlds, tmp_path: Path, name: str) -> None:
     got = go_on(worlds, recipe, trained[name], tmp_path / "runs", *CASES[name], EMA)
     wanted = steps_of(trained[name])[-1]

@@ -56,7 +56,7 @@ def told_command(said: str) -> list[str]:
 @pytest.mark.slow
 def test_ctrl_c_saves_the_step_of_every_process_and_the_command_it_tells_continues(small_run, tmp_path) -> None:
     """As a terminal does: to the whole group. The losses are those of a run that nobody disturbed."""
-    stage = {**small_run.settings()["stages"][0], "steps": 60, "checkpoint_every": 1000}
+    stage = {**small_run.settings()["stages"][0], "steps": 30, "checkpoint_every": 1000}
     recipe = small_run.write_recipe(tmp_path / "r.yaml", layout={"pp": 2}, stages=[stage])
     whole, runs = tmp_path / "whole", tmp_path / "the runs"
     command = ["train", str(recipe), "--stage", "first", "--processes", "2", "--runs"]
@@ -67,14 +67,14 @@ def test_ctrl_c_saves_the_step_of_every_process_and_the_command_it_tells_continu
     os.killpg(process.pid, signal.SIGINT)
     code, said = end(process)
     steps = len(losses(runs))
-    assert code == STOPPED_EXIT_CODE and 3 <= steps < 60
+    assert code == STOPPED_EXIT_CODE and 3 <= steps < 30
     assert said.splitlines() == [
         "megatron-eagle: ending the step and saving it; Ctrl-C again aborts",
         f"megatron-eagle: first was asked to stop: saved step {steps} in {runs}/small/checkpoints/first; "
         f"continue with: megatron-eagle {shlex.join([*command, str(runs)])}",
     ]
     assert end(start(*told_command(said)))[0] == 0 and end(undisturbed)[0] == 0
-    assert losses(runs) == losses(whole) and len(losses(runs)) == 60
+    assert losses(runs) == losses(whole) and len(losses(runs)) == 30
 
 
 WATCHING = """

@@ -65,7 +65,13 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "words"), SCHEDULES.values(), ids=SCHEDULES)
+OFTEN = ("many more steps", "linear", "warm-up", "part rates")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [pytest.param(*SCHEDULES[name], id=name, marks=() if name in OFTEN else pytest.mark.long) for name in SCHEDULES],
+)
 def test_the_schedule_is_that_of_the_recipe_given(
     trained: Path, worlds, tmp_path: Path, overrides: tuple[str, ...], words: str
 ) -> None:

@@ -61,19 +61,26 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
-def test_two_processes_train_like_one(small_run, worlds, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    """Same losses over six steps a stage; dp=2 (none) reads other packs, so there only that it trains is asked here."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    recipe = str(small_run.write_recipe(tmp_path / "r.yaml"))
+@pytest.fixture(scope="module")
+def one(small_run, worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages in one process: the runs' folder, beside its recipe."""
+    folder = tmp_path_factory.mktemp("one")
+    recipe = str(small_run.write_recipe(folder / "r.yaml"))
     for stage in ("first", "second"):
-        worlds(1).run(train, recipe, stage, str(one))
-        worlds(2).run(train, recipe, stage, str(two), overrides)
+        worlds(1).run(train, recipe, stage, str(folder / "runs"))
+    return folder / "runs"
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+def test_two_processes_train_like_one(one: Path, worlds, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Same losses over six steps a stage; dp=2 (none) reads other packs, so there only that it trains is asked here."""
+    for stage in ("first", "second"):
+        worlds(2).run(train, str(one.parent / "r.yaml"), stage, str(tmp_path), overrides)
     if overrides:
-        assert [entry[0::3] for entry in losses(one)] == [entry[0::3] for entry in losses(two)]
-        assert [entry[2] for entry in losses(two)] == pytest.approx([entry[2] for entry in losses(one)], rel=2e-6)
+        assert [entry[0::3] for entry in losses(one)] == [entry[0::3] for entry in losses(tmp_path)]
+        assert [entry[2] for entry in losses(tmp_path)] == pytest.approx([entry[2] for entry in losses(one)], rel=2e-6)
     else:
-        assert len(losses(two)) == 12
+        assert len(losses(tmp_path)) == 12
 
 
 @pytest.mark.parametrize(
@@ -290,7 +297,7 @@ def test_packs_without_any_tile_train(small_run, worlds, tmp_path: Path) -> None
         (["tokenizer.path=nowhere.model"], "nowhere.model"),
         (["stages.first.blend.0.path=nowhere"], "nowhere"),
         (["--runs", "/proc/nothing"], "cannot write"),
-        (["--processes", "2", "layout.pp=2", "stages.first.batch=3"], None),
+        pytest.param(["--processes", "2", "layout.pp=2", "stages.first.batch=3"], None, marks=pytest.mark.long),
         (["--processes", "2", "stages.first.batch=3"], "batch=3 packs cannot be shared out evenly to 2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

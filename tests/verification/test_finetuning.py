@@ -25,9 +25,13 @@ def verifier():
 
 
 ROWS = [
-    Row(tp=2, sequence_parallel=True, recompute="full", tuned=True),
     Row(pp=2, uneven=True, encoder="spread", tuned=True),
     Row(cp=2, distributed_optimizer=False, packing="single", tuned=True),
+]
+MORE_ROWS = [
+    Row(tp=2, sequence_parallel=True, recompute="full", tuned=True),
+    Row(pp=2, vpp=2, overlap=True, tuned=True),
+    Row(tp=2, pp=2, tuned=True),
 ]
 
 
@@ -38,7 +42,7 @@ def test_equal_to_the_reference(verifier: Verifier, row: Row) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", [Row(pp=2, vpp=2, overlap=True, tuned=True), Row(tp=2, pp=2, tuned=True)])
+@pytest.mark.parametrize("row", MORE_ROWS)
 def test_equal_to_the_reference_in_more_layouts(verifier: Verifier, row: Row) -> None:
     result = verifier.check(row)
     assert result.ok, result

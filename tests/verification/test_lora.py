@@ -74,8 +74,9 @@ def verifier():
     "row",
     [
         Row(tp=2, sequence_parallel=True, recompute="full"),
-        Row(pp=2, encoder="spread", trainable="connector"),
-        Row(tp=4),  # more processes than key/value heads: some have no row of k or v
+        pytest.param(Row(pp=2, encoder="spread", trainable="connector"), marks=pytest.mark.long),
+        # More processes than key/value heads: some have no row of k or v.
+        pytest.param(Row(tp=4), marks=pytest.mark.long),
     ],
 )
 def test_equal_to_peft(verifier: Verifier, row: Row) -> None:
