@@ -1,11 +1,13 @@
 """The same samples through transformers' modules, padded and packed, and through ours: useful tokens a second, memory.
 
-    python benchmarks/against_transformers.py FOLDER [--rounds 3] [--steps 4]
+    python benchmarks/against_transformers.py FOLDER [--rounds 3] [--steps 4] [--cores 1 2]
 
 The embedded model and data set (made in FOLDER, kept there). A step is the same four packs for everybody, its samples
 in padded batches or packed, the same weights, the square-root average, clipping and AdamW, all in float32; the losses
 are held against each other, so that all did the same work. Reading and cutting into tiles is left out: packs are made
-before. Every run has a process of its own; they take turns, and each figure is the median over its steps of all rounds.
+before. Two cores are two threads of one process for transformers, as its Trainer has them, and two processes of one
+thread for ours (dp=2), as ``megatron-eagle train --processes 2``. Every run has processes of its own; they take turns,
+and each figure is the median over its steps of all rounds.
 ``ours is`` compares by the clock and by the processor's: where other work runs on the machine, believe the second.
 Memory is what the process holds at its peak, less what it held with model and packs before the first step. At the end
 the profile of one of our steps: which operations its time goes into.
@@ -32,7 +34,6 @@ PACKS = 4  # a step
 STAGE = "stage1.5"
 SAMPLES = 600
 SEED = 7
-THREADS = (1, 2)
 WAYS = ("padded 1", "padded 4", "padded 16", "padded 16 by length", "packed", "ours")
 # Of the operations that torch's profiler names, what they are for.
 KINDS = {
@@ -198,12 +199,13 @@ def with_transformers(way: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def with_ours(folder: str, steps: int, profiled: bool) -> dict[str, Any]:
-    """As ``with_transformers``, in the one process of a world; or the ``profile`` of one step."""
+    """As ``with_transformers``, in each process of a world, which share the packs; or the ``profile`` of one step."""
     from dataclasses import replace
     from datetime import timedelta
     from functools import partial
 
     import torch
+    import torch.distributed as dist
 
     from megatron_eagle.compat.platform import install
     from megatron_eagle.parallel.groups import initialise
@@ -212,7 +214,6 @@ def with_ours(folder: str, steps: int, profiled: bool) -> dict[str, Any]:
     from megatron_eagle.verification.check import load_reference
     from megatron_eagle.verification.reference import ReferenceEagle
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe = recipe_of(Path(folder))
     stage = recipe.stages[0]
     stage = replace(
@@ -229,7 +230,7 @@ def with_ours(folder: str, steps: int, profiled: bool) -> dict[str, Any]:
     def step(packs: list[Any]) -> float:
         return training.collect(training.run(partial(list, packs))).loss
 
-    every = load_packs(Path(folder))
+    every = [packs[dist.get_rank() :: dist.get_world_size()] for packs in load_packs(Path(folder))]
     if profiled:
         return {"profile": profile_of(lambda: step(every[0]))}
     return timed(step, every, steps)
@@ -266,26 +267,32 @@ def timed(step: Callable[[list[Any]], float], every: list[list[Any]], steps: int
     return {"seconds": seconds[1:], "processor": processor[1:], "losses": losses, "megabytes": megabytes}
 
 
-def child(way: str, folder: Path, steps: int) -> None:
+def child(way: str, folder: Path, steps: int, cores: int) -> None:
     """One run; prints JSON."""
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if way in ("ours", "profile"):
         from megatron_eagle.parallel.process_pool import World
 
-        world = World(1)
-        (found,) = world.run(with_ours, str(folder), steps, way == "profile", timeout=1200)
-        world.stop()
+        world = World(cores)
+        try:
+            all_ranks = world.run(with_ours, str(folder), steps, way == "profile", timeout=1200)
+        finally:
+            world.stop()
+        found = all_ranks[0]
+        if way == "ours":
+            found["processor"] = [sum(own) for own in zip(*(each["processor"] for each in all_ranks), strict=True)]
+            found["megabytes"] = sum(each["megabytes"] for each in all_ranks)
     else:
+        torch.set_num_threads(cores)
         found = with_transformers(way, folder, steps)
     print(json.dumps(found))
 
 
-def run(way: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
+def run(way: str, folder: Path, steps: int, cores: int) -> dict[str, Any]:
     """One run in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    words = [sys.executable, __file__, str(folder), "--steps", str(steps), "--way", way]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    words = [sys.executable, __file__, str(folder), "--steps", str(steps), "--cores", str(cores), "--way", way]
     done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -302,11 +309,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--way", choices=[*WAYS, "profile"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.absolute()
     if options.way:
-        child(options.way, folder, options.steps)
+        child(options.way, folder, options.steps, options.cores[0])
         return
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, 1 + options.steps)
@@ -315,13 +323,13 @@ def main() -> None:
     samples = sum(len(pack.sample_ids) for packs in every for pack in packs) / len(every)
     tiles = sum(len(pack.tiles) for packs in every for pack in packs) / len(every)
     print(f"a step: {PACKS} packs, {samples:.0f} samples, {useful:,.0f} useful tokens, {tiles:.0f} tiles\n")
-    for threads in THREADS:
+    for cores in options.cores:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in range(options.rounds):
             for way in WAYS:
-                found[way].append(run(way, folder, options.steps, threads))
+                found[way].append(run(way, folder, options.steps, cores))
         first = found["ours"][0]["losses"]
-        print(f"| threads: {threads} | useful tokens/s | a processor s | ours is | MB | losses differ by |")
+        print(f"| cores: {cores} | useful tokens/s | a processor s | ours is | MB | losses differ by |")
         print("|---|---|---|---|---|---|")
         rates = {way: (rate(runs, "seconds", useful), rate(runs, "processor", useful)) for way, runs in found.items()}
         for way, runs in found.items():
@@ -332,9 +340,7 @@ def main() -> None:
             print(f"| {way} | {both} | {times} x | {megabytes:,.0f} | {apart:.1e} |")
         print(flush=True)
     seconds = run("profile", folder, options.steps, 1)["profile"]
-    print(
-        "Ours, one thread: " + ", ".join(f"{kind} {own / sum(seconds.values()):.0%}" for kind, own in seconds.items())
-    )
+    print("Ours, one core: " + ", ".join(f"{kind} {own / sum(seconds.values()):.0%}" for kind, own in seconds.items()))
 
 
 if __name__ == "__main__":
