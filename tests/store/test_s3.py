@@ -164,7 +164,11 @@ def test_a_cache_serves_what_it_holds_and_keeps_nothing_that_came_short(store: S
     assert store.read("msc://store", ["pictures"], tmp_path, epochs=2, cache={**lines, "size": "100M"}) == local
     asked = Counter((one.path, one.range) for one in store.proxy.whole(".tar"))
     whole = {what for what in asked if what[1] in ("bytes=0-1048575", "bytes=1048576-2097151")}
-    assert len(whole) == 4 and set(asked.values()) == {1}  # two lines of two shards, and nothing for the second epoch
+    assert len(whole) == 4  # two lines of two shards, and nothing for the second epoch
+    short = sum(one.fault == "short" for one in store.proxy.log)
+    assert (
+        short and sum(asked.values()) - len(asked) <= short
+    )  # where one comes short, all lines of its file are forgotten
     assert len(asked) <= 2 * len(whole)  # where a line came cut off, the client asks for the sample alone
     assert 2 * MIB < cached(tmp_path / "cache") < 4 * MIB
 
