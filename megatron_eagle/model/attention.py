@@ -12,7 +12,7 @@ segments of any length, and Transformer Engine's. Both run on CUDA in bf16 only,
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -213,16 +213,25 @@ def _attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pack: PackMask,
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, l or L, d]
     outputs = [
         F.scaled_dot_product_attention(
-            query[:, :, piece.rows],
-            key[:, :, piece.keys],
-            value[:, :, piece.keys],
-            attn_mask=_mask(piece, query.device),
-            is_causal=piece.starts_segment,
-            scale=scale,
+            q, k, v, attn_mask=_mask(piece, query.device), is_causal=piece.starts_segment, scale=scale
         )
-        for piece in pack.pieces
+        for piece, q, k, v in zip(
+            pack.pieces,
+            _cut(query, [piece.rows for piece in pack.pieces]),
+            _cut(key, [piece.keys for piece in pack.pieces]),
+            _cut(value, [piece.keys for piece in pack.pieces]),
+            strict=True,
+        )
     ]
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _cut(x: Tensor, parts: list[slice]) -> Sequence[Tensor]:
+    """``parts`` of x [1, heads, L, d]. Where they are all of it, by one operation: the gradient of each of many slices
+    is as long as the pack, so that a pack's cost would grow with the square of its segments."""
+    if [part.stop for part in parts] == [*(part.start for part in parts[1:]), x.shape[2]] and parts[0].start == 0:
+        return x.split([part.stop - part.start for part in parts], dim=2)
+    return [x[:, :, part] for part in parts]
 
 
 def _mask(piece: Piece, device: torch.device) -> Tensor | None:

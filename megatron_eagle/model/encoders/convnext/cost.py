@@ -4,7 +4,7 @@ from megatron_eagle.model.cost import EncoderRun, Flops, Held, Rate
 from megatron_eagle.model.encoders.convnext.config import EXPANSION, KERNEL, STEM, Config
 
 RATE: Rate = "convolutions"
-PIXEL_COPIES = 3  # in float32, while a tile is resized and normalised
+PIXEL_COPIES = 2  # in float32: resized pixels, and what they are made from, counted as large
 
 
 def operations(convnext: Config) -> tuple[Flops, Flops]:

@@ -99,10 +99,11 @@ def prepare(tiles: Tensor, image_size: int) -> Tensor:
     """uint8 [n, 3, s, s] -> float32 [n, 3, image_size, image_size], resized and in CLIP's normalisation.
 
     The released model resizes tiles that were already normalised for SigLIP and maps them to CLIP's statistics
-    afterwards; both steps are affine, so normalising raw pixels after the resize gives the same numbers.
+    afterwards. Resizing takes weighted means and the rest is affine, so that the order changes no number; before the
+    resize there are fewer pixels to normalise.
     """
-    pixels = tiles.float() / 255.0
+    mean, std = (torch.tensor(values, device=tiles.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    pixels = tiles.float() / (255.0 * std) - mean / std
     if pixels.shape[-1] != image_size:
         pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=True)
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
+    return pixels
