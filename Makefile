@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 # Tests side by side; each holds up to 6 GB of processes, and waits a quarter of its time. WORKERS=0 is one after the
 # other, in this process.
 WORKERS ?= 3
-PYTEST = -m pytest -q -n $(WORKERS) --dist load
+PYTEST = -m pytest -q -n $(WORKERS) --dist worksteal
 TESTS = $(BIN)/python $(PYTEST)
 # RECORD=--record-support: test, test-stacks and test-te also write down what passed, for the README's table.
 RECORD ?=

@@ -71,7 +71,11 @@ FILES = {
     "process_00000.pt": True,
     "process_00001.pt": True,
 }
-CASES = [(name, form) for name, archive in FILES.items() for form in ("pickle", "archive")[: 1 + archive]]
+CASES = [(name, "pickle") for name in FILES] + [
+    pytest.param(name, "archive", marks=() if name == "common.pt" else pytest.mark.long)
+    for name, archive in FILES.items()
+    if archive
+]
 CONVERSIONS = ("convert", "compare")  # which one process does
 
 

@@ -152,7 +152,9 @@ def test_rope_is_megatrons(dtype: torch.dtype, heads: int, key_heads: int) -> No
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("recompute", ["none", "selective", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "recompute", ["none", *(pytest.param(again, marks=pytest.mark.long) for again in ("selective", "full"))]
+)
 def test_layers_compute_and_are_called_the_same(recompute: str) -> None:
     from megatron_eagle.model.liger import LigerRMSNorm, LigerSwiGLU, RotarySelfAttention
 
@@ -195,7 +197,7 @@ def test_the_norms_gradient_is_summed_with_sequence_parallelism() -> None:
     ("recompute", "trains", "precision"),
     [
         ("none", True, "fp32"),
-        ("none", False, "fp32"),
+        pytest.param("none", False, "fp32", marks=pytest.mark.long),
         pytest.param("selective", True, "bf16", marks=pytest.mark.long),
         pytest.param("full", True, "fp32", marks=pytest.mark.long),
     ],

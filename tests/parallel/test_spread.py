@@ -120,17 +120,17 @@ def test_recorded_heavy_tail_is_balanced_over_64_processes() -> None:
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (2, Layout(tp=2)),
         (2, Layout(tp=2, sequence_parallel=True)),
-        (2, Layout(pp=2)),
         (2, Layout(pp=2, vpp=2)),
         (2, Layout(cp=2)),
-        (2, Layout()),
         (4, Layout(tp=2, pp=2)),
         (4, Layout(pp=2)),
-        (4, Layout(tp=2, cp=2)),
+        *(
+            pytest.param(*others, marks=pytest.mark.long)
+            for others in ((2, Layout(tp=2)), (2, Layout(pp=2)), (2, Layout()), (4, Layout(tp=2, cp=2)))
+        ),
     ],
-    ids=["tp", "sequence", "pp", "virtual", "cp", "dp", "tp-pp", "pp-dp", "tp-cp"],
+    ids=["sequence", "virtual", "cp", "tp-pp", "pp-dp", "tp", "pp", "dp", "tp-cp"],
 )
 def test_trains_like_one_process_with_encoders_of_its_own(worlds, processes: int, layout: Layout) -> None:
     """Four steps of ragged packs, clipped, with a learning rate per part; the second leaves ranks without a tile."""
@@ -150,7 +150,16 @@ def test_options_change_nothing(worlds, chunk: int | None, options: dict[str, An
     assert_same(worlds(2).run(cases.train, layout, ALL, expected.weights, options, model), expected)
 
 
-@pytest.mark.parametrize("trainable", [("connector",), ("vision",), ("language",), ("vision", "connector")], ids=str)
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ("connector",),
+        ("vision", "connector"),
+        pytest.param(("vision",), marks=pytest.mark.long),
+        pytest.param(("language",), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_frozen_parts_stay_and_the_others_learn_the_same(worlds, trainable: tuple[Any, ...]) -> None:
     expected = reference(worlds, trainable)
     before = worlds(1).run(cases.train, Layout(), trainable, None, None, None, None, 0)[0].weights

@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("size", CASES)
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_bytes_of_every_process(worlds, size):
     for case in CASES[size][:2]:
         compare(worlds, size, *case)

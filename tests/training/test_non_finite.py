@@ -95,10 +95,10 @@ PLANTS = {
     "backward": plant_backward,
 }
 LAYOUTS = [
-    (1, Layout()),
+    pytest.param(1, Layout(), marks=pytest.mark.long),
     (2, Layout()),
     (2, Layout(tp=2, sequence_parallel=True)),
-    (2, Layout(pp=2)),
+    pytest.param(2, Layout(pp=2), marks=pytest.mark.long),
     (2, Layout(cp=2)),
     (2, with_spread(Layout(pp=2))),
 ]

@@ -65,7 +65,7 @@ SCHEDULES = {
 }
 
 
-OFTEN = ("many more steps", "linear", "warm-up", "part rates")
+OFTEN = ("many more steps", "part rates")
 
 
 @pytest.mark.parametrize(

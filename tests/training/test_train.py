@@ -53,9 +53,9 @@ def test_later_stages_start_where_the_one_before_ended(small_run, worlds, tmp_pa
 
 
 LAYOUTS = [
-    ("layout.tp=2",),
+    pytest.param(("layout.tp=2",), marks=pytest.mark.long, id="layout.tp=2"),
     ("layout.tp=2", "layout.sequence_parallel=true"),
-    ("layout.pp=2",),
+    pytest.param(("layout.pp=2",), marks=pytest.mark.long, id="layout.pp=2"),
     ("layout.pp=2", "stages.second.layout.pp=1", "stages.second.layout.tp=2"),
     (),
 ]
@@ -106,7 +106,7 @@ def test_a_stopped_stage_continues_with_the_same_losses(small_run, worlds, tmp_p
     assert losses(parts) == losses(whole)
 
 
-@pytest.mark.parametrize("resumed", [{"pp": 2}, {}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("resumed", [{"pp": 2}, pytest.param({}, marks=pytest.mark.long), {"tp": 2}], ids=str)
 def test_everything_trained_continues_in_any_layout(small_run, worlds, tmp_path: Path, resumed: dict[str, int]) -> None:
     """Three steps at pp=2 with tied embeddings, the rest in another layout; an uninterrupted run is the reference.
 

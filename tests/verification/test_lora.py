@@ -178,7 +178,12 @@ QKV, PROJ = (f"language.decoder.layers.0.self_attention.linear_{name}." for name
 
 
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"tp": 2, "encoder": "spread"}, {}]
+    "layout",
+    [
+        {"tp": 2, "sequence_parallel": True},
+        {"tp": 2, "encoder": "spread"},
+        *(pytest.param(layout, marks=pytest.mark.long) for layout in ({"tp": 2}, {})),
+    ],
 )
 def test_masks_are_alike_where_the_input_is_and_only_there(worlds, layout: dict) -> None:
     """And copies of a parameter stay the same to the last bit, which other masks for the same input would end."""

@@ -11,11 +11,16 @@ from megatron_eagle.verification.subject import STEPS, Subject
 
 DINOV2 = {**CONFIG.encoders[0], "kind": "dinov2"}
 ROWS = [
-    Row(),
-    pytest.param(Row(tp=2), marks=pytest.mark.long, id=Row(tp=2).describe()),
     Row(tp=2, sequence_parallel=True, encoder="spread", recompute="full"),
-    Row(pp=2, encoder="spread", distributed_optimizer=False),
-    Row(tp=2, recompute="selective", precision="bf16"),
+    *(
+        pytest.param(row, marks=pytest.mark.long, id=row.describe())
+        for row in (
+            Row(),
+            Row(tp=2),
+            Row(pp=2, encoder="spread", distributed_optimizer=False),
+            Row(tp=2, recompute="selective", precision="bf16"),
+        )
+    ),
 ]
 
 
