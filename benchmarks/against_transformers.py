@@ -73,7 +73,7 @@ def prepare(folder: Path, steps: int) -> None:
 
     if not (folder / "data").exists():
         records = generate(folder / "raw", split="train", samples=SAMPLES, seed=SEED)
-        build_dataset(records, folder / "data", progress=False)
+        build_dataset(records, folder / "data")
         turns = [
             turn
             for line in records.read_text(encoding="utf-8").splitlines()

@@ -129,10 +129,10 @@ def prepare(folder: Path, seed: int) -> None:
         "operators": list(RULES),
     }
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
-    summary = curate(load_plan(folder / "plan.yaml"), folder / "curation", build=True, progress=False)
+    summary = curate(load_plan(folder / "plan.yaml"), folder / "curation", build=True)
     (folder / "data").mkdir()
     (folder / "data" / "curated").symlink_to((folder / "curation" / "shards" / "faulty").absolute())
-    build_dataset(raw / "faulty.jsonl", folder / "data" / "faulty", max_rejected=SAMPLES, progress=False)
+    build_dataset(raw / "faulty.jsonl", folder / "data" / "faulty", max_rejected=SAMPLES)
     lines = (json.loads(line) for line in clean.read_text(encoding="utf-8").splitlines())
     texts = [turn["value"].replace("<image>", "") for one in lines for turn in one["conversations"]]
     train_sentencepiece(

@@ -25,7 +25,7 @@ from megatron_eagle.curation.plan import load_plan
 if __name__ == "__main__":
     plan = load_plan(Path(sys.argv[1]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    curate(plan, Path(sys.argv[2]), progress=False)
+    curate(plan, Path(sys.argv[2]))
     own = resource.getrusage(resource.RUSAGE_SELF)
     print(before * 1024, own.ru_maxrss * 1024, own.ru_utime + own.ru_stime)
 """

@@ -54,7 +54,7 @@ def real_sources(folder: Path, count: int) -> list[Path]:
     if not first.exists():
         (folder / "files").mkdir(parents=True)
         records = write_jsonl(folder / "files", make_records(folder / "files", IN_A_SHARD * SHARDS))
-        build_dataset(records, first, samples_per_shard=IN_A_SHARD, progress=False)
+        build_dataset(records, first, samples_per_shard=IN_A_SHARD)
     for number in range(1, count):
         if not (folder / f"real-{number}").exists():
             shutil.copytree(first, folder / f"real-{number}", copy_function=os.link)
@@ -82,9 +82,9 @@ def measure(folder: Path, count: int) -> tuple[int, int, int]:
     """Shards that are read for ``count`` sources, for the same again, and when one source more is there."""
     paths = [str(path) for path in real_sources(folder / f"measured-{count}", count + 1)]
     text = TextOf(make_tokenizer(folder), "")
-    first = measure_shards(paths[:-1], text, progress=False).now
-    again = measure_shards(paths[:-1], text, progress=False).now
-    more = measure_shards(paths, text, progress=False).now
+    first = measure_shards(paths[:-1], text).now
+    again = measure_shards(paths[:-1], text).now
+    more = measure_shards(paths, text).now
     assert first == sum(len(shard_counts(path)) for path in paths[:-1])
     return first, again, more
 

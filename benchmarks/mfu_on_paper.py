@@ -22,6 +22,7 @@ STAGES = (
     ("eagle2.5-8b", "stage3", 128),
     ("eagle2.5-8b", "stage4", 128),
 )
+SEARCHED = (8, 64, 512, 4096)
 ASSUMED = {"convolutions": 0.25, "link_share": 0.7}  # what the profile assumed before 2026-11-27, from no measurement
 FREE = {"inside_bytes_per_second": 1e30, "outside_bytes_per_second": 1e30, "latency": 1e-30}
 
@@ -153,8 +154,16 @@ def page(stages):
         rows[-1] += [f"{plan.peak / 1e9:.1f}", f"{seconds:.0f}"]
     header = ["stage", "GPUs", "shares as assumed before", "whole layers again, or none", "as searched now"]
     yield markdown([*header, "layout", "GB", "search, CPU s"], rows)
-    _, seconds = best("eagle2-9b", "stage1.5", 4096, hardware)
-    yield f"\nEagle2-9B stage 1.5 on 4 096 GPUs: {seconds:.0f} processor seconds.\n"
+    curve = [(gpus, *best("eagle2-9b", "stage1.5", gpus, hardware)) for gpus in SEARCHED]
+    yield "\n## The search, by GPUs: Eagle2-9B stage 1.5\n"
+    yield markdown(
+        ["GPUs", "best on paper", "layout", "search, CPU s"],
+        [
+            [str(gpus), *(("-", "nothing fits") if plan is None else (f"{plan.mfu:.1%}", describe_layout(plan.layout)))]
+            + [f"{seconds:.1f}"]
+            for gpus, plan, seconds in curve
+        ],
+    )
     for name, plan in plans:
         parts = account(name, plan, hardware)
         yield f"\n## Where a step of {name} {plan.stage.name} goes ({plan.seconds:.2f} s)\n"

@@ -41,7 +41,7 @@ def prepare(folder: Path) -> None:
 
     if not (folder / "tokenizer.model").exists():
         records = generate(folder / "raw", split="train", samples=SAMPLES, seed=7)
-        build_dataset(records, folder / "data", progress=False)
+        build_dataset(records, folder / "data")
         lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
         texts = [turn["value"].replace("<image>", "") for line in lines for turn in line["conversations"]]
         train_sentencepiece(

@@ -39,11 +39,11 @@ def read(name: str, built: Path, build_seconds: float) -> None:
     data = b"".join(Path(shard).read_bytes() for shard in shards)
     summing = seconds(lambda: zlib.crc32(data)) / build_seconds
     size = sum(Path(shard).stat().st_size for shard in shards) / 1e6
-    report = check_damage(built, progress=False)
+    report = check_damage(built)
     assert not report.findings
     kept = (built / ".eagle-meta/checksums-1/members.bin").stat().st_size / report.samples
     rates = {
-        "check": size / seconds(lambda: check_damage(built, progress=False)),
+        "check": size / seconds(lambda: check_damage(built)),
         "sha256sum": size / seconds(command("sha256sum", *shards)),
         "cat": size / seconds(command("cat", *shards)),
     }
@@ -61,7 +61,7 @@ def main() -> None:
         (folder / "text.jsonl").write_text("".join(record(n, "What is it?") for n in range(5000)))
         for name in ("images", "text"):
             source, built = folder / f"{name}.jsonl", folder / name
-            read(name, built, seconds(partial(build_dataset, source, built, progress=False)))
+            read(name, built, seconds(partial(build_dataset, source, built)))
 
 
 if __name__ == "__main__":

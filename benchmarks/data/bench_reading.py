@@ -75,13 +75,13 @@ def main() -> None:
         (folder / "a.jpg").write_bytes(jpeg(photograph(1600, 1200)))
         (folder / "images.jsonl").write_text("".join(record(n, "<image>What is it?", image="a.jpg") for n in range(60)))
         for name in ("text", "images"):
-            build_dataset(folder / f"{name}.jsonl", folder / name, progress=False)
+            build_dataset(folder / f"{name}.jsonl", folder / name)
             read(name, folder / name, tokenizer)
         for group in (250, 30):
             film(folder / f"{group}.mp4", group)
             lines = (record(n, "<video>What is it?", video=f"{group}.mp4") for n in range(4))
             (folder / f"{group}.jsonl").write_text("".join(lines))
-            build_dataset(folder / f"{group}.jsonl", folder / f"film{group}", progress=False)
+            build_dataset(folder / f"{group}.jsonl", folder / f"film{group}")
             read(f"videos, key frame every {group}", folder / f"film{group}", tokenizer)
             with VideoReader(FileSlice.whole(folder / f"{group}.mp4")) as reader:
                 shown = sum(1 for _ in reader.frames(frame_times(VideoSettings(), reader.info, 60)))
