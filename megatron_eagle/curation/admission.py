@@ -57,9 +57,9 @@ class Admission:
         return [source for source in sources if not self.categories or source.category in self.categories]
 
 
-def admit(admission: Admission, out: Path, *, workers: int = 1, progress: bool = True) -> Summary:
+def admit(admission: Admission, out: Path, *, workers: int = 1) -> Summary:
     """Runs it; the summary's notes have the answer, ``out/report.html`` the best matches side by side."""
-    return curate(admission.plan(), out, workers=workers, progress=progress)
+    return curate(admission.plan(), out, workers=workers)
 
 
 def sources_of(text: str) -> list[PlannedSource]:

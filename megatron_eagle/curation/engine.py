@@ -38,7 +38,6 @@ def curate(
     *,
     workers: int = 1,
     build: bool = False,
-    progress: bool = True,
     engine: Engine = "processes",
     ray_address: str = LOCAL,
 ) -> Summary:
@@ -65,10 +64,10 @@ def curate(
             _begin(given, state)
             pool = RayCluster(plan, state, workers, ray_address) if engine == "ray" else Processes(plan, state, workers)
             with pool:
-                blocks = _run(plan, state, pool, progress)
+                blocks = _run(plan, state, pool)
             summary = write_output(plan, partial, state, blocks)
             if build:
-                _build(summary, partial, workers, progress)
+                _build(summary, partial, workers)
             os.replace(state, finished)
             if out.exists():
                 out.rmdir()
@@ -97,14 +96,14 @@ def _take_up(finished: Path, partial: Path, state: Path) -> None:
         raise UserError(f"cannot go on with {finished}: {error.strerror or error}") from error
 
 
-def _build(summary: Summary, out: Path, workers: int, progress: bool) -> None:
+def _build(summary: Summary, out: Path, workers: int) -> None:
     from megatron_eagle.data.build.dataset import build_dataset  # Energon and torch, which nothing else here needs
 
     for source in summary.sources:
         if source.used and not (out / SHARDS / source.name).exists():
             (out / SHARDS).mkdir(exist_ok=True)
             kept = out / KEPT / source.name / SAMPLES_FILE
-            build_dataset(kept, out / SHARDS / source.name, workers=workers, progress=progress)
+            build_dataset(kept, out / SHARDS / source.name, workers=workers)
 
 
 def _begin(given: dict[str, Any], state: Path) -> None:
@@ -132,12 +131,12 @@ def _alone(state: Path) -> Iterator[None]:
         yield
 
 
-def _run(plan: Plan, state: Path, pool: Pool, progress: bool) -> list[int]:
+def _run(plan: Plan, state: Path, pool: Pool) -> list[int]:
     """All segments; returns how many blocks each source has."""
     blocks: list[int] = []
     for segment in segments(plan):
         if segment.number == 0:
-            blocks = [_read_source(plan, state, segment, number, pool, progress) for number in range(len(plan.sources))]
+            blocks = [_read_source(plan, state, segment, number, pool) for number in range(len(plan.sources))]
         else:
             pool.run(segment, _later_jobs(plan, state, segment, blocks))
         if segment.asks is not None:
@@ -145,14 +144,14 @@ def _run(plan: Plan, state: Path, pool: Pool, progress: bool) -> list[int]:
     return blocks
 
 
-def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: Pool, progress: bool) -> int:
+def _read_source(plan: Plan, state: Path, segment: Segment, number: int, pool: Pool) -> int:
     """Segment 0 of a source; returns its number of blocks."""
     source = plan.sources[number]
     mark = state / f"read-{number}.json"
     if mark.exists():
         return int(json.loads(mark.read_text(encoding="utf-8"))["blocks"])
     ledger = Ledger()
-    bar = Progress(f"reading {source.name}", unit="samples", shown=progress)
+    bar = Progress(f"reading {source.name}", unit="samples")
     count = 0
 
     def jobs() -> Iterator[Job]:

@@ -87,7 +87,7 @@ def built(folder, *videos, films=("film.mp4",), rejected=0, frames=100):
     records = [asks("<video>" * (len(v) if isinstance(v, list) else 1) + "What?", video=v) for v in videos]
     lines = [json.dumps({**record, "id": f"s{n}"}) for n, record in enumerate([*records, asks("?")])]
     (folder / "x.jsonl").write_text("\n".join(lines))
-    build_dataset(folder / "x.jsonl", folder / "out", max_rejected=rejected, progress=False)
+    build_dataset(folder / "x.jsonl", folder / "out", max_rejected=rejected)
     return folder / "out"
 
 
@@ -162,7 +162,7 @@ def test_clips_of_one_film_and_whole_videos_beside_each_other(tmp_path, tokenize
     found = dataset_lengths(open_sample_index(out), tokenizer, own)
     assert found.tokens[0] == len(segment.tokens) and found.frames[0] == 9
     assert open_sample_index(out).pictures_of(0) == read_pictures(sample, 10**9) and not words.videos
-    build_dataset(out / "shard-000000.tar", tmp_path / "again", progress=False)
+    build_dataset(out / "shard-000000.tar", tmp_path / "again")
     assert next(iterate_samples(tmp_path / "again")).conversation.video_clips == sample.conversation.video_clips
     assert sample.conversation.before(1).video_clips == sample.conversation.video_clips
 

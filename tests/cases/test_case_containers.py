@@ -125,7 +125,7 @@ def test_a_gzip_that_is_cut_off(tmp_path):
 def test_what_is_no_source_is_one_line_and_leaves_nothing(tmp_path, name, data, why):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
-        build_dataset(tmp_path / name, tmp_path / "out", progress=False)
+        build_dataset(tmp_path / name, tmp_path / "out")
     assert why in str(caught.value) and [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_parquet_file(tmp_path):
     data = write_table(tmp_path / "x.parquet", HUGGING_FACE).read_bytes()
     (tmp_path / "x.parquet").write_bytes(data[:-100])
     with pytest.raises(UserError, match="x.parquet: no readable Parquet file"):
-        build_dataset(tmp_path / "x.parquet", tmp_path / "out", progress=False)
+        build_dataset(tmp_path / "x.parquet", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
     (tmp_path / "x.parquet").write_bytes(data[:40] + bytes(60) + data[100:])
     found = contents(source_items(tmp_path / "x.parquet")[0])
@@ -198,7 +198,7 @@ def test_the_image_folder_of_hugging_face(tmp_path):
     table = "".join(json.dumps(line) + "\n" for line in lines)
     files = {"metadata.jsonl": table, "1.jpg": RED, "sub/2.jpg": GREEN, "3.jpg": BLUE, "4.jpg": RED}
     folder = write_files(tmp_path / "photos", files)
-    report = build_dataset(folder, tmp_path / "out", max_rejected=2, prompt="Which?", progress=False)
+    report = build_dataset(folder, tmp_path / "out", max_rejected=2, prompt="Which?")
     assert (report.read, report.written, report.rejected) == (4, 2, 2)
     stored = [(s.images[0], texts(s.conversation)) for s in iterate_samples(tmp_path / "out")]
     assert stored == [(RED, ["<image>\nWhich?", "Red."]), (GREEN, ["<image>\nWhich?", "Green."])]
@@ -254,7 +254,7 @@ def test_peers_sample_files_as_they_are(tmp_path):
         ("swift.jsonl", 1, 0),
     ):
         out = tmp_path / f"out-{name}"
-        assert build_dataset(tmp_path / name, out, progress=False).written == samples
+        assert build_dataset(tmp_path / name, out).written == samples
         assert all(len(sample.images) == images for sample in iterate_samples(out))
     assert texts(source_items(tmp_path / "pairs.jsonl")[0][0].content) == ["0", "11111", "22222"]
 
@@ -273,9 +273,9 @@ def test_ids_that_repeat_are_made_unique_by_place(tmp_path, capsys):
 def test_ignored_keys_of_the_command_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(asks("a", strange=1, other=2)) + "\n")
     with pytest.raises(UserError, match="1 of 1 samples are bad"):
-        build_dataset(tmp_path / "x.jsonl", tmp_path / "a", ignore_keys=["strange"], progress=False)
+        build_dataset(tmp_path / "x.jsonl", tmp_path / "a", ignore_keys=["strange"])
     for number, ignored in enumerate((["strange", "other"], ["all"])):
-        build_dataset(tmp_path / "x.jsonl", tmp_path / str(number), ignore_keys=ignored, progress=False)
+        build_dataset(tmp_path / "x.jsonl", tmp_path / str(number), ignore_keys=ignored)
         (stored,) = iterate_samples(tmp_path / str(number))
         assert stored.conversation.extra == {"strange": 1, "other": 2}
 

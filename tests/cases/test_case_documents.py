@@ -55,7 +55,7 @@ def made(folder: Path, *records: dict, rejected: int = 0, **files: bytes) -> Pat
     write_files(folder, {"a.pdf": pdf(3), "b.pdf": pdf(2, 4), "x.png": as_png(), **files})
     lines = [json.dumps({**record, "id": f"s{n}"}) for n, record in enumerate(records)]
     (folder / "x.jsonl").write_text("\n".join(lines))
-    build_dataset(folder / "x.jsonl", folder / "out", max_rejected=rejected, progress=False)
+    build_dataset(folder / "x.jsonl", folder / "out", max_rejected=rejected)
     return folder / "out"
 
 
@@ -125,7 +125,7 @@ def test_where_documents_are_shown(record, text):
 def test_a_built_data_set_builds_again(tmp_path):
     records = [asks("<document>", document="a.pdf"), asks("<image><document>", document="b.pdf", image="x.png")]
     out = made(tmp_path, *records)
-    build_dataset(out / "shard-000000.tar", tmp_path / "again", progress=False)
+    build_dataset(out / "shard-000000.tar", tmp_path / "again")
     first, second = list(iterate_samples(out)), list(iterate_samples(tmp_path / "again"))
     assert [s.images for s in first] == [s.images for s in second]
     assert [s.conversation.turns for s in first] == [s.conversation.turns for s in second]
@@ -229,7 +229,7 @@ def test_too_many_pages_and_pixels_and_bytes(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_files(tmp_path, {"x.jsonl": asks("?", document="a.pdf"), "a.pdf": pdf(1)})
     (tmp_path / "x.jsonl").write_text(json.dumps(asks("?", document="a.pdf")) + "\n" + json.dumps(asks("?")))
-    build_dataset(tmp_path / "x.jsonl", tmp_path / "out", max_rejected=1, max_pixels=50_000, progress=False)
+    build_dataset(tmp_path / "x.jsonl", tmp_path / "out", max_rejected=1, max_pixels=50_000)
     assert "pixels, the limit is 50000" in (tmp_path / "out" / "rejected.jsonl").read_text()
 
 
@@ -289,8 +289,8 @@ def test_inline_documents(tmp_path):
 @pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_shards(tmp_path):
     out = made(tmp_path, *(asks("?", document="a.pdf") for _ in range(5)))
-    build_dataset(tmp_path / "x.jsonl", tmp_path / "two", workers=2, samples_per_shard=1, progress=False)
-    build_dataset(tmp_path / "x.jsonl", tmp_path / "one", workers=1, samples_per_shard=1, progress=False)
+    build_dataset(tmp_path / "x.jsonl", tmp_path / "two", workers=2, samples_per_shard=1)
+    build_dataset(tmp_path / "x.jsonl", tmp_path / "one", workers=1, samples_per_shard=1)
     assert [p.name for p in sorted((tmp_path / "two").glob("*.tar"))] == [f"shard-{n:06d}.tar" for n in range(5)]
     for shard in sorted((tmp_path / "two").glob("*.tar")):
         assert shard.read_bytes() == (tmp_path / "one" / shard.name).read_bytes()
@@ -321,7 +321,7 @@ def world(tmp_path_factory):
         del record["image_documents"]
         lines.append(json.dumps(record))
     (folder / "images" / "x.jsonl").write_text("\n".join(lines))
-    build_dataset(folder / "images" / "x.jsonl", folder / "images" / "out", progress=False)
+    build_dataset(folder / "images" / "x.jsonl", folder / "images" / "out")
     return make_tokenizer(folder), documents, folder / "images" / "out"
 
 

@@ -192,7 +192,7 @@ def records_add_up(folder, count, seed):
     records = {f"r{n}": mutate(rng, make_record(rng)) for n in range(count)}
     lines = [json.dumps({**record, "id": identity}) for identity, record in records.items()]
     (folder / "x.jsonl").write_text("\n".join(lines) + "\n")
-    report = build_dataset(folder / "x.jsonl", folder / "out", max_rejected=count, progress=False)
+    report = build_dataset(folder / "x.jsonl", folder / "out", max_rejected=count)
     listed = (folder / "out" / "rejected.jsonl").read_text().splitlines()
     assert report.read == count == report.written + len(listed) and len(listed) == report.rejected
     stored = 0

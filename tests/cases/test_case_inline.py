@@ -99,7 +99,7 @@ def test_the_list_of_rejected_samples_stays_small(tmp_path):
     ]
     lines = [json.dumps(record) for record in records] + [json.dumps({"id": 10**4000}), big, "[" * 3000]
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, json.dumps(asks("?", image=TEXT) | {"id": "good"})]) + "\n")
-    build_dataset(tmp_path / "x.jsonl", tmp_path / "out", max_rejected=len(lines), progress=False)
+    build_dataset(tmp_path / "x.jsonl", tmp_path / "out", max_rejected=len(lines))
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert len(listed) >= len(lines) - 1
     for entry in listed:
@@ -116,9 +116,7 @@ def test_inline_pictures_are_the_same_for_any_way_of_building(tmp_path):
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for workers in (1, 2):
-        build_dataset(
-            tmp_path / "x.jsonl", tmp_path / f"{workers}", samples_per_shard=2, workers=workers, progress=False
-        )
+        build_dataset(tmp_path / "x.jsonl", tmp_path / f"{workers}", samples_per_shard=2, workers=workers)
     first, second = (list(iterate_samples(tmp_path / name)) for name in "12")
     assert first == second and [sample.images for sample in first] == [(data, data) for data in pictures]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "x.jsonl"]

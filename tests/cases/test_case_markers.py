@@ -155,7 +155,7 @@ def built(tmp_path_factory):
         | {"id": "plain"},
     ]
     records[2]["conversations"][1]["loss"] = False
-    build_dataset(write_jsonl(folder, records), folder / "out", progress=False)
+    build_dataset(write_jsonl(folder, records), folder / "out")
     return folder
 
 
@@ -188,7 +188,7 @@ def test_lengths_of_the_index_are_those_of_the_reader(built, tmp_path):
 
 
 def test_what_was_built_is_built_again_the_same(built, tmp_path):
-    build_dataset(built / "out", tmp_path / "again", progress=False)
+    build_dataset(built / "out", tmp_path / "again")
     for again, first in zip(iterate_samples(tmp_path / "again"), iterate_samples(built / "out"), strict=True):
         assert (again.conversation, again.images) == (first.conversation, first.images)
         assert [film.read() for film in again.videos] == [film.read() for film in first.videos]

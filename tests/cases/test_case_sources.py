@@ -83,7 +83,7 @@ def test_dotted_names_build(tmp_path, as_tar):
     source = write_files(tmp_path / "src", files)
     if as_tar:
         source = write_tar(tmp_path / "x.tar", list(files.items()))
-    build_dataset(source, tmp_path / "out", progress=False)
+    build_dataset(source, tmp_path / "out")
     found = {s.conversation.id: (s.images, texts(s.conversation)[1]) for s in iterate_samples(tmp_path / "out")}
     assert found == {"22.05": ((RED,), "Red."), "22.06": ((GREEN,), "Green."), "1": ((BLUE,), "B.")}
 
@@ -151,7 +151,7 @@ def test_links_in_a_tar_are_what_they_point_to(tmp_path):
         link("4.jpg", "/etc/passwd", tarfile.SYMTYPE), ("4.txt", "No."), link("5.jpg", "6.jpg", tarfile.SYMTYPE),
         link("6.jpg", "5.jpg", tarfile.SYMTYPE), ("5.txt", "Round."), ("6.txt", "Round."),
     ]  # fmt: skip
-    report = build_dataset(write_tar(tmp_path / "x.tar", members), tmp_path / "out", max_rejected=3, progress=False)
+    report = build_dataset(write_tar(tmp_path / "x.tar", members), tmp_path / "out", max_rejected=3)
     stored = {sample.conversation.id: sample.images for sample in iterate_samples(tmp_path / "out")}
     assert stored == {"1": (RED,), "x": (RED,), "d/3": (RED,)}
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
@@ -164,7 +164,7 @@ def test_a_short_name_is_not_taken_for_another_files(tmp_path, as_tar):
     """0.0.png is "0.png" after its key, and 0.png is there, too."""
     files = {"0.png": image_bytes((4, 4), "red"), "0.0.png": image_bytes((8, 4), "blue"), "0.txt": "Both."}
     source = write_tar(tmp_path / "x.tar", list(files.items())) if as_tar else write_files(tmp_path / "src", files)
-    build_dataset(source, tmp_path / "out", progress=False)
+    build_dataset(source, tmp_path / "out")
     (sample,) = iterate_samples(tmp_path / "out")
     assert sorted(sample.images) == sorted([files["0.png"], files["0.0.png"]])
 
@@ -248,9 +248,9 @@ def test_every_file_of_a_folder_is_used_or_left(tmp_path, capsys):
 def test_parts_count_the_same_files(tmp_path):
     members = [(f"{n}.{e}", RED if e == "jpg" else f"{n}") for n in range(7) for e in ("jpg", "txt")]
     tar = write_tar(tmp_path / "x.tar", [*members, ("stray", "x")])
-    whole = build_dataset(tar, tmp_path / "whole", samples_per_shard=2, max_rejected=1, progress=False)
+    whole = build_dataset(tar, tmp_path / "whole", samples_per_shard=2, max_rejected=1)
     for number in (2, 1):
-        build_dataset(tar, tmp_path / "parts", samples_per_shard=2, part=Part(number, 2), progress=False)
+        build_dataset(tar, tmp_path / "parts", samples_per_shard=2, part=Part(number, 2))
     joined = join_parts(tmp_path / "parts", max_rejected=1)
     assert joined == whole and whole.files.total == 15 and whole.files.rejected == 1
 

@@ -105,7 +105,7 @@ def test_in_a_plan_each_source_is_compared_with_the_others_of_its_category(data:
     sources.append({"name": "alone", "path": str(tmp_path / "alone" / "samples.jsonl"), "category": "text"})
     models = {"images": str(data / "copies.pt"), "texts": str(data / "sentences"), "cache": str(tmp_path / "v")}
     plan = Plan("p", tuple(sources), ({"use": "embeddings", **models}, {"use": "similarity", "redundant": 0.0}))  # type: ignore[arg-type]
-    new, pool, alone = curate(plan, tmp_path / "out", progress=False).sources
+    new, pool, alone = curate(plan, tmp_path / "out").sources
     table = expected(data)
     assert f"S = {table.max(axis=1).mean():.4f} in category chart" in new.notes[0] and "adds little" in new.notes[0]
     assert f"S = {table.max(axis=0).mean():.4f} in category chart" in pool.notes[0]
@@ -172,7 +172,7 @@ def test_a_finished_curation_and_a_plan_bring_their_sources_and_categories(data:
     )
     (source,) = sources_of(str(file))
     assert (source.name, source.category) == ("x", "chart")
-    curate(Plan("p", (source,)), tmp_path / "out", progress=False)
+    curate(Plan("p", (source,)), tmp_path / "out")
     (kept,) = sources_of(str(tmp_path / "out"))
     assert (kept.name, kept.category, kept.path) == ("x", "chart", str(tmp_path / "out/kept/x/samples.jsonl"))
     assert sources_of(f"math={data / 'new'}")[0].category == "math"

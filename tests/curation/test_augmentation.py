@@ -47,7 +47,7 @@ from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.plan import load_plan
 folder = Path(sys.argv[1])
 if not (folder / "out").exists():
-    curate(load_plan(folder / "plan.yaml"), folder / "out", progress=False)
+    curate(load_plan(folder / "plan.yaml"), folder / "out")
 """
 
 
@@ -206,7 +206,7 @@ def curated(
         for name in ("model", "judge"):
             file = folder / f"{name}.yaml"
             file.write_text(file.read_text() + f"key_file: {folder / 'key'}\n")
-    curate(load_plan(folder / "plan.yaml"), folder / out, progress=False)
+    curate(load_plan(folder / "plan.yaml"), folder / out)
     return folder / out
 
 
@@ -356,7 +356,7 @@ def test_a_run_that_stopped_at_its_limit_goes_on_with_a_higher_one(tmp_path: Pat
         assert 0 < len(server.answered) < RECORDS
         limited = (tmp_path / "model.yaml").read_text()
         (tmp_path / "model.yaml").write_text(limited.replace("most_cost: 1.85", "most_cost: 50.0"))
-        curate(load_plan(tmp_path / "plan.yaml"), tmp_path / "out", progress=False)
+        curate(load_plan(tmp_path / "plan.yaml"), tmp_path / "out")
     assert set(server.answered.values()) == {1} and len(server.answered) == RECORDS
     assert len(kept(tmp_path / "out")) == 7
 

@@ -133,7 +133,7 @@ def novelty_plan(folder: Path, trained: Path, new: Path, **settings: Any) -> Pla
 def test_films_without_anything_new_are_left(tmp_path: Path) -> None:
     trained, new = colour_films(tmp_path / "films")
     write_torchscript(tmp_path / "sscd.pt")
-    curate(novelty_plan(tmp_path, trained, new), tmp_path / "out", progress=False)
+    curate(novelty_plan(tmp_path, trained, new), tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
     found = {row["sample"]: row for row in rows if row["operator"] == "novelty"}
     assert {name: (row["decision"], dict(row["scores"])["new"]) for name, row in found.items()} == {
@@ -141,11 +141,11 @@ def test_films_without_anything_new_are_left(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["same"]["detail"] == "0 of 2 clips are new, one is like trained/old"
     assert dict(found["same"]["scores"])["cosine"] > 0.95
-    curate(novelty_plan(tmp_path, trained, new, most=1.0), tmp_path / "all", progress=False)
+    curate(novelty_plan(tmp_path, trained, new, most=1.0), tmp_path / "all")
     lines = (tmp_path / "all" / "kept" / "new" / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 3, "a cosine of 1 is not reached by frames that were encoded anew"
     with pytest.raises(UserError, match="model .*none.pt does not exist"):
-        curate(novelty_plan(tmp_path, trained, new, images=str(tmp_path / "none.pt")), tmp_path / "x", progress=False)
+        curate(novelty_plan(tmp_path, trained, new, images=str(tmp_path / "none.pt")), tmp_path / "x")
 
 
 def test_films_that_were_not_cut_are_counted_and_stay(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_films_that_were_not_cut_are_counted_and_stay(tmp_path: Path) -> None:
     raw["sources"].append({"name": "uncut", "path": str(new / "samples.jsonl")})
     raw["operators"][0]["sources"] = ["new"]
     (tmp_path / "plan.json").write_text(json.dumps(raw))
-    found = curate(load_plan(tmp_path / "plan.json"), tmp_path / "out", progress=False).sources
+    found = curate(load_plan(tmp_path / "plan.json"), tmp_path / "out").sources
     assert {one.name: one.used for one in found} == {"new": 2, "uncut": 3}
     assert [one.notes for one in found] == [(), ("not compared: 3 samples with films that 'clips' did not cut",)]
 
@@ -179,7 +179,7 @@ def test_benchmarks_without_films_are_nothing_to_compare_with(tmp_path: Path) ->
     (tmp_path / "words").mkdir()
     write_jsonl(tmp_path / "words", [{"id": "w", "conversations": turns}])
     with pytest.raises(UserError, match="'novelty': 6 clips of 3 samples have nothing to be compared with: no benchm"):
-        curate(novelty_plan(tmp_path, tmp_path / "words", new), tmp_path / "out", progress=False)
+        curate(novelty_plan(tmp_path, tmp_path / "words", new), tmp_path / "out")
 
 
 def test_a_cosine_is_compared_as_it_is_written_down(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_only_new_clips_are_asked_about(tmp_path: Path) -> None:
         asking = {"endpoint": str(tmp_path / "model.yaml"), "answers": str(tmp_path / "answers")}
         raw["operators"].append({"use": "clip_questions", **asking, "anchors": ["time"]})
         (tmp_path / "plan.json").write_text(json.dumps(raw))
-        curate(load_plan(tmp_path / "plan.json"), tmp_path / "out", progress=False)
+        curate(load_plan(tmp_path / "plan.json"), tmp_path / "out")
     lines = map(json.loads, (tmp_path / "out" / "kept" / "new" / "samples.jsonl").read_text().splitlines())
     asked = {one["id"]: [turn["value"] for turn in one["conversations"][2::2]] for one in lines}
     assert asked == {name: ["From 10.0 to 20.0 seconds: what?"] for name in ("mixed", "again")}
@@ -261,7 +261,7 @@ def test_questions_about_clips_carry_their_anchors(tmp_path: Path) -> None:
     records = [record("whole"), record("part", {"path": "a.mp4", "start": 12.0, "end": 22.0})]
     with endpoint_server(model) as server:
         plan = films_plan(tmp_path, server.url, [{"use": "clips"}, {"use": "clip_questions"}], records)
-        curate(plan, tmp_path / "out", progress=False)
+        curate(plan, tmp_path / "out")
     assert seen["0"] == list(range(0, 100, 5)) and seen["200"] == [200, 205, 210, 215, 220, 225, 230, 235]
     assert seen["120"] == list(range(120, 220, 5)), "a clip of a film is looked at where it lies in the film"
     whole = [turn["value"] for turn in kept(tmp_path / "out")["whole"]["conversations"][2:]]
@@ -275,7 +275,7 @@ def test_questions_about_clips_carry_their_anchors(tmp_path: Path) -> None:
     assert part == "From 0.0 to 10.0 seconds: what is counted?", "time is counted as the frames are labelled"
     reasons = json.loads((tmp_path / "out" / "summary.json").read_text())["sources"][0]["reasons"]
     assert reasons["clip_questions: the context or the question gives the answer away (noted)"] == 1
-    build_dataset(tmp_path / "out" / "kept" / "films" / "samples.jsonl", tmp_path / "built", progress=False)
+    build_dataset(tmp_path / "out" / "kept" / "films" / "samples.jsonl", tmp_path / "built")
     assert (tmp_path / "built" / "rejected.jsonl").read_text() == ""
 
 
@@ -297,7 +297,7 @@ def test_a_story_is_told_from_chapters(tmp_path: Path) -> None:
     ]
     use = [{"use": "chapters"}, {"use": "story_questions", "most": 2}]
     with endpoint_server(model) as server:
-        curate(films_plan(tmp_path, server.url, use, records), tmp_path / "out", progress=False)
+        curate(films_plan(tmp_path, server.url, use, records), tmp_path / "out")
     turns = {name: one["conversations"] for name, one in kept(tmp_path / "out").items()}
     assert [len(turns[name]) for name in ("story", "one", "none")] == [6, 2, 2]
     assert turns["story"][2]["value"] == "How does it go on, 0?" and turns["story"][5]["value"] == "It counts on."

@@ -167,7 +167,7 @@ def test_across_sources_the_first_stays_and_the_ledger_has_both(tmp_path: Path) 
                 )
     sources = tuple({"name": name, "path": str(tmp_path / name / "samples.jsonl")} for name in "ab")
     plan = Plan("p", sources, ({"use": "image_hashes"}, {"use": "duplicates"}, {"use": "lint"}), block=4)  # type: ignore[arg-type]
-    summary = curate(plan, tmp_path / "out", progress=False)
+    summary = curate(plan, tmp_path / "out")
     assert [(one.read, one.used, one.left) for one in summary.sources] == [(6, 6, 0), (6, 3, 3)]
     found = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
     left = {row["sample"]: (row["detail"], dict(row["scores"])) for row in found if row["decision"] == "left"}
@@ -197,7 +197,7 @@ def test_what_stands_in_a_benchmark_goes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source 'bench' is a benchmark, and no operator compares with it"):
         Plan("p", tuple(sources), ({"use": "empty"},))
     plan = Plan("p", tuple(sources), ({"use": "image_hashes"}, {"use": "contamination"}))
-    (summary,) = curate(plan, tmp_path / "out", progress=False).sources
+    (summary,) = curate(plan, tmp_path / "out").sources
     assert (summary.name, summary.read, summary.used, summary.rejected) == ("train", 3, 1, 2)
     rows = [
         row for row in pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist() if row["decision"] == "rejected"

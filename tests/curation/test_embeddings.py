@@ -189,17 +189,17 @@ def test_what_was_made_is_not_made_again_and_a_kill_loses_little(
 
     monkeypatch.setattr(VectorStore, "add", add)
     with pytest.raises(KeyboardInterrupt):
-        curate(plan, tmp_path / "out", progress=False)
+        curate(plan, tmp_path / "out")
     assert made == 12
     counted: list[int] = []
     monkeypatch.setattr(
         VectorStore, "add", lambda self, keys, vectors: (counted.append(len(keys)), real(self, keys, vectors))
     )
-    curate(plan, tmp_path / "out", progress=False)
+    curate(plan, tmp_path / "out")
     assert sum(counted) == 30 - 12 + 5  # the pictures that were left, and five different texts
     shutil.rmtree(tmp_path / "out")
     counted.clear()
-    curate(plan, tmp_path / "out", progress=False)
+    curate(plan, tmp_path / "out")
     assert not counted
 
 
@@ -211,7 +211,7 @@ def test_a_broken_picture_is_rejected_and_the_others_are_not(models: Path, tmp_p
     keys = own.pictures([FileSlice.whole(tmp_path / "a" / f"{number}.png") for number in (0, 2, 3, 0)])
     assert isinstance(keys[1], BrokenSample) and keys[0] == keys[3] != keys[2]
     operator = {"use": "embeddings", "images": str(models / "copies.pt"), "side": 32, "cache": str(tmp_path / "v")}
-    (summary,) = curate(Plan("p", (source,), (operator,)), tmp_path / "out", progress=False).sources  # type: ignore[arg-type]
+    (summary,) = curate(Plan("p", (source,), (operator,)), tmp_path / "out").sources  # type: ignore[arg-type]
     assert (summary.used, summary.rejected) == (3, 1)
 
 
@@ -227,7 +227,7 @@ def test_any_number_of_workers_writes_the_same_bytes(models: Path, tmp_path: Pat
         }
         plan = Plan("p", sources, ({"use": "embeddings", "batch": 4, **settings}, {"use": "similarity"}), block=5)  # type: ignore[arg-type]
         out = tmp_path / f"out{workers}"
-        curate(plan, out, workers=workers, progress=False)
+        curate(plan, out, workers=workers)
         outputs.append(
             {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
         )
@@ -243,7 +243,7 @@ def test_pictures_that_do_not_fit_their_words_go(models: Path, tmp_path: Path) -
     cosines = np.einsum("ij,ij->i", seen.astype(float), said.astype(float))
     least = float(np.sort(cosines)[7])
     operator = {"use": "alignment", "model": model, "least": round(least, 3), "cache": str(tmp_path / "v")}
-    (summary,) = curate(Plan("p", (source,), (operator,)), tmp_path / "out", progress=False).sources  # type: ignore[arg-type]
+    (summary,) = curate(Plan("p", (source,), (operator,)), tmp_path / "out").sources  # type: ignore[arg-type]
     expected = {f"a{number}" for number in range(20) if round(cosines[number], 4) < round(least, 3)}
     rows = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
     assert {row["sample"] for row in rows if row["reason"] == "picture and words do not fit"} == expected
@@ -338,6 +338,6 @@ def test_a_model_that_is_missing_or_of_another_kind_is_refused_in_a_line(models:
         image_encoder(str(tmp_path / "no.pt"), 32, 2, "cpu")
     plan = Plan("p", (written(tmp_path, "a", range(1)),), ({"use": "embeddings", "texts": str(tmp_path / "none")},))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="none does not exist"):
-        curate(plan, tmp_path / "out", progress=False)
+        curate(plan, tmp_path / "out")
     with pytest.raises(ValueError, match="a model is needed for one of them"):
         make_operator("embeddings", {})

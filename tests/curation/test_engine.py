@@ -51,7 +51,7 @@ from megatron_eagle.curation.engine import curate
 from megatron_eagle.curation.operator import Resources
 from megatron_eagle.curation.plan import load_plan
 if __name__ == "__main__":
-    curate(load_plan(Path(sys.argv[1])), Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+    curate(load_plan(Path(sys.argv[1])), Path(sys.argv[2]), workers=int(sys.argv[3]))
 """
 
 
@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    curate(made(out.parent, planted), out, progress=False)
+    curate(made(out.parent, planted), out)
     return out
 
 
@@ -122,7 +122,7 @@ def test_what_is_kept_is_read_as_it_was(whole: Path, planted: Path) -> None:
 
 @pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(whole: Path, planted: Path, tmp_path: Path) -> None:
-    curate(made(tmp_path, planted), tmp_path / "out", workers=3, progress=False)
+    curate(made(tmp_path, planted), tmp_path / "out", workers=3)
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -175,11 +175,11 @@ def test_finished_blocks_are_not_done_again(whole: Path, planted: Path, tmp_path
     monkeypatch.setattr(processes, "run_block", run_block)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+            curate(made(tmp_path, planted), tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert done == [0, 1, 2]
     monkeypatch.setattr(processes, "run_block", lambda *given: (done.append(given[2].block), real(*given)))
-    curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+    curate(made(tmp_path, planted), tmp_path / "out")
     assert done == list(range(8)) * SEGMENTS
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -193,8 +193,8 @@ def test_a_kill_while_the_output_is_written_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(output, "write_report", stopped)
         with pytest.raises(KeyboardInterrupt):
-            curate(made(tmp_path, planted), tmp_path / "out", progress=False)
-    curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+            curate(made(tmp_path, planted), tmp_path / "out")
+    curate(made(tmp_path, planted), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -215,12 +215,12 @@ def test_a_kill_before_the_output_is_moved_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(engine.os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            curate(made(tmp_path, planted), out, progress=False)
+            curate(made(tmp_path, planted), out)
     other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
-    assert "unfinished run of something else" in refusal(lambda: curate(other, out, progress=False))
+    assert "unfinished run of something else" in refusal(lambda: curate(other, out))
     monkeypatch.setattr(processes, "run_block", stop)
     monkeypatch.setattr(output, "write_report", stop)
-    summary = curate(made(tmp_path, planted), out, progress=False)
+    summary = curate(made(tmp_path, planted), out)
     assert contents(out) == contents(whole) and json.loads(json.dumps(asdict(summary))) == json.loads(
         (out / "summary.json").read_text()
     )
@@ -240,10 +240,10 @@ def test_a_kill_while_the_state_is_deleted_leaves_nothing_that_a_later_run_takes
     with monkeypatch.context() as patched:
         patched.setattr(engine.shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
-            curate(made(tmp_path, planted, operators=[{"use": "decimals"}]), out, progress=False)
+            curate(made(tmp_path, planted, operators=[{"use": "decimals"}]), out)
     assert (out / "summary.json").exists()
     real(out)
-    curate(made(tmp_path, planted), out, progress=False)
+    curate(made(tmp_path, planted), out)
     assert contents(out) == contents(whole)
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -262,8 +262,8 @@ def test_shards_that_are_built_are_not_built_again(planted: Path, tmp_path: Path
     sources = [{"name": name, "path": str(planted / "samples.jsonl")} for name in "ab"]
     plan = made(tmp_path, planted, sources=sources, operators=[{"use": "turn_order"}])
     with pytest.raises(KeyboardInterrupt):
-        curate(plan, tmp_path / "out", build=True, progress=False)
-    curate(plan, tmp_path / "out", build=True, progress=False)
+        curate(plan, tmp_path / "out", build=True)
+    curate(plan, tmp_path / "out", build=True)
     assert built == ["a", "killed", "b"]
     assert sorted(path.name for path in (tmp_path / "out" / "shards").iterdir()) == ["a", "b"]
 
@@ -272,7 +272,7 @@ def test_the_report_is_given_a_few_examples_of_each_reason(planted: Path, tmp_pa
     given: list[Example] = []
     monkeypatch.setattr(output, "write_report", lambda *arguments: given.extend(arguments[3]))
     sources = [{"name": name, "path": str(planted / "samples.jsonl")} for name in "ab"]
-    curate(made(tmp_path, planted, sources=sources), tmp_path / "out", progress=False)
+    curate(made(tmp_path, planted, sources=sources), tmp_path / "out")
     shown = Counter((one.source, one.operator, one.decision, one.reason) for one in given)
     assert max(shown.values()) == SHOWN and {source for source, *_ in shown} == {"a", "b"}
 
@@ -349,10 +349,10 @@ def test_the_report_shows_pictures_and_reasons(whole: Path) -> None:
 def test_a_built_data_set_is_a_source(planted: Path, tmp_path: Path) -> None:
     """JSONL -> shards -> curated -> shards: the media come out of the tars, and nothing else changes."""
     clean = {"operators": [{"use": "turn_order"}, {"use": "image_size"}]}
-    first = curate(made(tmp_path, planted, **clean), tmp_path / "first", build=True, progress=False)
+    first = curate(made(tmp_path, planted, **clean), tmp_path / "first", build=True)
     built = tmp_path / "first" / "shards" / "all"
     again = made(tmp_path, planted, sources=[{"name": "built", "path": str(built)}], **clean)
-    second = curate(again, tmp_path / "second", progress=False)
+    second = curate(again, tmp_path / "second")
     assert second.total("used") == second.total("read") == first.total("used")
     folders = (tmp_path / "first/kept/all", tmp_path / "second/kept/built")
     before, after = ([one.turns for one in conversations(folder / "samples.jsonl")] for folder in folders)
@@ -367,7 +367,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
         generate(tmp_path / "data" / name, split="train", samples=12, seed=1)
     monkeypatch.chdir(tmp_path)
     example = Path(__file__).parents[2] / "examples" / "curation" / "plan.yaml"
-    summary = curate(load_plan(example), Path("curated"), progress=False)
+    summary = curate(load_plan(example), Path("curated"))
     # The second source is the first again, which the plan finds out.
     assert [(one.read, one.used, one.left) for one in summary.sources] == [(12, 12, 0), (12, 0, 12)]
     assert yaml.safe_load((tmp_path / "curated" / "blend.yaml").read_text())["blend"] == [
@@ -379,7 +379,7 @@ def test_the_example_on_planted_faults_runs(tmp_path: Path, monkeypatch: Any) ->
     planted = write_planted(tmp_path / "planted", 200, seed=1)
     monkeypatch.chdir(tmp_path)
     example = Path(__file__).parents[2] / "examples" / "curation" / "planted.yaml"
-    (source,) = curate(load_plan(example), Path("curated"), progress=False).sources
+    (source,) = curate(load_plan(example), Path("curated")).sources
     touched = {
         row["sample"] for row in pq.read_table("curated/ledger.parquet").to_pylist() if row["decision"] == "rejected"
     }
@@ -436,7 +436,7 @@ def test_a_wrong_plan_is_refused_in_a_line(changes: dict[str, Any], said: str, p
 
 def test_what_is_not_there_is_refused_in_a_line(planted: Path, tmp_path: Path) -> None:
     lost = made(tmp_path, planted, sources=[{"name": "a", "path": str(tmp_path / "no.jsonl")}])
-    assert "no.jsonl" in refusal(lambda: curate(lost, tmp_path / "out", progress=False))
+    assert "no.jsonl" in refusal(lambda: curate(lost, tmp_path / "out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     assert "already exists and is not empty" in refusal(lambda: curate(made(tmp_path, planted), tmp_path / "full"))
@@ -450,10 +450,10 @@ def test_an_unfinished_run_of_another_plan_is_refused(planted: Path, tmp_path: P
 
     monkeypatch.setattr(processes, "run_block", stopped)
     with pytest.raises(KeyboardInterrupt):
-        curate(made(tmp_path, planted), tmp_path / "out", progress=False)
+        curate(made(tmp_path, planted), tmp_path / "out")
     other = made(tmp_path, planted, operators=[{"use": "decimals", "most": 1}])
     assert "holds an unfinished run of something else (plan, settings changed)" in refusal(
-        lambda: curate(other, tmp_path / "out", progress=False)
+        lambda: curate(other, tmp_path / "out")
     )
 
 
@@ -489,7 +489,7 @@ def test_a_plan_that_is_divided_by_resources_writes_the_same_bytes(
     monkeypatch.setattr(kinds["decimals"], "resources", Resources(cpus=2))
     monkeypatch.setattr(kinds["image_hashes"], "resources", Resources(gpus=1))
     assert len(segments(plan)) == SEGMENTS + 4
-    curate(plan, tmp_path / "out", progress=False)
+    curate(plan, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -503,7 +503,7 @@ def test_processes_share_the_cpus_and_the_first_gpu(cpus: float, gpus: float, pr
 def test_what_ray_needs_is_one_line(planted: Path, tmp_path: Path, monkeypatch: Any) -> None:
     plan = made(tmp_path, planted)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "needs the package ray" in refusal(lambda: curate(plan, tmp_path / "out", engine="ray", progress=False))
+    assert "needs the package ray" in refusal(lambda: curate(plan, tmp_path / "out", engine="ray"))
     with pytest.raises(SystemExit) as end:
         main(["curate", str(tmp_path / "plan.yaml"), str(tmp_path / "out"), "--ray-address", "auto"])
     assert end.value.code == 2
@@ -511,7 +511,7 @@ def test_what_ray_needs_is_one_line(planted: Path, tmp_path: Path, monkeypatch: 
     options = {"is_initialized": lambda: False, "init": lambda **_: None, "shutdown": lambda: stopped.append("it")}
     nodes = [{"Alive": True, "Resources": {"CPU": 0.5}}]
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**options, nodes=lambda: nodes))
-    said = refusal(lambda: curate(plan, tmp_path / "out", engine="ray", progress=False))
+    said = refusal(lambda: curate(plan, tmp_path / "out", engine="ray"))
     assert "takes up 1 CPUs and 0 GPUs, which no machine" in said and stopped == ["it"], (
         "what it has started is stopped"
     )

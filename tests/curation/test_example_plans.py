@@ -55,7 +55,7 @@ def run(name: str, out: str, **targets: int) -> Summary:
             assert operator["targets"].keys() == targets.keys()
             operator["targets"] = targets
     Path(f"{name}.yaml").write_text(yaml.safe_dump(raw))
-    return curate(load_plan(Path(f"{name}.yaml")), Path(out), progress=False)
+    return curate(load_plan(Path(f"{name}.yaml")), Path(out))
 
 
 def endpoint(url: str) -> None:

@@ -75,7 +75,7 @@ def test_all_kinds_come_and_build_takes_them(made: Path, tmp_path: Path) -> None
     assert {one["chart"] for one in known if "chart" in one} == set(KINDS)
     assert {one["script"] for one in known if "script" in one} == {"latin", "cyrillic", "greek"}
     assert len({one["font"] for one in known}) > 6
-    build_dataset(made / "samples.jsonl", tmp_path / "shards", progress=False)
+    build_dataset(made / "samples.jsonl", tmp_path / "shards")
     assert (tmp_path / "shards" / "rejected.jsonl").read_text() == ""
 
 

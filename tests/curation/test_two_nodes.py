@@ -80,12 +80,12 @@ def _title(process: psutil.Process) -> str:
 def test_a_plan_that_wants_what_no_machine_has_is_refused(nodes: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(repetition.Operator, "resources", Resources(cpus=1, gpus=1))
     with pytest.raises(UserError, match="takes up 1 CPUs and 1 GPUs, which no machine of the Ray cluster has"):
-        curate(made(tmp_path), tmp_path / "out", workers=2, progress=False, engine="ray")
+        curate(made(tmp_path), tmp_path / "out", workers=2, engine="ray")
 
 
 def test_a_node_that_is_killed_in_mid_run_changes_no_byte(nodes: Any, tmp_path: Path) -> None:
     plan = made(tmp_path)
-    curate(plan, tmp_path / "alone", progress=False)
+    curate(plan, tmp_path / "alone")
     cluster, second = nodes
     (raylet,) = second.all_processes["raylet"]
     killed: list[int] = []
@@ -106,7 +106,7 @@ def test_a_node_that_is_killed_in_mid_run_changes_no_byte(nodes: Any, tmp_path: 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    curate(plan, tmp_path / "out", workers=2, progress=False, engine="ray")
+    curate(plan, tmp_path / "out", workers=2, engine="ray")
     killer.join()
     assert killed, "the second node was never seen at work"
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

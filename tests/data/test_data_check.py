@@ -87,7 +87,7 @@ def member(shard, ending):
 
 def checked(folder, *, lines=None, damaged=None):
     """The report of a data set; lines: patterns, of all its lines but the one on the identity."""
-    report = check_damage(folder, progress=False)
+    report = check_damage(folder)
     assert not any("\n" in line for line in report.lines) and len(report.lines) == report.findings
     if lines is not None:
         found = [line for line in report.lines if line != NOT_AS_BUILT]
@@ -346,7 +346,7 @@ def test_the_command_line(data, capsys, monkeypatch):
 def test_any_number_of_workers_finds_the_same(data):
     (data / SECOND).unlink()
     overwrite(data / LAST, 600, b"?")
-    assert check_damage(data, workers=2, progress=False) == checked(data, damaged=5)
+    assert check_damage(data, workers=2) == checked(data, damaged=5)
 
 
 def test_a_shard_that_was_finished_before_checksums_is_built_again(tmp_path):

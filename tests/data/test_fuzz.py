@@ -87,7 +87,7 @@ def damage_lines(folder, count, seed):
 
 def lines_add_up(folder, tokenizer, count, seed):
     jsonl = damage_lines(folder, count, seed)
-    report = build_dataset(jsonl, folder / "built", max_rejected=count, max_pixels=4_000_000, progress=False)
+    report = build_dataset(jsonl, folder / "built", max_rejected=count, max_pixels=4_000_000)
     rejected = [json.loads(line) for line in (folder / "built" / "rejected.jsonl").read_text().splitlines()]
     assert report.read == count == report.written + report.rejected and len(rejected) == report.rejected > count // 10
     assert all(entry["reason"] and entry["line"] for entry in rejected) and report.written > count // 10

@@ -92,7 +92,6 @@ def build_dataset(
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
     part: Part | None = None,
-    progress: bool = True,
     ignore_keys: Collection[str] = (),
 ) -> BuildReport:
     """Builds ``out_dir`` from a file of records, a tar, or a folder of media, tar or Parquet files (``sources.py``).
@@ -120,7 +119,7 @@ def build_dataset(
         plan = {**given.describe(), "samples_per_shard": samples_per_shard, "max_pixels": max_pixels}
         _begin(unfinished, {**plan, "parts": own.parts})
         with _alone(unfinished, own):
-            report = _build_part(given, unfinished, own, samples_per_shard, max_pixels, workers, progress)
+            report = _build_part(given, unfinished, own, samples_per_shard, max_pixels, workers)
         return report if part is not None else _finish(out, max_rejected, report.resumed, keep=False)
 
 
@@ -190,14 +189,12 @@ def _build_part(
     samples_per_shard: int,
     max_pixels: int,
     workers: int,
-    progress: bool,
 ) -> BuildReport:
     """Builds every block of a part that is not finished yet, and leaves a mark when all are."""
     bar = Progress(
         f"building from {source.path.name}",
         total=source.size(),
         unit="B" if source.size() else "samples",
-        shown=progress,
     )
     reports: list[ShardReport] = []
     resumed = 0

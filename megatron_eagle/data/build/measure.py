@@ -27,9 +27,7 @@ class MeasureReport:
     now: int
 
 
-def measure_shards(
-    paths: Sequence[str], text: TextOf, *, part: Part | None = None, workers: int = 1, progress: bool = True
-) -> MeasureReport:
+def measure_shards(paths: Sequence[str], text: TextOf, *, part: Part | None = None, workers: int = 1) -> MeasureReport:
     """Measures what is due of the data sets at ``paths``, or a part of it, and keeps it beside their shards.
 
     part: every n-th shard; the same shards whenever it is started, until all were put together. workers: processes.
@@ -39,7 +37,7 @@ def measure_shards(
     due = [task for path in dict.fromkeys(paths) for task in due_shards(path, text)]
     own = due[own_part.number - 1 :: own_part.parts]
     left = [task for task in own if not is_measured(task)]
-    with Progress("measuring", total=len(own), unit="shards", shown=progress) as bar:
+    with Progress("measuring", total=len(own), unit="shards") as bar:
         bar.update(len(own) - len(left))
         for task in _measure_all(left, workers):
             if not is_measured(task) and task.stamp in {still.stamp for still in due_shards(task.folder, text)}:

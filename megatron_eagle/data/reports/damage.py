@@ -50,7 +50,7 @@ class DamageReport:
         return f"{self.samples} samples in {shards}: {good} good, {self.damaged} damaged"
 
 
-def check_damage(folder: Path, *, workers: int = 1, progress: bool = True) -> DamageReport:
+def check_damage(folder: Path, *, workers: int = 1) -> DamageReport:
     """Reads every byte of a data set in ``workers`` processes; raises UserError if it is none."""
     counts = shard_counts(folder)
     lines = _index_trouble(folder, sum(counts.values()))
@@ -67,7 +67,6 @@ def check_damage(folder: Path, *, workers: int = 1, progress: bool = True) -> Da
         f"checking {folder.name}",
         total=sum(task.path.stat().st_size for task in tasks if task.path.exists()),
         unit="B",
-        shown=progress,
     )
     with bar:
         fates = dict(_check_all(tasks, workers, bar.update))
