@@ -12,6 +12,7 @@ collectives, with empty parts where they have nothing to give, whatever their sh
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -51,8 +52,9 @@ class TileShards:
     per_rank: tuple[int, ...]
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def of(tiles: int, ranks: int) -> "TileShards":
-        """Equal shares of ``tiles`` tiles."""
+        """Equal shares of ``tiles`` tiles; kept, for a search of layouts asks for the same ones again and again."""
         owners = shard_tiles([1.0] * tiles, ranks)
         return TileShards(tuple(owners.count(rank) for rank in range(ranks)))
 

@@ -13,6 +13,7 @@ All sizes are bytes on one process.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_eagle.config.encoders import encoder_config
 from megatron_eagle.config.layers import frozen_layers, learning_layers
@@ -101,21 +102,27 @@ class Activations:
     def by_kind(self, *stages: range) -> list[tuple["Activations", int]]:
         """Sizes around the decoder layers of virtual ``stages`` and how many have them: of those that train and those
         that do not, of those that are computed again and those that are kept."""
-        learn = set(learning_of_language(self.config.language, self.parts)[0])
+        learn = set(self._learning[0])
         some = self.recompute_layers
         kinds = Counter(
             (layer in learn, some is None or layer < numbers.start + some) for numbers in stages for layer in numbers
         )
         found = []
         for (learns, again), count in sorted(kinds.items(), reverse=True):
-            sizes = self if learns else self._frozen()
+            sizes = self if learns else self._frozen
             found.append((sizes if again else replace(sizes, recompute="none", recompute_layers=None), count))
         return found
 
     def of_head(self) -> "Activations":
         """The sizes around the output matrix, which may be frozen."""
-        return self if learning_of_language(self.config.language, self.parts)[1] else self._frozen()
+        return self if self._learning[1] else self._frozen
 
+    @cached_property
+    def _learning(self) -> tuple[list[int], bool]:
+        """(layers that train, whether the output matrix does)"""
+        return learning_of_language(self.config.language, self.parts)
+
+    @cached_property
     def _frozen(self) -> "Activations":
         return replace(self, parts=self.parts.without_language())
 
@@ -293,7 +300,7 @@ class Activations:
         exchanged = tokens * heads * self.number if self.layout.ulysses > 1 else 0.0
         saved = (2 * tokens * heads + 2 * places * keys) * self.number + rotary + exchanged
         saved += 4 * tokens * language.num_attention_heads / self.layout.tp
-        return saved + (self._masks(pack) if self.kernels == "torch" and self.layout.cp > 1 else 0.0)
+        return saved + (self._masks(pack) if self._makes_masks else 0.0)
 
     def _core_inputs(self, pack: PackShape) -> float:
         """What recomputing the attention core starts from: queries, keys, and the product that values are a view of."""
@@ -307,6 +314,14 @@ class Activations:
         language = self.config.language
         return max(1.0, language.num_key_value_heads / self.layout.tp) * language.head_dim
 
+    def shape_held(self, pack: PackShape) -> PackShape:
+        """A pack that holds as much; where no masks are made, whatever its segments."""
+        return pack if self._makes_masks else PackShape((pack.length,), pack.tiles)
+
+    @property
+    def _makes_masks(self) -> bool:
+        return self.kernels == "torch" and self.layout.cp > 1
+
     def _masks(self, pack: PackShape) -> float:
         """Masks that PyTorch's attention on a CPU is given for pieces that start inside a segment (first place)."""
         borders = [sum(pack.segments[:number]) for number in range(len(pack.segments) + 1)]
@@ -316,8 +331,9 @@ class Activations:
         area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in masked)
         return area * self.number
 
+    @cached_property
     def tile(self) -> Held:
-        """Encoders and connector on one tile."""
+        """Encoders and connector on one tile; kept, for a search asks of each of thousands of packs."""
         return self.vision_tile().then(self.connector_tile())
 
     def connector_tile(self) -> Held:

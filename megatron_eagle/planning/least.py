@@ -8,6 +8,7 @@ finds; waiting beyond that, gradient sums and the optimizer are left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from megatron_eagle.config.layout import Layout
@@ -24,6 +25,10 @@ class Least:
     timing: Timing
     packs: Sequence[PackShape]
     _layer: dict[Any, PassTime] = field(default_factory=dict)
+
+    @cached_property
+    def _cheapest(self) -> PackShape:
+        return min(self.packs, key=lambda pack: pack.computed().pairs)
 
     def layers(self, layout: Layout) -> list[int]:
         """Decoder layers of each virtual stage."""
@@ -64,12 +69,11 @@ class Least:
 
     def _stages(self, sizes: Activations) -> list[float]:
         """Seconds that each virtual stage's layers take, forward and backward, on the cheapest pack."""
-        pack = min(self.packs, key=lambda pack: pack.computed().pairs)
         starts = 0
         stages: list[float] = []
         for count in self.layers(sizes.layout):
             kinds = sizes.by_kind(range(starts, starts + count))
-            stages.append(sum(self._of(kind, pack) * some for kind, some in kinds))
+            stages.append(sum(self._of(kind, self._cheapest) * some for kind, some in kinds))
             starts += count
         return stages
 

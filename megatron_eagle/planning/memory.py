@@ -174,14 +174,15 @@ def _walk(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape]) -
     if layout.encoder == "spread":
         kept, peak, where = _encode(sizes, place, packs)
         live += kept
+    shapes = [sizes.shape_held(pack) for pack in packs]
     held = {
-        (number, chunk): _microbatch(sizes, place.pp, chunk, pack)
-        for number, pack in enumerate(packs)
+        (shape, chunk): _microbatch(sizes, place.pp, chunk, shape)
+        for shape in set(shapes)
         for chunk in range(layout.vpp or 1)
     }
     in_flight = 0
     for event in passes(layout.pp, layout.vpp, place.pp, len(packs)):
-        own = held[event.microbatch, event.chunk]
+        own = held[shapes[event.microbatch], event.chunk]
         if event.kind == "forward":
             in_flight += 1
             live += own.saved
@@ -201,7 +202,7 @@ def _encode(sizes: Activations, place: ProcessRanks, packs: Sequence[PackShape])
     own, trains = _tiles_held(sizes, place, packs), sizes.parts.features_need_gradient
     chunk = min(own, sizes.layout.encoder_chunk or own)
     again = sizes.layout.encoder_chunk is not None and sizes.parts.vision
-    tile = sizes.tile()
+    tile = sizes.tile
     home = total * sizes.feature() if place.pp == 0 else 0.0
     mine = own * sizes.feature()
     kept = home + (0.0 if again or not trains else own * tile.saved + mine)
@@ -239,5 +240,5 @@ def _first(sizes: Activations, pack: PackShape) -> Held:
     embedding = sizes.embedding(pack)
     if sizes.layout.encoder == "spread" or not pack.tiles:
         return Held(0.0, embedding, embedding)
-    tiles = sizes.tile().times(pack.tiles)
+    tiles = sizes.tile.times(pack.tiles)
     return Held(tiles.saved, tiles.forward + embedding, tiles.backward + embedding)

@@ -22,7 +22,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.planning.activations import Activations
 from megatron_eagle.planning.hardware import Hardware
 from megatron_eagle.planning.least import Least
-from megatron_eagle.planning.memory import ProcessRanks, memory_of
+from megatron_eagle.planning.memory import ProcessRanks, memory_of, persistent
 from megatron_eagle.planning.plan import StagePlan, draw_replicas, fullest_of, plan_stage
 from megatron_eagle.planning.samples import Samples
 from megatron_eagle.planning.timing import Timing
@@ -75,6 +75,8 @@ def planned(
     try:
         variant = one.of(recipe, stage)
         own = variant.stage(stage.name)
+        if sum(persistent(variant, own, gpus, ProcessRanks(0))[:3]) > hardware.usable_bytes:
+            return None
         replicas, cost = one.layout.data_parallel_size(gpus), tokens_per_tile(recipe.model.eagle())
         drawn, _ = draw_replicas(own, replicas, mix, cost, simulated=1)
         if memory_of(variant, own, gpus, ProcessRanks(0), fullest_of(drawn)).peak > hardware.usable_bytes:

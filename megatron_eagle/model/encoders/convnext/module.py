@@ -100,10 +100,12 @@ def prepare(tiles: Tensor, image_size: int) -> Tensor:
 
     The released model resizes tiles that were already normalised for SigLIP and maps them to CLIP's statistics
     afterwards. Resizing takes weighted means and the rest is affine, so that the order changes no number; before the
-    resize there are fewer pixels to normalise.
+    resize there are fewer pixels to normalise. By numbers and channel by channel: a tensor of the statistics would have
+    to come from the host, for which the device waits.
     """
-    mean, std = (torch.tensor(values, device=tiles.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    pixels = tiles.float() / (255.0 * std) - mean / std
+    pixels = tiles.float()
+    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
+        pixels[:, channel].div_(255.0 * std).sub_(mean / std)
     if pixels.shape[-1] != image_size:
         pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=True)
     return pixels
