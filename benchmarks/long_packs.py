@@ -9,6 +9,7 @@ runs through all adapters of a node, as NCCL's rings do; it is not overlapped wi
 ranks without exchange and without waiting, so what a way adds counts against it. No tiles, no gradient sums.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from megatron_eagle.planning.timing import Timing, link_rate, ring_rate
 LENGTH, MEDIAN, SIGMA, SAMPLES = 131_072, 5600, 1.0, 250_000
 RANKS, STEPS, PARITY = 64, 10, 65_000
 SIZES = (1, 2, 4, 8, 16)
+CHOSEN = (8, 32, 128, 512, 2048, 8192)
 PASSES_WITH_EXCHANGE = 3  # forward, forward again (recompute), backward
 
 
@@ -150,8 +152,19 @@ def steps_of(rule: str, each: int) -> list[list[Pack]]:
     return [packs[first : first + RANKS * each] for first in range(0, len(packs), RANKS * each)]
 
 
+def choosing() -> None:
+    """Prints what choosing the groups of one step costs a process, by packs that share 8 ranks."""
+    lengths = lognormal_lengths(CHOSEN[-1], MEDIAN, SIGMA, LENGTH)
+    print("\n| packs of a replica's step | choosing, ms |\n|---|---|")
+    for count in CHOSEN:
+        packs = [PackWork.of_segments((int(n),), 0, PARITY, 0.0) for n in lengths[:count]]
+        begun = time.process_time()
+        share_packs(packs, 8)
+        print(f"| {count} | {1000 * (time.process_time() - begun):.1f} |", flush=True)
+
+
 def main() -> None:
-    """Prints a table a packing rule, number of packs and tensor parallelism."""
+    """Prints a table a packing rule, number of packs and tensor parallelism, and what choosing costs."""
     for rule in ("balanced", "best_fit"):
         for each in (1, 4):
             steps = steps_of(rule, each)
@@ -173,6 +186,7 @@ def main() -> None:
                 mean = float(np.mean([table[1].of_pack(pack, 1) for pack in steps[0]]))
                 parts = ", ".join(f"{size}: {seconds.exchange / mean:.2%}" for size, seconds in table.items())
                 print(f"\nexchange of a rank, in a pack's mean time on one rank, by size of the group: {parts}")
+    choosing()
 
 
 if __name__ == "__main__":
