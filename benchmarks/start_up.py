@@ -28,7 +28,7 @@ from typing import Any
 STAGE, STEPS, SAMPLES = "stage1", 2, 300
 NAME = "start-up"
 PARTS = ("imports", "meeting", "groups", "checkpoints", "model", "weights", "data", "first step", "all")
-RANKS = (8, 64, 256, 1024)
+RANKS = (8, 64, 256, 1024, 8192)
 LAYOUT = {"tp": 2, "pp": 4, "sequence_parallel": True}
 
 
