@@ -103,7 +103,7 @@ def prepare(tiles: Tensor, image_size: int) -> Tensor:
     resize there are fewer pixels to normalise. By numbers and channel by channel: a tensor of the statistics would have
     to come from the host, for which the device waits.
     """
-    pixels = tiles.float()
+    pixels = tiles.to(torch.float32, copy=True)
     for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
         pixels[:, channel].div_(255.0 * std).sub_(mean / std)
     if pixels.shape[-1] != image_size:
