@@ -114,7 +114,7 @@ def test_a_mistake_makes_the_row_wrong(verifier: Verifier, mistake, row: Row, di
     assert getattr(result, distance) > 100 * limits[distance]
 
 
-@pytest.mark.long  # rows of the quick table, whose test is with the quick ones
+@pytest.mark.long  # their options are those of rows of the quick table, whose test is with the quick ones
 def test_the_same_rows_without_a_mistake_are_right(verifier: Verifier) -> None:
     for row in (Row(pp=2), Row(dp=2), SHARED, Row(cp=4, least_cp=2, encoder="spread", packing="single")):
         result = verifier.check(row)
