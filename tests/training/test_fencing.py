@@ -195,7 +195,7 @@ def test_a_trainer_is_killed_and_the_next_one_follows_another_recipe(small_run, 
         first.kill()
         first.wait()
     assert second.returncode == 2 and f"process {first.pid} on {socket.gethostname()}" in second.stderr
-    assert len(second.stderr.splitlines()) == 1 and not second.stdout
+    assert len(second.stderr.splitlines()) == 1 and not second.stdout, second.stderr
     reached = int((tmp_path / "runs/small/checkpoints/second/latest").read_text().removeprefix("step_"))
     steps = reached + 3
     third = subprocess.run(

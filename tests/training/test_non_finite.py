@@ -129,7 +129,8 @@ def test_training_ends_with_a_sentence_and_a_code_of_its_own(small_run, tmp_path
         "stages.first.learning_rate=1e30", "stages.first.warmup_fraction=0", "stages.first.checkpoint_every=1",
     )  # fmt: skip
     assert result.returncode == 87, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in result.stderr and result.stderr.count("megatron-eagle: ") == 1, result.stderr
+    line = next(line for line in result.stderr.splitlines() if line.startswith("megatron-eagle: "))
     assert "no weight was changed" in line and "the first output that is not finite is that of " in line
     step = len(metrics(tmp_path))
     assert f"first step {step + 1}: loss " in line and f"last good checkpoint: {tmp_path}" in line
