@@ -1,5 +1,6 @@
 """Fixtures shared by all tests, worlds of processes and one small data set with recipes, and what a unit test is."""
 
+import gc
 import runpy
 
 import hypothesis
@@ -14,6 +15,7 @@ STARTING_PROCESSES = {"worlds", "slurm", "small_run", "verifier"}  # fixtures, o
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("untimed")
 NOT_UNIT = ("slow", "long", "gpu", "interpreter")  # markers
+LONGEST = ("tests/verification/test_table.py", "tests/demo/test_run.py", "tests/slurm/test_chain.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,9 +38,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(runpy.run_path(str(ROOT / "tools" / "support.py"))["recorder"]())
 
 
+def pytest_sessionstart() -> None:
+    gc.disable()  # what is collected, modules and tests, stays: looking for garbage in it is a third of that time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md)."""
+    """Mark the unit tests (``make check``): no shared processes, and not said to be slow (CONTRIBUTING.md).
+
+    Those that take minutes come first: no worker is to begin one when the others have nothing left.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if not fixtures & STARTING_PROCESSES and not any(item.get_closest_marker(name) for name in NOT_UNIT):

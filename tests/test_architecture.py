@@ -14,6 +14,7 @@ ORDER = (
     "remote_code",  # what an exported folder carries, which therefore imports nothing of this project
     "errors",
     "progress",
+    "importing",
     "text",
     "pages",
     "config",

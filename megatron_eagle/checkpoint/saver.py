@@ -9,7 +9,6 @@ A thread, because Megatron's own writers are forked: out of a process full of th
 on writing after the trainer was killed. Writing holds Python's lock for milliseconds at a time.
 """
 
-import gc
 import shutil
 import threading
 import time
@@ -118,11 +117,7 @@ class Saver:
             except SaveFailed as failure:
                 self._count(failure)
                 return
-            gc.freeze()  # Megatron's optimizer collects garbage among all objects, most of what training would wait for
-            try:
-                save = self._copy(final, description, state, data_position)
-            finally:
-                gc.unfreeze()
+            save = self._copy(final, description, state, data_position)
             save.thread = threading.Thread(target=write, args=(save,), name="checkpoint-writer", daemon=True)
             save.thread.start()
             self._pending = save

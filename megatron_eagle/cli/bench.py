@@ -66,6 +66,11 @@ def _bench(options: argparse.Namespace) -> None:
     from megatron_eagle.config.recipe import load_recipe
 
     recipe, reduced = _reduced(load_recipe(options.recipe, options.overrides), options)  # a typo needs no PyTorch
+    if options.compare:
+        from megatron_eagle.measuring.bench_report import read_measurement
+
+        read_measurement(options.compare)  # refused now rather than after the measurement
+    become_part_of_a_run(options.processes)
     platform = open_platform(options)
     from megatron_eagle.planning.hardware import hardware_as_yaml, load_hardware
     from megatron_eagle.planning.samples import Mix
@@ -74,7 +79,6 @@ def _bench(options: argparse.Namespace) -> None:
     hardware = load_hardware(options.gpu or ("cpu" if platform.device.type == "cpu" else "h100"))
     out = options.out or options.runs / recipe.name / "bench"
     if options.calibrate:
-        become_part_of_a_run(options.processes)
         from megatron_eagle.measuring.calibrate import calibrate
 
         found = calibrate(recipe, stage, platform, hardware)
@@ -82,11 +86,6 @@ def _bench(options: argparse.Namespace) -> None:
             options.calibrate.write_text(hardware_as_yaml(found), encoding="utf-8")
             print(f"{options.calibrate}: {found.sources['products']}", flush=True)
         return
-    from megatron_eagle.measuring.bench_report import read_measurement
-
-    if options.compare:
-        read_measurement(options.compare)  # refused now rather than after the measurement
-    become_part_of_a_run(options.processes)
     from megatron_eagle.measuring.bench import run_bench
     from megatron_eagle.measuring.bench_report import report_name, write_report
 

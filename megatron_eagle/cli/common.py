@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from megatron_eagle.config.numbers import Range, shown
 from megatron_eagle.config.schema import meant
 from megatron_eagle.errors import UserError
+from megatron_eagle.importing import importing
 from megatron_eagle.text import folded
 
 if TYPE_CHECKING:
@@ -211,7 +212,8 @@ def open_answerer(
     from megatron_eagle.serving.model_folder import exported_folder
 
     folder = exported_folder(model, print_once, tokenizer=options.tokenizer)
-    from megatron_eagle.serving.loading import load_answerer
+    with importing():
+        from megatron_eagle.serving.loading import load_answerer
 
     answerer = load_answerer(
         folder, name=name or model.resolve().name, device=options.device, limits=limits, trust=options.trust_code
@@ -221,7 +223,8 @@ def open_answerer(
 
 def open_platform(options: argparse.Namespace) -> "Platform":
     """The platform of this process; launchers say in LOCAL_RANK which of the host's GPUs is its own."""
-    from megatron_eagle.compat.platform import install
+    with importing():
+        from megatron_eagle.compat.platform import install
 
     return install(trace=options.trace_platform, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
 

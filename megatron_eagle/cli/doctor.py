@@ -46,8 +46,8 @@ def _doctor(options: argparse.Namespace) -> None:
 
     # Before PyTorch, whose import takes seconds; a stop that comes amid a pre-flight must not look like a bad node.
     Watchdog(rank=int(os.environ.get("RANK", "0"))).leave_on(signal.SIGUSR1, signal.SIGTERM)
-    platform = open_platform(options)
     become_part_of_a_run(options.processes)
+    platform = open_platform(options)
     import torch.distributed as dist
 
     from megatron_eagle.cluster.causes import BAD_NODE

@@ -17,6 +17,7 @@ from megatron_eagle.cli.common import (
     verb,
 )
 from megatron_eagle.errors import UserError
+from megatron_eagle.importing import importing
 
 if TYPE_CHECKING:
     from megatron_eagle.endpoint.settings import Endpoint
@@ -111,9 +112,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.losses and options.temperature:
         raise UserError("--losses asks nothing, --temperature is for answers")
     requests = _requests(options)
-    platform = open_platform(options)
     become_part_of_a_run(options.processes)
-    from megatron_eagle.training.run_folder import RunFolder
+    platform = open_platform(options)
+    with importing():
+        from megatron_eagle.training.run_folder import RunFolder
 
     run_folder = RunFolder(options.runs / recipe.name)
     asked: dict[str, bool] = {"before": options.before, "ema": options.ema}

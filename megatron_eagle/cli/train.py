@@ -21,6 +21,7 @@ from megatron_eagle.cli.common import (
 )
 from megatron_eagle.cli.interrupts import to_continue
 from megatron_eagle.errors import Superseded
+from megatron_eagle.importing import importing
 
 if TYPE_CHECKING:
     from megatron_eagle.config.recipe import Recipe
@@ -75,18 +76,19 @@ def _train(options: argparse.Namespace) -> None:
     watch = _open_watch(options) if "RANK" in os.environ else None
     recipe = load_recipe(options.recipe, options.overrides)  # also before it: a typo is answered at once
     recipe.stage(options.stage)
-    platform = open_platform(options)
     become_part_of_a_run(options.processes, saves=True)
     watch = watch or _open_watch(options)
-    from megatron_eagle.training.loop import train_stage
-    from megatron_eagle.training.non_finite import NonFinite
-    from megatron_eagle.training.run_folder import RunFolder
-    from megatron_eagle.training.watchdog import (
-        NON_FINITE_EXIT_CODE,
-        STOPPED_EXIT_CODE,
-        SUPERSEDED_EXIT_CODE,
-        StoppedEarly,
-    )
+    platform = open_platform(options)
+    with importing():
+        from megatron_eagle.training.loop import train_stage
+        from megatron_eagle.training.non_finite import NonFinite
+        from megatron_eagle.training.run_folder import RunFolder
+        from megatron_eagle.training.watchdog import (
+            NON_FINITE_EXIT_CODE,
+            STOPPED_EXIT_CODE,
+            SUPERSEDED_EXIT_CODE,
+            StoppedEarly,
+        )
 
     if platform.device.type == "cuda" and os.environ["RANK"] == "0":
         _warn_of_memory(recipe, options.stage)

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
@@ -31,8 +32,12 @@ def launch(processes: int, arguments: Sequence[str], *, saves: bool = False) -> 
     A KeyboardInterrupt ends them and is raised. saves: instead they are asked to stop (SIGTERM) and waited for; it is
     raised all the same if one of them did not know yet how to do that.
     """
-    port = _free_port()
-    running = [_start(process_variables(rank, processes, port), arguments) for rank in range(processes)]
+    with reserved_port() as port:
+        running = [_start(process_variables(rank, processes, port), arguments) for rank in range(processes)]
+        return _wait(running, saves)
+
+
+def _wait(running: Sequence["subprocess.Popen[bytes]"], saves: bool) -> int:
     grace = LAST_WORDS_SECONDS
     try:
         rank, code = _first_to_fail(running)
@@ -63,15 +68,15 @@ def _first_to_fail(running: Sequence["subprocess.Popen[bytes]"]) -> tuple[int, i
     return next(((rank, process.returncode) for rank, process in enumerate(running) if process.returncode), (0, 0))
 
 
-def process_variables(rank: int, processes: int, port: int | None = None) -> dict[str, str]:
-    """The variables by which torch.distributed finds the other processes of this machine."""
+def process_variables(rank: int, processes: int, port: int = 0) -> dict[str, str]:
+    """The variables by which torch.distributed finds the other processes of this machine; one process needs no port."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port or _free_port()),
+        "MASTER_PORT": str(port),
     }
 
 
@@ -113,7 +118,14 @@ def _end(running: Sequence["subprocess.Popen[bytes]"], grace: float) -> None:
             process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port on which a process that is told it can listen, seconds later, and that nobody else is given meanwhile.
+
+    Linux gives no port away that is bound, and lets others listen on one that is only bound if both ask for it
+    (SO_REUSEADDR), as PyTorch's store does.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])

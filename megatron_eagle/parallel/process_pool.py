@@ -15,7 +15,6 @@ import gc
 import importlib
 import itertools
 import multiprocessing
-import socket
 import sys
 import traceback
 import warnings
@@ -24,6 +23,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
+
+from megatron_eagle.importing import importing
+from megatron_eagle.parallel.launch import reserved_port
 
 IMPORTED_ONCE = ["megatron_eagle.training.loop"]  # by forked worlds, for all their processes; and what it imports
 CALLS_BEFORE_RENEWAL = 100  # a little of every call stays in a process, such as the weights of wrapped models
@@ -85,15 +87,15 @@ class World:
         context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
             context.set_forkserver_preload(IMPORTED_ONCE)  # heeded by the first such world of this process
-        port = _free_port()
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs, sys.path, self._prepare))
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-        self._check(self._collect(START_TIMEOUT))
+        with reserved_port() as port:
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, self.size, port, theirs, sys.path, self._prepare))
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+            self._check(self._collect(START_TIMEOUT))
 
     def _check(self, answers: list[tuple[bool, Any]]) -> None:
         failures = [f"rank {rank} of {self.size}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
@@ -126,12 +128,6 @@ class World:
         return [answers[rank] for rank in range(self.size)]
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def _serve(
     rank: int, size: int, port: int, pipe: Connection, path: list[str], prepare: Callable[[], None] | None
 ) -> None:
@@ -139,17 +135,19 @@ def _serve(
     sys.path[:] = path
     if prepare:
         prepare()
-    import torch
-    import torch.distributed as dist
-
-    from megatron_eagle.compat.gradient_buffers import let_go_of_gradients
-    from megatron_eagle.compat.platform import install
-
     warnings.simplefilter("ignore")  # what dependencies tell their own developers would bury a test's output
-    torch.set_num_threads(1)
-    platform = install(local_rank=rank)
-    from megatron.core import parallel_state
+    with importing():
+        import torch
+        import torch.distributed as dist
 
+        from megatron_eagle.compat.platform import install
+
+        platform = install(local_rank=rank)  # before Megatron, some of whose modules need not run in full then
+        from megatron.core import parallel_state
+
+        from megatron_eagle.compat.gradient_buffers import let_go_of_gradients
+
+    torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     patience = timedelta(seconds=90)
     pipe.send((True, "ready"))
