@@ -1,5 +1,8 @@
 """compat/adam.py: torch's steps, by FusedAdam's contract."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from contracts import contract, megatron_groups, without_gpu
@@ -23,6 +26,24 @@ def test_adam_makes_torchs_steps_and_counts_them_in_the_group(decoupled):
     torch.testing.assert_close(ours, theirs)
     assert adam.param_groups[0]["step"] == 4
     assert set(adam.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+WHOLE_LIFE = """
+import sys, torch
+from megatron_eagle.compat.adam import FusedAdam
+weight = torch.nn.Parameter(torch.ones(2))
+adam = FusedAdam([weight])
+weight.grad = torch.ones(2)
+adam.step()
+adam.zero_grad()
+adam.load_state_dict(adam.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_nothing_of_torch_compile_is_imported_for_it() -> None:
+    done = subprocess.run([sys.executable, "-c", WHOLE_LIFE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 @without_gpu

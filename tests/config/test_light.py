@@ -31,8 +31,19 @@ for arguments in (["recipe", {recipe}, "stages.stage1.stesp=1"], ["plan", {recip
         assert end.code == 2, (arguments, end.code)
 """.format(recipe=repr(str(RECIPE)))
 
+LAUNCHER = """
+from megatron_eagle.cli import main
+from megatron_eagle.parallel import launch
+launch.launch = lambda processes, arguments, saves=False: 0
+for arguments in (["train", {recipe}, "--stage", "stage1"], ["evaluate", {recipe}, "--data", "nowhere"]):
+    try:
+        main([*arguments, "--processes", "2"])
+    except SystemExit as end:
+        assert end.code == 0, (arguments, end.code)
+""".format(recipe=repr(str(RECIPE)))
 
-@pytest.mark.parametrize("code", [IMPORT, VERB, TYPO], ids=["import", "verb", "typo"])
+
+@pytest.mark.parametrize("code", [IMPORT, VERB, TYPO, LAUNCHER], ids=["import", "verb", "typo", "launcher"])
 def test_nothing_heavy_is_imported(code: str) -> None:
     found = f"import sys\n{code}\nprint('FOUND', [name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
