@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -62,22 +61,20 @@ def arguments(folder: Path, processes: int, steps: int) -> list[str]:
 
 def start(folder: Path, processes: int, steps: int) -> list[dict[str, Any]]:
     """One start; what each process opened and read."""
-    from megatron_eagle.parallel.launch import process_variables
+    from megatron_eagle.parallel.launch import process_variables, reserved_port
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     command = [sys.executable, __file__, "--child", str(folder), *arguments(folder, processes, steps)]
-    running = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **process_variables(rank, processes, port)},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(processes)
-    ]
-    if any([process.wait() for process in running]):
-        raise SystemExit("a process failed")
+    with reserved_port() as port:
+        running = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **process_variables(rank, processes, port)},
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(processes)
+        ]
+        if any([process.wait() for process in running]):
+            raise SystemExit("a process failed")
     return [json.loads((folder / f"counts-{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -1,7 +1,7 @@
 """Importing what is large, of which Python then never looks for garbage.
 
-PyTorch and Megatron-Core make half a million objects, and all of them stay. Going through them takes 0.3 s, five times
-while they are imported and again whenever Python or Megatron's optimizer collects, on one rank while the others wait.
+PyTorch and Megatron-Core make half a million objects, and all of them stay. Going through them takes 0.2 to 0.3 s, five
+times while they are imported and again whenever Python or Megatron's optimizer collects, on one rank while others wait.
 """
 
 import gc

@@ -115,7 +115,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     become_part_of_a_run(options.processes)
     platform = open_platform(options)
     with importing():
-        from megatron_eagle.training.run_folder import RunFolder
+        from megatron_eagle.training.run_folder import RunFolder  # and Megatron with it
 
     run_folder = RunFolder(options.runs / recipe.name)
     asked: dict[str, bool] = {"before": options.before, "ema": options.ema}

@@ -21,7 +21,7 @@ class FusedAdam(torch.optim.Optimizer):
     parameter) they cannot be loaded. Arguments are those of ``apex.optimizers.FusedAdam`` that Megatron passes.
     """
 
-    # torch keeps these out of what ``torch.compile`` compiles, and imports all of it when they are called: 0.7 s.
+    # torch keeps these out of what ``torch.compile`` compiles, and imports that when they are called: 0.5 to 0.7 s.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
